@@ -1,0 +1,113 @@
+"""Render the site to _site/ without Quarto, and check its links.
+
+nbdev processes the notebooks (API docs, cross-links), smalldocs renders them. Every link and picture of the result must
+lead to a file of the site, and every anchor to an id on that page; links to other sites are not followed.
+Usage: python tools/docs.py [--out _site], anywhere in the project, with the project installed."""
+import json, re, shutil, subprocess, sys
+from collections import defaultdict
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+import yaml
+from fastcore.script import call_parse
+from nbdev.config import get_config
+from nbdev.serve import proc_nbs
+from smalldocs.check import scan
+
+def join(s): return s if isinstance(s, str) else ''.join(s)
+
+def plain_names(src):
+    "Rename pages as Quarto's `output-file` does (00_core.ipynb to core.ipynb); returns {old path: new path}"
+    names = {}
+    for f in src.rglob('*.ipynb'):
+        new = f.rename(f.with_name(re.sub(r'^\d+[a-z0-9]*_', '', f.name.lower())))
+        names[f.relative_to(src).as_posix()] = new.relative_to(src).as_posix()
+    return names
+
+def relink(
+    f:Path, # a processed notebook
+    src:Path, # the folder of all of them
+    names:dict, # from `plain_names`
+    site:str # where the site will be published: nbdev's cross-links are absolute
+):
+    "Point the links of a notebook at the renamed pages beside it"
+    pages = {Path(a).name: Path(b).name for a, b in names.items()}
+    up = '../' * (len(f.relative_to(src).parts) - 1)
+    def fix(s):
+        s = re.sub(r'(?<=[(/"])[\w-]+\.ipynb', lambda m: pages.get(m[0], m[0]), join(s))
+        return s.replace(site, up)
+    nb = json.loads(f.read_text(encoding='utf-8'))
+    for c in nb['cells']:
+        if c['cell_type'] == 'markdown': c['source'] = fix(c['source'])
+        if c['cell_type'] == 'raw': c['source'] = re.sub(r'^output-file:.*\n', '', join(c['source']), flags=re.M)
+        for o in c.get('outputs', []):
+            if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = fix(o['data']['text/markdown'])
+    f.write_text(json.dumps(nb), encoding='utf-8')
+
+def quarto_only(f):
+    "What smalldocs would print literally in a notebook: @fig- references, citations, grid tables"
+    cells = json.loads(f.read_text(encoding='utf-8'))['cells']
+    return [f'{f.name}: {msg}' for c in cells if c['cell_type'] == 'markdown' for _, msg in scan(join(c['source']))]
+
+def site_config(root, names):
+    "The top-level _quarto.yml with the renamed pages, HTML only"
+    text = re.sub(r'[\w./-]+\.ipynb', lambda m: names.get(m[0], m[0]), (root/'_quarto.yml').read_text(encoding='utf-8'))
+    cfg = yaml.safe_load(text)
+    cfg['project']['output-dir'], cfg['format'] = '_site', {'html': cfg['format']['html']}
+    return yaml.safe_dump(cfg, sort_keys=False)
+
+class Page(HTMLParser):
+    "Collects the ids of a page and what it links to"
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links = set(), set()
+        self.feed(text)
+    def handle_starttag(self, tag, attrs):
+        for k, v in attrs:
+            if k in ('id', 'name') and v: self.ids.add(v)
+            if (tag, k) in (('a', 'href'), ('img', 'src')) and v: self.links.add(v)
+
+def broken(
+    out:Path, # rendered site
+    site:str # where it will be published
+)->list: # one line a bad link
+    "Links to missing files and to missing anchors"
+    pages = {f.resolve(): Page(f.read_text(encoding='utf-8')) for f in out.rglob('*.html')}
+    bad = defaultdict(set)
+    for f, page in pages.items():
+        for link in page.links:
+            url, anchor = urldefrag(link.replace(site, '/'))
+            if re.match(r'\w+:|//', url): continue                      # another site, mailto, data
+            base = out if url.startswith('/') else f.parent
+            to = (base/unquote(url.split('?')[0]).lstrip('/')).resolve() if url else f
+            if to.is_dir(): to = to/'index.html'
+            if not to.exists(): bad[f].add(f'{link} (no such file)')
+            elif anchor and to in pages and unquote(anchor) not in pages[to].ids: bad[f].add(f'{link} (no such anchor)')
+    return [f'{f.relative_to(out)}: {b}' for f in sorted(bad) for b in sorted(bad[f])]
+
+@call_parse
+def main(
+    out:str='_site' # folder for the site, at the top level
+):
+    "Render and check; exit 1 on anything smalldocs complains about and on bad links"
+    cfg = get_config()
+    root, site = cfg.config_path, (cfg.doc_host + cfg.doc_baseurl).rstrip('/') + '/'
+    src, out = root/'_proc_smalldocs', (root/out).resolve()
+    for d in (src, out): shutil.rmtree(d, ignore_errors=True)
+    proc = proc_nbs(force=True, n_workers=2)
+    shutil.copytree(proc, src, ignore=shutil.ignore_patterns('_docs', '.quarto', '*.yml', '_site'))
+    names = plain_names(src)
+    for f in src.rglob('*.ipynb'): relink(f, src, names, site)
+    (src/'_quarto.yml').write_text(site_config(root, names), encoding='utf-8')
+    smalldocs = Path(sys.executable).with_name('smalldocs')
+    subprocess.run([smalldocs, 'render', src], check=True, capture_output=True)
+    odd = subprocess.run([smalldocs, 'check', src]).returncode
+    literal = [m for f in sorted(src.rglob('*.ipynb')) for m in quarto_only(f)]
+    shutil.move(src/'_site', out)
+    for d in (src, proc): shutil.rmtree(d)
+    pages = {Path(p).with_suffix('.html') for p in names.values()}
+    bad = [f'{p}: was not rendered' for p in sorted(pages) if not (out/p).exists()] + literal + broken(out, site)
+    if odd: bad.append('smalldocs check complained: see above')
+    if not pages: bad.append('there are no pages')
+    if bad: sys.exit('\n'.join(['The site has problems:', *bad, f'{len(pages)} pages, {len(bad)} problems']))
+    print(f'{len(pages)} pages in {out.name}/, all links and anchors lead somewhere', flush=True)
