@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Weights', 'ElasticModel']
 
-# %% ../nbs/03_elastic.ipynb #0fb3153e
+# %% ../nbs/03_elastic.ipynb #c1462ba5
 import copy
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from torch import nn
 
 from .models import KINDS, Layout
 
-# %% ../nbs/03_elastic.ipynb #08a95e89
+# %% ../nbs/03_elastic.ipynb #bc72683d
 Weights = Callable[[int, str, int], tuple[torch.Tensor, torch.Tensor | None]]  # (layer, kind, width) -> (W, bias)
 
 
@@ -70,14 +70,13 @@ class ElasticModel:
 
     def set(self,
             widths: np.ndarray,  # (n_layers, 2) int, 1 <= width <= full
-            weights: Weights | None = None,  # output projections of the pruned modules; None: slices of the dense ones
+            weights: Weights | None = None,  # output projections at these widths; None: slices of the dense ones
             ) -> 'ElasticModel':
         "Set every module's width; nothing is copied"
         widths = self.check(widths)
         for i, j in np.ndindex(*widths.shape):
             k, key = int(widths[i, j]), (i, KINDS[j])
-            calibrated = weights is not None and k < self.layout.full[i, j]
-            self.set_module(key, k, weights(*key, k) if calibrated else None)
+            self.set_module(key, k, weights(*key, k) if weights else None)
         return self
 
     def restore(self) -> 'ElasticModel':
@@ -109,7 +108,7 @@ class ElasticModel:
                 for lin in self._full for p in lin.parameters()}
         return copy.deepcopy(self.model, memo)
 
-# %% ../nbs/03_elastic.ipynb #f511d46d
+# %% ../nbs/03_elastic.ipynb #81c55cd6
 def _expand(units, n):
     "Positions of the n consecutive rows (columns) of each unit"
     return (units[:, None] * n + torch.arange(n)).flatten()
