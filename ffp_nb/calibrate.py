@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ridge_factors', 'check_alpha', 'Calibrator', 'sequential_calibrate']
 
-# %% ../nbs/05_calibrate.ipynb #79dd56f3
+# %% ../nbs/05_calibrate.ipynb #f10d8041
 from collections import OrderedDict
 
 import numpy as np
@@ -17,7 +17,7 @@ from .data import Blocks
 from .elastic import ElasticModel, Weights
 from .models import KINDS
 
-# %% ../nbs/05_calibrate.ipynb #9ca3626a
+# %% ../nbs/05_calibrate.ipynb #b98b20c7
 def ridge_factors(W: torch.Tensor,  # (D, n) output projection
                   gram: torch.Tensor,  # (n, n), centred where there is an intercept
                   alpha: float,
@@ -39,7 +39,7 @@ def ridge_factors(W: torch.Tensor,  # (D, n) output projection
 def check_alpha(alpha):
     if not (np.isfinite(alpha) and alpha > 0): raise ValueError(f'alpha {alpha}: expected a number above 0, such as 0.1')
 
-# %% ../nbs/05_calibrate.ipynb #1e852188
+# %% ../nbs/05_calibrate.ipynb #bcaee879
 class Calibrator:
     """Static ridge calibration: call it with (layer, kind, width) for that module's repaired output projection.
 
@@ -49,7 +49,7 @@ class Calibrator:
     def __init__(self, elastic: ElasticModel,
                  stats: GramStats,  # of the model's columns in the elastic order
                  alpha: float = 0.1,  # penalty relative to the diagonal of the Gram matrix
-                 cache_bytes: int = 256 << 20):
+                 cache_bytes: int = 1536 << 20):
         check_alpha(alpha)
         self.elastic, self.stats, self.alpha, self.cache_bytes = elastic, stats, alpha, cache_bytes
         self._factors, self._cache, self._held = {}, OrderedDict(), 0
@@ -92,7 +92,7 @@ class Calibrator:
 
 def _size(out): return sum(t.numel() * t.element_size() for t in out if t is not None)
 
-# %% ../nbs/05_calibrate.ipynb #46c11324
+# %% ../nbs/05_calibrate.ipynb #6b32f367
 class _Stop(Exception): pass
 
 
@@ -133,7 +133,7 @@ def _first_inputs(elastic, blocks, batch):
     finally: handle.remove()
     return hidden, calls
 
-# %% ../nbs/05_calibrate.ipynb #4358263e
+# %% ../nbs/05_calibrate.ipynb #833cb420
 def _refit(xs, residuals, W0, b0, alpha):
     "W0 plus the ridge regression of `residuals` (n, D) on `xs` (n, c), lists of batches; with intercept where b0 is given"
     flat = lambda t: t.reshape(-1, t.shape[-1]).float()
@@ -149,7 +149,7 @@ def _refit(xs, residuals, W0, b0, alpha):
     delta = torch.cholesky_solve(XE.double(), torch.linalg.cholesky(A)).T.float()
     return W0 + delta, None if b0 is None else b0 + (se - delta @ sx) / n
 
-# %% ../nbs/05_calibrate.ipynb #42f7fb64
+# %% ../nbs/05_calibrate.ipynb #62b26e49
 @torch.inference_mode()
 def sequential_calibrate(elastic: ElasticModel,
                          widths: np.ndarray,  # (n_layers, 2)
@@ -180,7 +180,7 @@ def sequential_calibrate(elastic: ElasticModel,
             pruned = [out for out, _ in _run(layer, calls, pruned, [])]
     return _Fitted(done, widths)
 
-# %% ../nbs/05_calibrate.ipynb #31789687
+# %% ../nbs/05_calibrate.ipynb #28d2a681
 def _goals(elastic, i, layer, calls, dense):
     "What each module of a dense layer gives: its output, and the residual stream behind it; and the next layer's inputs"
     goals, following = {(kind, t): [] for kind in KINDS for t in ('module', 'residual')}, []

@@ -6,7 +6,7 @@
 __all__ = ['GATED', 'OPT', 'FAMILIES', 'KINDS', 'SMOLLM2', 'Family', 'UnsupportedModel', 'Module', 'Layout', 'find_family',
            'tiny_model', 'smollm2_path', 'load_model', 'check_finite']
 
-# %% ../nbs/00_models.ipynb #a000ddbf
+# %% ../nbs/00_models.ipynb #478300f5
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# %% ../nbs/00_models.ipynb #53f4a1e5
+# %% ../nbs/00_models.ipynb #6fffd76e
 @dataclass(frozen=True)
 class Family:
     "Names of the projections of one decoder layer, relative to that layer"
@@ -39,7 +39,7 @@ KINDS = ('attn', 'ffn')  # column 0 and 1 of every (n_layers, 2) array
 class UnsupportedModel(ValueError):
     "The architecture has no adapter, or a variant of it breaks an assumption of the adapter"
 
-# %% ../nbs/00_models.ipynb #8658d5b6
+# %% ../nbs/00_models.ipynb #1d0cd52c
 @dataclass(frozen=True)
 class Module:
     "One prunable block: the linear layers that hold its units"
@@ -65,7 +65,7 @@ class Module:
         "Multiply-accumulates per token of one unit's projections"
         return sum(n * lin.in_features for lin, n in self.rows) + self.cols * self.out.out_features
 
-# %% ../nbs/00_models.ipynb #5ae10973
+# %% ../nbs/00_models.ipynb #5cab26d7
 class Layout:
     "The prunable modules of a dense model and what their units cost; arrays have shape (n_layers, 2): attention, FFN"
     def __init__(self,
@@ -112,7 +112,7 @@ class Layout:
                    ) -> int:
         return 0
 
-# %% ../nbs/00_models.ipynb #e69c9351
+# %% ../nbs/00_models.ipynb #1a1924b0
 def find_family(model: nn.Module) -> tuple[str, Family]:
     "Name and adapter of a model's family"
     kind = getattr(getattr(model, 'config', None), 'model_type', type(model).__name__)
@@ -127,7 +127,7 @@ def find_family(model: nn.Module) -> tuple[str, Family]:
                                'as OPT-350m); its residual stream is not a sum of module outputs. Use a pre-norm model.')
     return kind, FAMILIES[kind]
 
-# %% ../nbs/00_models.ipynb #adfade6a
+# %% ../nbs/00_models.ipynb #a9535df7
 def tiny_model(family: str = 'llama',  # a key of `FAMILIES`
                layers: int = 3, hidden: int = 64, heads: int = 8, kv_heads: int = 4, ffn: int = 96, vocab: int = 211,
                seed: int = 0) -> nn.Module:
@@ -148,7 +148,7 @@ def tiny_model(family: str = 'llama',  # a key of `FAMILIES`
             p.data.normal_(1.0 if 'norm' in name and name.endswith('weight') else 0.0, 0.15)
     return model.requires_grad_(False)
 
-# %% ../nbs/00_models.ipynb #9ddf5bf5
+# %% ../nbs/00_models.ipynb #c3cc985b
 SMOLLM2 = ('smollm2', 'smollm2-mistral')
 
 
@@ -165,7 +165,9 @@ def smollm2_path() -> Path:
 def _load_smollm2(family, dtype):
     gguf = smollm2_path()
     where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
-    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype), AutoTokenizer.from_pretrained(**where)
+    # float32 is the type that the file is de-quantised in
+    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
     # A model read from GGUF counts as quantised and refuses to be saved: move its weights to a plain one.
     config = loaded.config
     if hasattr(config, 'quantization_config'): del config.quantization_config
@@ -173,12 +175,14 @@ def _load_smollm2(family, dtype):
         from transformers import AutoConfig
         keep = {k: v for k, v in config.to_dict().items() if k not in ('model_type', 'architectures', 'transformers_version')}
         config = AutoConfig.for_model(family, **keep, sliding_window=None)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
+    model.to(dtype)
+    model.config.dtype = dtype
     model.config._name_or_path = 'HuggingFaceTB/SmolLM2-135M-Instruct'
     return model, tokenizer
 
-# %% ../nbs/00_models.ipynb #26a5a013
+# %% ../nbs/00_models.ipynb #d0b82f2c
 def load_model(name: str = 'smollm2',  # 'smollm2', 'smollm2-mistral', a local folder, or a hub id
                dtype: str | torch.dtype = 'bfloat16',  # what weights and activations are held in
                device: str | None = None,  # default: CUDA where there is one, else CPU
@@ -203,7 +207,7 @@ def load_model(name: str = 'smollm2',  # 'smollm2', 'smollm2-mistral', a local f
     if device_map is None: model = model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     return model.eval().requires_grad_(False), tokenizer
 
-# %% ../nbs/00_models.ipynb #57c549b9
+# %% ../nbs/00_models.ipynb #f8573844
 def check_finite(model: nn.Module) -> None:
     "Raise ValueError naming the first parameters that hold NaN or infinity"
     bad = [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]

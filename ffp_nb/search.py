@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Evaluator', 'SearchConfig', 'TextSampler', 'SearchResult', 'Search']
 
-# %% ../nbs/10_search.ipynb #2a118087
+# %% ../nbs/10_search.ipynb #a5a364a6
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -21,7 +21,7 @@ from .evaluate import block_nll
 from .runs import RunDir
 from .schedule import Schedule
 
-# %% ../nbs/10_search.ipynb #a67129fc
+# %% ../nbs/10_search.ipynb #8aaadea9
 class Evaluator:
     "Measures policies of one elastic model on blocks of the search text"
     def __init__(self, elastic: ElasticModel,
@@ -58,21 +58,22 @@ class Evaluator:
     def load_state_dict(self, state):
         self.forward_tokens, self._dense = int(state['forward_tokens']), np.array(state['dense'])
 
-# %% ../nbs/10_search.ipynb #e7640521
+# %% ../nbs/10_search.ipynb #cada7e5d
 @dataclass(frozen=True)
 class SearchConfig:
     "What a search depends on, besides the model, the text and the calibrator"
     sparsity: float  # target, share of the cost removed
     method: str = 'ppo'  # a key of `PROPOSERS`
     seed: int = 0
-    episodes: int = 480
+    episodes: int = 400
     batch: int = 16  # episodes of one update; they share target and text
-    blocks: int = 3  # blocks of a reward at full fidelity
+    blocks: int = 2  # blocks of a reward at full fidelity
     sparsity_start: float | None = None  # None: 5 %, or the target where that is lower
     fidelity_start: float = 0.05
     sparsity_shape: str = 'cubic'
     fidelity_shape: str = 'cubic'
     schedule_share: float = 0.2  # share of the episodes in which the schedules move
+    balance: tuple[float, ...] = (0, 1, 2, 3, 4)  # head starts of the attention to try first; (0,): none
     step: tuple[int, int] = (1, 32)  # units that come and go together: KV groups, FFN channels
     p_min: float = 0.1  # least retention of a module
     candidates: int = 4  # logged policies that meet the agent's own best guess at the end
@@ -95,7 +96,7 @@ class SearchConfig:
                         sparsity_shape=self.sparsity_shape, fidelity_shape=self.fidelity_shape,
                         t1=int(self.schedule_share * (self.updates - 1) * self.batch))
 
-# %% ../nbs/10_search.ipynb #0aed55c4
+# %% ../nbs/10_search.ipynb #defd63f3
 class TextSampler:
     "Blocks without replacement, in a new random order each time the pool is through"
     def __init__(self, n: int, seed: int): self.n, self.rng, self.queue = n, np.random.default_rng([seed, 1]), []
@@ -113,7 +114,7 @@ class TextSampler:
     def state_dict(self): return dict(rng=self.rng.bit_generator.state, queue=list(self.queue))
     def load_state_dict(self, state): self.rng.bit_generator.state, self.queue = state['rng'], list(state['queue'])
 
-# %% ../nbs/10_search.ipynb #b0ab841d
+# %% ../nbs/10_search.ipynb #e6623dc3
 @dataclass
 class SearchResult:
     "What a search found"
@@ -126,6 +127,7 @@ class SearchResult:
     forward_tokens: int
     wall_s: float
     broken: int  # episodes that gave NaN or infinity
+    start: float  # head start of the attention
 
 
 class Search:
@@ -142,18 +144,18 @@ class Search:
         self.evaluator, self.cost, self.config, self.run_dir = evaluator, cost, config, run
         self.proposer = proposer or PROPOSERS[config.method](len(cost.full), seed=config.seed, **config.agent)
         self.sampler, self.schedule = TextSampler(len(evaluator.pool), config.seed), config.schedule()
-        self.update, self.log, self.updates, self.wall_s, self.broken = 0, [], [], 0.0, 0
+        self.update, self.log, self.updates, self.wall_s, self.broken, self.start = 0, [], [], 0.0, 0, None
         if run is not None and (state := run.load_checkpoint()) is not None: self._load(state)
         elif run is not None: run.truncate(0)  # killed after the first log and before the first checkpoint
 
     def _state(self):
-        return dict(update=self.update, rows=len(self.log), updates=self.updates, wall_s=self.wall_s, broken=self.broken,
+        return dict(update=self.update, rows=len(self.log), start=self.start, updates=self.updates, wall_s=self.wall_s, broken=self.broken,
                     proposer=self.proposer.state_dict(), sampler=self.sampler.state_dict(),
                     evaluator=self.evaluator.state_dict())
 
     def _load(self, state):
         self.update, self.updates, self.wall_s = state['update'], state['updates'], state['wall_s']
-        self.broken = state['broken']
+        self.broken, self.start = state['broken'], state['start']
         for name in ('proposer', 'sampler', 'evaluator'): getattr(self, name).load_state_dict(state[name])
         self.run_dir.truncate(state['rows'])  # rows behind the last checkpoint are done again
         self.log = self.run_dir.rows()
@@ -162,17 +164,29 @@ class Search:
         "Widths of a policy at a target"
         return solve(scores, self.cost, sparsity, self.config.step, self.config.p_min)
 
-# %% ../nbs/10_search.ipynb #6f9bd996
+# %% ../nbs/10_search.ipynb #57dfdf23
+def _balance(self: Search) -> float:
+    "The head start of the attention with the best reward at the final target"
+    tried = sorted(set(self.config.balance))
+    if len(tried) < 2: return float(tried[0]) if tried else 0.0
+    idx = self.sampler(min(2 * self.config.blocks, len(self.evaluator.pool)))
+    rewards = [self.evaluator.reward(self.solve(np.array([b, 0.0]) + np.zeros(self.cost.full.shape), self.config.sparsity), idx)
+               for b in tried]
+    return float(tried[int(np.argmax(rewards))])
+
+
 def _step(self: Search) -> None:
     "One update: draw text, ask, measure, tell"
     c, start = self.config, time.perf_counter()
+    if self.start is None: self.start = self.balance()
     t = self.update * c.batch
     sparsity, n_blocks = float(self.schedule.sparsity(t)), self.schedule.n_blocks(t, c.blocks)
     idx = self.sampler(n_blocks)
-    scores = self.proposer.ask(sparsity, c.batch)
+    asked = self.proposer.ask(sparsity, c.batch)
+    scores = asked + np.array([self.start, 0.0])
     widths = [self.solve(s, sparsity) for s in scores]
     rewards = np.array([self.evaluator.reward(w, idx) for w in widths])
-    self.proposer.tell(sparsity, scores, rewards)
+    self.proposer.tell(sparsity, asked, rewards)
     self.broken += int((rewards == 0).sum())
     self.wall_s += time.perf_counter() - start
     rows = [dict(episode=t + i, update=self.update, target=sparsity, sparsity=self.cost.sparsity(w), reward=float(r),
@@ -187,9 +201,9 @@ def _step(self: Search) -> None:
         self.run_dir.log(rows)  # first the log, then the checkpoint that counts its rows
         self.run_dir.save_checkpoint(self._state())
 
-Search.step = _step
+Search.balance, Search.step = _balance, _step
 
-# %% ../nbs/10_search.ipynb #eca55af8
+# %% ../nbs/10_search.ipynb #abf5c6f5
 def _finish(self: Search) -> SearchResult:
     "Choose the winner at the final target, on the same text for all"
     c, start = self.config, time.perf_counter()
@@ -197,7 +211,9 @@ def _finish(self: Search) -> SearchResult:
     at_target = sorted((r for r in self.log if r['target'] == c.sparsity and r['reward'] > 0), key=lambda r: -r['reward'])
     found = {}
     guess = self.proposer.recommend(c.sparsity)
-    if guess is not None: found[self.solve(guess, c.sparsity).tobytes()] = ('agent', guess)
+    if guess is not None:
+        guess = guess + np.array([self.start, 0.0])
+        found[self.solve(guess, c.sparsity).tobytes()] = ('agent', guess)
     for r in at_target:
         if len(found) > c.candidates: break
         found.setdefault(np.array(r['widths']).tobytes(), (f"episode {r['episode']}", np.array(r['scores'])))
@@ -210,7 +226,7 @@ def _finish(self: Search) -> SearchResult:
     reward, name, scores = ranked[0]
     used, self.evaluator.forward_tokens = self.evaluator.forward_tokens, tokens
     return SearchResult(self.solve(scores, c.sparsity), scores, reward, name, self.log, self.updates, used,
-                        self.wall_s + time.perf_counter() - start, self.broken)
+                        self.wall_s + time.perf_counter() - start, self.broken, self.start)
 
 
 def _run_search(self: Search, progress: bool = True) -> SearchResult:

@@ -1,0 +1,67 @@
+"Fixtures that several test files share"
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault('TQDM_DISABLE', '1')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test needs a hub, and a wrong name should not wait for one
+torch.set_num_threads(1)
+
+
+def make_tokenizer(words=211):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    core = Tokenizer(models.WordLevel({f'w{i}': i for i in range(words)}, unk_token='w0'))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token='w1', eos_token='w2', pad_token='w2')
+
+
+def make_folder(folder, family='llama'):
+    "A dense tiny model folder `dense` and a text file `text.txt`, all that the CLI needs"
+    import numpy as np
+    from ffp_nb.models import tiny_model
+    tiny_model(family, seed=1).save_pretrained(folder / 'dense')
+    make_tokenizer().save_pretrained(folder / 'dense')
+    rng = np.random.default_rng(0)
+    paragraphs = [' '.join(f'w{i}' for i in rng.integers(0, 211, 60)) for _ in range(120)]
+    (folder / 'text.txt').write_text('\n\n'.join(paragraphs))
+    return folder
+
+
+@pytest.fixture
+def word_tokenizer():
+    "A tokenizer of 211 words, as many as `tiny_model` knows; every word is one token"
+    return make_tokenizer()
+
+
+@pytest.fixture
+def tiny_folder(tmp_path):
+    "A dense model folder and a text file in a folder of this test's own"
+    return make_folder(tmp_path)
+
+
+@pytest.fixture(scope='session')
+def family_folder(tmp_path_factory):
+    "`family_folder(name)`: the same for any family, made once and only read"
+    made = {}
+    def get(family):
+        if family not in made: made[family] = make_folder(tmp_path_factory.mktemp(family), family)
+        return made[family]
+    return get
+
+
+@pytest.fixture(scope='session')
+def ffp():
+    "`ffp('prune', '--out', folder)`: the command, with a smaller smoke profile and, unless asked for, no pictures"
+    from typer.testing import CliRunner
+    from ffp_nb import cli, prune
+    def run(*args, pictures=False):
+        with pytest.MonkeyPatch.context() as m:
+            m.setitem(prune.PROFILES, 'smoke', prune.Profile(32, 4, 2, 8, 4, 1, 2, 2))
+            m.setenv('COLUMNS', '300')
+            if not pictures:
+                for name in ('plot_retention', 'plot_search'): m.setattr(prune, name, lambda *a, **kw: None)
+                m.setattr(prune, 'save_figure', lambda fig, path: prune.atomic_write(path, b'picture'))
+            return CliRunner().invoke(cli.app, [str(a) for a in args])
+    return run

@@ -1,0 +1,79 @@
+"The benchmarks run and write a valid record, and what they compare with computes the same; never timings"
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ffp_nb.elastic import ElasticModel
+from ffp_nb.data import Blocks
+from ffp_nb.models import KINDS, Layout, tiny_model
+from ffp_nb.runs import load_records
+
+FOLDER = Path(__file__).resolve().parent.parent / 'benchmarks'
+sys.path.insert(0, str(FOLDER))
+import published  # noqa: E402
+
+
+def bench(*args): return subprocess.run([sys.executable, FOLDER / 'run.py', *args], capture_output=True, text=True)
+
+
+def test_quick_run_writes_a_record(tmp_path):
+    done = bench('--quick', '--threads', '1', '--out', tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = load_records(tmp_path)
+    assert len(records) == 1 and records['environment.hardware.threads'][0] == 1
+    rows = records['result.rows'][0]
+    assert {r['part'] for r in rows} == set('abcd')
+    assert all(np.isfinite(r['value']) and r['low'] <= r['value'] <= r['high'] for r in rows)
+    goals = [r['met'] for r in rows if r['goal']]
+    assert goals and all(isinstance(m, bool) for m in goals)
+    assert 'goals met' in done.stdout and 'record:' in done.stdout
+
+
+def test_unknown_part_is_refused(tmp_path):
+    done = bench('--only', 'a,x', '--out', tmp_path)
+    assert done.returncode == 2 and 'a,b,c,d' in done.stderr
+
+
+@pytest.mark.parametrize('family', ['llama', 'qwen2', 'qwen3', 'opt'])
+def test_published_episode_equals_views(family, tmp_path):
+    model = tiny_model(family, layers=2)
+    blocks = Blocks(torch.randint(3, 211, (2, 24), generator=torch.Generator().manual_seed(0)), 23)
+    layout, g = Layout(model), torch.Generator().manual_seed(1)
+    order = {key: torch.randperm(m.units, generator=g) for key, m in layout.modules.items()}
+    widths = np.array([[2, 40], [3, 96]]) if family != 'opt' else np.array([[5, 40], [8, 17]])
+    kept = {(i, k): order[i, k][:widths[i, j]].sort().values for i in range(2) for j, k in enumerate(KINDS)}
+    dense = published.whole_logits_nll(model, blocks)
+    torch.save(model.state_dict(), tmp_path / 'dense.pt')
+    copied = published.episode(model, layout, tmp_path / 'dense.pt', kept, blocks)
+    again = published.episode(model, layout, tmp_path / 'dense.pt', kept, blocks, hooks=False)
+    published.reset_from_disk(model, layout, tmp_path / 'dense.pt')
+    assert published.whole_logits_nll(model, blocks) == dense
+    saved = published.clone_weights(layout)
+    published.slice_by_copy(layout, kept)
+    assert abs(published.whole_logits_nll(model, blocks) - copied) < 1e-5
+    published.put_back(layout, saved)
+    assert published.whole_logits_nll(model, blocks) == dense
+    views = ElasticModel(model, order).set(widths)
+    assert abs(published.whole_logits_nll(views.model, blocks) - copied) < 1e-4 and copied == again != dense
+
+
+def test_nan_hooks_see_a_nan():
+    model = tiny_model(layers=1)
+    model.model.layers[0].mlp.down_proj.weight[3, 3] = float('nan')
+    published.nan_hooks(model)
+    with pytest.raises(FloatingPointError, match='Linear'): model(torch.arange(5)[None])
+
+
+def test_column_solves_equal_module_solve():
+    g = torch.Generator().manual_seed(0)
+    X, W, c = torch.randn(200, 12, generator=g), torch.randn(5, 12, generator=g), 8
+    all_at_once, coef = published.fit_module(W, X.T @ X, c, 0.1)
+    one_by_one = W[:, :c].clone()
+    for j in range(c, 12):
+        torch.testing.assert_close(published.fit_column(X[:, :c], X[:, j], one_by_one, W[:, j], 0.1), coef[:, j - c],
+                                   rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(one_by_one, all_at_once, rtol=1e-3, atol=1e-4)
