@@ -6,8 +6,8 @@ Written here from a description of that way, on the same adapters as the rest, s
   evaluates with the logits of the whole block;
 - calibration solves one ridge regression for each pruned column, and forms the Gram matrix X^T X again for each.
 
-Where there was a choice it was made in favour of the published way: the state dict comes from the page cache, kept inputs
-are cut out of X once per module, not once per column, and the number of columns is taken from the same widths.
+Where there was a choice it was made in favour of the published way: the state dict comes from the page cache, and kept
+inputs are cut out of X once per module, not once per column.
 """
 import torch
 from torch.nn import functional as F

@@ -8,20 +8,21 @@ What is measured, and the goals:
 
 a   Setting a policy and restoring the dense model: views of the elastic model against clone, slice, restore of all
     prunable weights; and as a share of the forward pass of the same episode (goal: under 1 %).
-b   Calibrated weights of the whole model at widths that are new (nothing cached): two triangular factors a module, made once,
+b   Calibrated weights of the whole model at widths that are new (nothing cached): two factors a module, made once,
     against one ridge solve a pruned column that forms X^T X again (goal: 1,000 times faster), and against one solve a
-    module with a given Gram matrix. The column solves are timed on a sample and extrapolated by the number of pruned columns.
-c   One episode: bf16 on views with calibrated weights, against fp32 with weights reset from disk, slicing by copies, NaN
-    hooks and whole logits (goal: 2 times faster). Then one change after another: what each contributes. Its size
+    module with a given Gram matrix. The factorisation is reported on its own, and as part of a second ratio. The
+    column solves are timed on a sample and extrapolated by the number of pruned columns.
+c   One episode: bf16 on views with calibrated weights, against fp32 with weights reset from disk, slicing by copies,
+    NaN hooks and whole logits (goal: 2 times faster). Then one change after another: what each contributes, which
     depends on the order of the changes.
-d   Peak resident memory, every alternative in a process of its own: a bf16 search with a small cache after 8, 32 and 128
-    episodes (goal: no growth), a search whose cache of calibrated weights holds all that a search can ever ask for (goal: under
-    3 GB), and an episode done the published way.
+d   Peak resident memory, every alternative in a process of its own: a bf16 search with a small cache after 8, 32 and
+    128 episodes (goal: no growth), a search with every width in its cache that it can ever ask for (goal: under 3 GB),
+    and an episode done the published way.
 
-Times are wall times; alternatives take turns, and a ratio is the median over the turns of the ratio within a turn. The text is
-WikiText-2 where FFP_DATA_DIR names its folder, else Python's help topics. Results go to a JSON record under
-benchmarks/results/ (with --quick under runs/, which git ignores) with versions, hardware and threads. Close
-other programs first: the load of the machine at the start is recorded, and a busy one gives wrong ratios.
+Times are wall times; alternatives take turns, and a ratio is the median over the turns of the ratio within a turn. The
+text is WikiText-2 where FFP_DATA_DIR names its folder, else Python's help topics. Results go to a JSON record under
+benchmarks/results/ (with --quick under runs/, which git ignores) with versions, hardware and threads. Close other
+programs first: the load of the machine at the start is recorded, and a busy one gives wrong ratios.
 """
 import argparse
 import json
@@ -73,8 +74,8 @@ class Size:
     memory_blocks: int = 4  # d: calibration text; statistics take the same memory for any amount
 
 
-QUICK = Size(model='tiny', step=(1, 8), block_len=64, calibration_blocks=4, blocks=2, turns=2, inner=2, layers=2, columns=1,
-             episodes=(2, 4, 8), small_cache=MB // 16, memory_blocks=2)
+QUICK = Size(model='tiny', step=(1, 8), block_len=64, calibration_blocks=4, blocks=2, turns=2, inner=2, layers=2,
+             columns=1, episodes=(2, 4, 8), small_cache=MB // 16, memory_blocks=2)
 
 
 class Bytes:
@@ -121,8 +122,8 @@ class Results:
         value = float(np.median(values))
         met = None if goal is None else bool(value <= goal if at_most else value >= goal)
         text = '' if goal is None else f"{'<=' if at_most else '>='} {goal:g} {unit}"
-        self.rows.append(dict(part=part, what=what, value=value, unit=unit, low=float(values.min()), high=float(values.max()),
-                              goal=text, met=met))
+        low, high = float(values.min()), float(values.max())
+        self.rows.append(dict(part=part, what=what, value=value, unit=unit, low=low, high=high, goal=text, met=met))
 
     def frame(self) -> pd.DataFrame:
         "The table for reading"
@@ -133,7 +134,7 @@ class Results:
         return df
 
 
-# ------------------------------------------------------------------------------------------------------------- a: policies
+# ---------------------------------------------------------------------------------------------------------- a: policies
 
 def part_a(size, out, bench, widths):
     e, layout = bench.elastic, bench.elastic.layout
@@ -163,14 +164,15 @@ def part_a(size, out, bench, widths):
     out.add('a', f'forward of the episode, {size.blocks} x {size.block_len} tokens', 1e3 * forward.forward, 'ms')
     out.add('a', 'clone-slice-restore / views', slow.copies / quick.views, 'x')
     out.add('a', 'views, share of the forward', 100 * quick.views / forward.forward, '%', 1)
-    out.add('a', 'views with calibrated weights, share of the forward', 100 * quick.calibrated / forward.forward, '%', 1)
+    out.add('a', 'views with calibrated weights, share of the forward', 100 * quick.calibrated / forward.forward,
+            '%', 1)
     out.add('a', 'budget solver (scores to widths), share of the forward', 100 * budget.solve / forward.forward, '%')
 
 
-# ---------------------------------------------------------------------------------------------------------- b: calibration
+# ------------------------------------------------------------------------------------------------------- b: calibration
 
 def capture_inputs(size):
-    "A bench, the calibration inputs of the modules of some layers (kept columns first), and seconds of the statistics pass"
+    "A bench, inputs of the modules of some layers (columns in elastic order), seconds of the statistics pass"
     model, tokenizer = open_model(size, torch.bfloat16)
     layout = Layout(model)
     layers = np.linspace(0, layout.n_layers - 1, size.layers).round().astype(int).tolist()
@@ -229,13 +231,19 @@ class Columns:
                     raise AssertionError(f'layer {i} {kind}: {name} differs by {(a - b).norm() / b.norm():.2%}')
 
 
+def no_cache(size, bench) -> Calibrator:
+    "A calibrator with its factors made that computes whatever it is asked for"
+    return Calibrator(bench.elastic, bench.stats, size.alpha, cache_bytes=0).prepare(progress=False)
+
+
 def part_b(size, out, bench, widths, inputs, stats_s):
     start = time.perf_counter()
-    calibrator = Calibrator(bench.elastic, bench.stats, size.alpha, cache_bytes=0).prepare(progress=False)  # never a hit
+    calibrator = no_cache(size, bench)
     factors_s = time.perf_counter() - start
     columns, keys = Columns(size, bench, inputs, widths), list(np.ndindex(*widths.shape))
     columns.check(bench, calibrator, widths)
-    policies = iter([solve(random_scores(s, widths.shape), bench.cost, size.sparsity, size.step) for s in range(size.turns + 1)])
+    policies = iter([solve(random_scores(s, widths.shape), bench.cost, size.sparsity, size.step)
+                     for s in range(size.turns + 1)])
 
     def ours(w):
         for i, j in keys: calibrator(i, KINDS[j], int(w[i, j]))
@@ -255,7 +263,8 @@ def part_b(size, out, bench, widths, inputs, stats_s):
     out.add('b', 'calibrated weights of a new policy (random scores), uncached', t.random, 's')
     for kind in KINDS:
         if kind in samples[0]:
-            out.add('b', f'one column solve, {kind}, measured on {len(columns.modules) // 2 * size.columns} columns a turn',
+            sampled = sum(key[1] == kind for key in columns.modules) * size.columns
+            out.add('b', f'one column solve, {kind}, measured on {sampled} columns a turn',
                     [s[kind] for s in samples], 's')
     out.add('b', f'column solves of the model, EXTRAPOLATED to {n:,} pruned columns', total, 's')
     out.add('b', 'one solve a module, Gram matrix given', t.shared, 's')
@@ -267,7 +276,7 @@ def part_b(size, out, bench, widths, inputs, stats_s):
     return calibrator
 
 
-# -------------------------------------------------------------------------------------------------------------- c: episodes
+# ---------------------------------------------------------------------------------------------------------- c: episodes
 
 def fp32_twin(size, bench) -> ElasticModel:
     "The same elastic model in float32, with its units in the same order"
@@ -301,15 +310,17 @@ def part_c(size, out, bench, widths, uncached):
         e16.set(widths, cached).restore()  # fills the cache
         t = take_turns(steps, size.turns, warm=False)  # a turn takes half a minute; the median drops a slow first one
     _check_nll(nll)
-    names = {'published': 'published way: fp32, reset from disk, copies, NaN hooks, whole logits', 'no hooks': '- NaN hooks',
-             'views': '- reset and copies: views', 'chunked': '- whole logits: head in chunks', 'bf16': '- fp32: bf16',
-             'cached': '+ calibrated weights, from the cache', 'first': '+ calibrated weights, computed for the first time'}
+    names = {'published': 'published way: fp32, reset from disk, copies, NaN hooks, whole logits',
+             'no hooks': '- NaN hooks', 'views': '- reset and copies: views', 'chunked': '- whole logits: chunks',
+             'bf16': '- fp32: bf16',
+             'cached': '+ calibrated weights, from the cache',
+             'first': '+ calibrated weights, computed for the first time'}
     for step, name in names.items(): out.add('c', f'episode: {name}', t[step], 's')
     for a, b, name in (('published', 'no hooks', 'without NaN hooks'), ('no hooks', 'views', 'slicing by views'),
                        ('views', 'chunked', 'head in chunks'), ('chunked', 'bf16', 'bf16')):
         out.add('c', f'gain: {name}', t[a] / t[b], 'x')
-    out.add('c', 'published episode / ours, weights from the cache', t.published / t.cached, 'x', 2, at_most=False)
-    out.add('c', 'published episode / ours, weights computed for the first time', t.published / t['first'], 'x', 2, at_most=False)
+    for step, name in (('cached', 'from the cache'), ('first', 'computed for the first time')):
+        out.add('c', f'published episode / ours, weights {name}', t.published / t[step], 'x', 2, at_most=False)
     return nll
 
 
@@ -317,10 +328,10 @@ def _check_nll(nll):
     "All uncalibrated episodes measured the same policy"
     for name, limit in (('no hooks', 1e-3), ('views', 1e-3), ('chunked', 1e-3), ('bf16', 0.05)):
         if not abs(nll[name] - nll['published']) < limit:
-            raise AssertionError(f"{name}: {nll[name]:.4f} nats per token, the published way gives {nll['published']:.4f}")
+            raise AssertionError(f"{name}: {nll[name]:.4f} nats per token, published way: {nll['published']:.4f}")
 
 
-# ---------------------------------------------------------------------------------------------------------------- d: memory
+# ------------------------------------------------------------------------------------------------------------ d: memory
 
 def resident_mb() -> float:
     "Resident memory now (Linux; elsewhere NaN)"
@@ -373,7 +384,8 @@ def _published_memory(size) -> list[dict]:
     "An episode done the published way; reset, slice, evaluate"
     model, tokenizer = open_model(size, torch.float32)
     rows = [dict(stage='model loaded', peak=peak_mb(), resident=resident_mb())]
-    blocks = token_blocks(load_corpus('auto')['search'], tokenizer, Convention(size.block_len, size.block_len), n=size.blocks)
+    text, convention = load_corpus('auto')['search'], Convention(size.block_len, size.block_len)
+    blocks = token_blocks(text, tokenizer, convention, n=size.blocks)
     layout = Layout(model)
     keep = np.maximum(1, (layout.full * (1 - size.sparsity)).astype(int))
     with tempfile.TemporaryDirectory() as folder:
@@ -399,20 +411,22 @@ def part_d(size, out, threads, quick):
     table = {name: pd.DataFrame(rows).set_index('stage') for name, rows in stages.items()}
     small, full, cache = table['small'], table['full'], size.small_cache / MB
     for n in size.episodes:
-        out.add('d', f'search, cache bound {cache:g} MB: peak after {n} episodes', small.peak[f'{n} episodes'], 'MB', 3000)
+        out.add('d', f'search, cache bound {cache:g} MB: peak after {n} episodes', small.peak[f'{n} episodes'],
+                'MB', 3000)
     first, last = (small.peak[f'{n} episodes'] for n in (size.episodes[0], size.episodes[-1]))
     # fragmentation may move the peak a little; a leak of one policy's weights an episode would be thousands of MB
     out.add('d', f'search: peak after {size.episodes[-1]} / after {size.episodes[0]} episodes', last / first, 'x', 1.05)
     out.add('d', 'search, default bound, every width cached: peak', full.peak.iloc[-1], 'MB', 3000)
-    for what in ('weights', 'statistics', 'factors', 'cache'): out.add('d', f'... of which {what}', full[what].iloc[-1], 'MB')
-    rest = full.resident.iloc[-1] - sum(full[w].iloc[-1] for w in ('weights', 'statistics', 'factors', 'cache'))
-    out.add('d', '... of which the rest (libraries, buffers)', rest, 'MB')
+    held = ('weights', 'statistics', 'factors', 'cache')
+    for what in held: out.add('d', f'... of which {what}', full[what].iloc[-1], 'MB')
+    rest = full.resident.iloc[-1] - sum(full[what].iloc[-1] for what in held)
+    out.add('d', '... of which the rest (libraries, buffers, heap that was freed but not given back)', rest, 'MB')
     out.add('d', 'calibration only (model, statistics, factors): peak', full.peak['factors'], 'MB')
     out.add('d', 'published way, one episode: peak', table['published'].peak.iloc[-1], 'MB')
     return stages
 
 
-# ------------------------------------------------------------------------------------------------------------------ program
+# -------------------------------------------------------------------------------------------------------------- program
 
 def run_parts(size, parts, threads, quick) -> tuple[Results, dict]:
     "Measure; the table's rows and further details"
@@ -434,7 +448,7 @@ def run_parts(size, parts, threads, quick) -> tuple[Results, dict]:
         uncached = None
         if 'b' in parts: uncached = timed('b', part_b, bench, widths, inputs, stats_s)
         inputs.clear()
-        if uncached is None: uncached = Calibrator(bench.elastic, bench.stats, size.alpha, cache_bytes=0).prepare(progress=False)
+        if uncached is None: uncached = no_cache(size, bench)
         if 'a' in parts: timed('a', part_a, bench, widths)
         if 'c' in parts: extra['nll'] = timed('c', part_c, bench, widths, uncached)
     out.rows.sort(key=lambda r: r['part'])  # stable: the order within a part stays
@@ -462,7 +476,8 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     if args.child: return write_json(args.out / 'stages.json', CHILDREN[args.child](size))
     load, start = (os.getloadavg() if hasattr(os, 'getloadavg') else [float('nan')])[0], time.perf_counter()
-    if load > 0.5 and not args.quick: print(f'warning: load of the machine is {load:.1f}; ratios may be wrong', flush=True)
+    if load > 0.5 and not args.quick:
+        print(f'warning: load of the machine is {load:.1f}; ratios may be wrong', flush=True)
     out, extra = run_parts(size, args.parts, args.threads, args.quick)
     wall_s = time.perf_counter() - start
     config = dict(name='benchmarks', parts=sorted(args.parts), threads=args.threads, **asdict(size))
@@ -471,8 +486,8 @@ def main(argv=None):
         print('\n' + out.frame().to_string(index=False))
     if args.quick: print('\nA quick run: these figures of a tiny model mean nothing.')
     goals = [r for r in out.rows if r['met'] is not None]
-    print(f"\n{sum(r['met'] for r in goals)} of {len(goals)} goals met; {args.threads} threads, {wall_s / 60:.1f} minutes, "
-          f'load at the start {load:.1f}\nrecord: {os.path.relpath(path)}')
+    print(f"\n{sum(r['met'] for r in goals)} of {len(goals)} goals met; {args.threads} threads, "
+          f'{wall_s / 60:.1f} minutes, load at the start {load:.1f}\nrecord: {os.path.relpath(path)}')
 
 
 if __name__ == '__main__': main()

@@ -7,7 +7,7 @@ __all__ = ['app', 'Methods', 'Profiles', 'Criteria', 'Calibrations', 'console', 
            'ProfileOpt', 'Seed', 'Out', 'Resume', 'Criterion', 'Dtype', 'Device', 'Debug', 'print_table', 'prune',
            'search', 'evaluate']
 
-# %% ../nbs/12_cli.ipynb #304a8fa0
+# %% ../nbs/12_cli.ipynb #80bdb6ba
 import sys
 from dataclasses import replace
 from enum import Enum
@@ -21,7 +21,7 @@ from rich.table import Table
 from .criteria import CRITERIA
 from .prune import METHODS, PROFILES, PruneConfig
 
-# %% ../nbs/12_cli.ipynb #b08b3d05
+# %% ../nbs/12_cli.ipynb #601298c7
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help='Structured pruning of causal language models, with a searched width for every layer.')
 Methods = Enum('Methods', {m: m for m in METHODS})
@@ -43,7 +43,7 @@ Dtype = Annotated[str, typer.Option(help='bfloat16, float32 or float16')]
 Device = Annotated[Optional[str], typer.Option(help='default: a GPU where there is one')]
 Debug = Annotated[bool, typer.Option(help='show the traceback of an error')]
 
-# %% ../nbs/12_cli.ipynb #6b356695
+# %% ../nbs/12_cli.ipynb #1436e4e1
 class _told:
     "Turn errors that a user can mend into one line on stderr and exit status 1"
     def __init__(self, debug: bool): self.debug = debug
@@ -54,7 +54,10 @@ class _told:
             Console(stderr=True).print('stopped; the same command goes on from the last update')
             raise typer.Exit(130)
         if issubclass(kind, (ValueError, OSError, RuntimeError, KeyError)):
-            Console(stderr=True).print(f'[bold red]error:[/] {error}', markup=True, highlight=False, soft_wrap=True)
+            text = error.args[0] if kind is KeyError and error.args else error  # str of a KeyError is quoted
+            err = Console(stderr=True)
+            err.print('error:', style='bold red', end=' ')
+            err.print(' '.join(str(text).split()), markup=False, highlight=False, soft_wrap=True)  # libraries write several lines
             raise typer.Exit(1)
         return False
 
@@ -72,7 +75,7 @@ def _config(model, text, sparsity, method, profile, seed, criterion, dtype, **kw
     return PruneConfig(model, text, sparsity, method.value, seed, criterion.value, dtype=dtype,
                        profile=PROFILES[profile.value], **kw)
 
-# %% ../nbs/12_cli.ipynb #9b7fd6dc
+# %% ../nbs/12_cli.ipynb #8d6b34f4
 @app.command()
 def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.2, method: Method = Methods.ffp,
           profile: ProfileOpt = Profiles.cpu, seed: Seed = 0, out: Out = Path('runs/pruned'), resume: Resume = True,
@@ -89,27 +92,27 @@ def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.
         print_table(table, f'{model}, sparsity {sparsity:.0%}: perplexity on the test split of {config.text}')
         console.print(f'model, table.csv, retention.png, search.png and the record are in {out}')
 
-# %% ../nbs/12_cli.ipynb #2a5aa950
+# %% ../nbs/12_cli.ipynb #7194ccba
 @app.command()
 def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.2, method: Method = Methods.ffp,
            profile: ProfileOpt = Profiles.cpu, seed: Seed = 0, out: Out = Path('runs/search'), resume: Resume = True,
            criterion: Criterion = Criteria.wanda, dtype: Dtype = 'bfloat16', device: Device = None, debug: Debug = False):
     "Only find the widths: log, pictures and widths.json, no test split, no model."
     with _told(debug):
-        from ffp_nb.prune import Bench, find_widths, plot_retention, plot_search, save_figure
-        from ffp_nb.runs import write_json
+        from ffp_nb.prune import Bench, find_widths, open_run, plot_retention, plot_search, save_figure
+        from ffp_nb.runs import check_writable, write_json
         config = _config(model, text, sparsity, method, profile, seed, criterion, dtype)
-        write_json(out / 'widths.json', dict(state='running'))
+        check_writable(out)
         bench = Bench.load(config, device=device)
-        widths, result = find_widths(bench, out / 'search', resume)
+        widths, result = find_widths(bench, open_run(out / 'search', bench, resume))
         found = dict(reward=result.reward, source=result.source, forward_tokens=result.forward_tokens,
                      broken=result.broken) if result else {}
-        write_json(out / 'widths.json', dict(state='done', widths=widths, sparsity=bench.cost.sparsity(widths), **found))
+        write_json(out / 'widths.json', dict(widths=widths, sparsity=bench.cost.sparsity(widths), **found))
         save_figure(plot_retention(widths, bench.cost.full, f'{model}, {sparsity:.0%}'), out / 'retention.png')
         if result: save_figure(plot_search(result.updates), out / 'search.png')
         console.print(f'sparsity {bench.cost.sparsity(widths):.3%}', found, f'widths.json and pictures are in {out}')
 
-# %% ../nbs/12_cli.ipynb #0b44530c
+# %% ../nbs/12_cli.ipynb #358788be
 @app.command('eval')
 def evaluate(model: Model = 'smollm2', text: Text = 'auto', dtype: Dtype = 'bfloat16', device: Device = None,
              split: Annotated[str, typer.Option(help='calibration, search, selection or test')] = 'test',
@@ -122,10 +125,14 @@ def evaluate(model: Model = 'smollm2', text: Text = 'auto', dtype: Dtype = 'bflo
     with _told(debug):
         from ffp_nb.data import Convention, load_corpus, token_blocks
         from ffp_nb.evaluate import perplexity
-        from ffp_nb.prune import open_model
+        from ffp_nb.prune import check_blocks, open_model
         corpus = load_corpus(text)
+        text_of_split = corpus[split]
+        convention = Convention(block_len, stride or block_len, bos, max_blocks)
+        if batch < 1: raise ValueError(f'batch {batch}; expected at least 1')
         net, tokenizer = open_model(model, dtype, device)
-        blocks = token_blocks(corpus[split], tokenizer, Convention(block_len, stride or block_len, bos, max_blocks))
+        blocks = token_blocks(text_of_split, tokenizer, convention)
+        check_blocks(blocks, net)
         p = perplexity(net, blocks, batch, progress=True)
         import pandas as pd
         row = dict(model=model, text=corpus.name, split=split, blocks=len(blocks), block_len=block_len,

@@ -51,6 +51,9 @@ def split_text(text: str,  # paragraphs with empty lines between them
     for p in paragraphs:
         which = next((i for i, e in enumerate(ends) if done < e), len(ends) - 1)
         out[list(shares)[which]].append(p); done += len(p)
+    if empty := [s for s, ps in out.items() if not ps]:
+        raise ValueError(f'the text leaves nothing for the split {empty[0]}: a paragraph of {max(map(len, paragraphs))} of its '
+                         f'{total} characters takes its place. Give more text, or break long paragraphs with empty lines.')
     return {s: '\n\n'.join(ps) for s, ps in out.items()}
 
 # %% ../nbs/01_data.ipynb #009a5290
@@ -105,7 +108,8 @@ def load_corpus(name: str = 'auto',  # 'wikitext2', 'pydoc', 'auto', a text file
     if name == 'pydoc': return Corpus(name, _pydoc())
     path = Path(name).expanduser()
     if path.is_file():
-        text = path.read_text(encoding='utf-8')
+        try: text = path.read_text(encoding='utf-8')
+        except UnicodeDecodeError as e: raise ValueError(f'{name}: not UTF-8 text ({e}). Convert the file, or give another.') from e
         if not text.strip(): raise ValueError(f'{name}: the file is empty. Give a text file with some hundred paragraphs.')
         return Corpus(path.name, split_text(text))
     if '/' in name and not name.startswith(('.', '/', '~')): return Corpus(name, _dataset(name))
@@ -124,6 +128,8 @@ class Convention:
         if not 1 <= self.stride <= self.block_len or self.block_len < 2:
             raise ValueError(f'block_len {self.block_len}, stride {self.stride}: expected block_len >= 2 and '
                              '1 <= stride <= block_len')
+        if self.max_blocks is not None and self.max_blocks < 1:
+            raise ValueError(f'max_blocks {self.max_blocks}; expected at least 1, or None for all of the text')
 
 # %% ../nbs/01_data.ipynb #3d7fca4a
 @dataclass(frozen=True)

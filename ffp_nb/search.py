@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Evaluator', 'SearchConfig', 'TextSampler', 'SearchResult', 'Search']
 
-# %% ../nbs/10_search.ipynb #a5a364a6
+# %% ../nbs/10_search.ipynb #b1f21243
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -21,7 +21,7 @@ from .evaluate import block_nll
 from .runs import RunDir
 from .schedule import Schedule
 
-# %% ../nbs/10_search.ipynb #8aaadea9
+# %% ../nbs/10_search.ipynb #7c443ed0
 class Evaluator:
     "Measures policies of one elastic model on blocks of the search text"
     def __init__(self, elastic: ElasticModel,
@@ -58,21 +58,22 @@ class Evaluator:
     def load_state_dict(self, state):
         self.forward_tokens, self._dense = int(state['forward_tokens']), np.array(state['dense'])
 
-# %% ../nbs/10_search.ipynb #cada7e5d
+# %% ../nbs/10_search.ipynb #18cdf5e9
 @dataclass(frozen=True)
 class SearchConfig:
     "What a search depends on, besides the model, the text and the calibrator"
     sparsity: float  # target, share of the cost removed
     method: str = 'ppo'  # a key of `PROPOSERS`
     seed: int = 0
-    episodes: int = 400
+    episodes: int = 320
     batch: int = 16  # episodes of one update; they share target and text
     blocks: int = 2  # blocks of a reward at full fidelity
     sparsity_start: float | None = None  # None: 5 %, or the target where that is lower
     fidelity_start: float = 0.05
     sparsity_shape: str = 'cubic'
     fidelity_shape: str = 'cubic'
-    schedule_share: float = 0.2  # share of the episodes in which the schedules move
+    sparsity_share: float = 0.2  # share of the episodes in which the target moves
+    fidelity_share: float = 0.8  # share of the episodes in which the fidelity moves
     balance: tuple[float, ...] = (0, 1, 2, 3, 4)  # head starts of the attention to try first; (0,): none
     step: tuple[int, int] = (1, 32)  # units that come and go together: KV groups, FFN channels
     p_min: float = 0.1  # least retention of a module
@@ -84,19 +85,22 @@ class SearchConfig:
         if self.method not in PROPOSERS:
             raise ValueError(f'method {self.method!r}; expected one of {", ".join(PROPOSERS)}')
         if not 0 < self.sparsity < 1: raise ValueError(f'sparsity {self.sparsity}; expected a share above 0 and below 1')
+        if self.seed < 0: raise ValueError(f'seed {self.seed}; expected 0 or more')
         for name in ('episodes', 'batch', 'blocks', 'final_blocks'):
             if getattr(self, name) < 1: raise ValueError(f'{name} {getattr(self, name)}; expected at least 1')
 
     @property
     def updates(self) -> int: return -(-self.episodes // self.batch)
 
-    def schedule(self) -> Schedule:
-        "Target and fidelity by episode"
-        return Schedule(self.sparsity, self.updates * self.batch, self.sparsity_start, self.fidelity_start,
-                        sparsity_shape=self.sparsity_shape, fidelity_shape=self.fidelity_shape,
-                        t1=int(self.schedule_share * (self.updates - 1) * self.batch))
+    def schedules(self) -> tuple[Schedule, Schedule]:
+        "Schedules of the target and of the fidelity, by episode"
+        last = (self.updates - 1) * self.batch
+        make = lambda share: Schedule(self.sparsity, self.updates * self.batch, self.sparsity_start, self.fidelity_start,
+                                      sparsity_shape=self.sparsity_shape, fidelity_shape=self.fidelity_shape,
+                                      t1=int(share * last))
+        return make(self.sparsity_share), make(self.fidelity_share)
 
-# %% ../nbs/10_search.ipynb #defd63f3
+# %% ../nbs/10_search.ipynb #e3226b81
 class TextSampler:
     "Blocks without replacement, in a new random order each time the pool is through"
     def __init__(self, n: int, seed: int): self.n, self.rng, self.queue = n, np.random.default_rng([seed, 1]), []
@@ -114,7 +118,7 @@ class TextSampler:
     def state_dict(self): return dict(rng=self.rng.bit_generator.state, queue=list(self.queue))
     def load_state_dict(self, state): self.rng.bit_generator.state, self.queue = state['rng'], list(state['queue'])
 
-# %% ../nbs/10_search.ipynb #e6623dc3
+# %% ../nbs/10_search.ipynb #10380ddc
 @dataclass
 class SearchResult:
     "What a search found"
@@ -143,7 +147,8 @@ class Search:
         if not lo <= config.sparsity <= hi: raise InfeasibleBudget(config.sparsity, lo, hi, cost.name)
         self.evaluator, self.cost, self.config, self.run_dir = evaluator, cost, config, run
         self.proposer = proposer or PROPOSERS[config.method](len(cost.full), seed=config.seed, **config.agent)
-        self.sampler, self.schedule = TextSampler(len(evaluator.pool), config.seed), config.schedule()
+        self.sampler = TextSampler(len(evaluator.pool), config.seed)
+        self.target, self.fidelity = config.schedules()
         self.update, self.log, self.updates, self.wall_s, self.broken, self.start = 0, [], [], 0.0, 0, None
         if run is not None and (state := run.load_checkpoint()) is not None: self._load(state)
         elif run is not None: run.truncate(0)  # killed after the first log and before the first checkpoint
@@ -164,7 +169,7 @@ class Search:
         "Widths of a policy at a target"
         return solve(scores, self.cost, sparsity, self.config.step, self.config.p_min)
 
-# %% ../nbs/10_search.ipynb #57dfdf23
+# %% ../nbs/10_search.ipynb #2b910efe
 def _balance(self: Search) -> float:
     "The head start of the attention with the best reward at the final target"
     tried = sorted(set(self.config.balance))
@@ -180,7 +185,7 @@ def _step(self: Search) -> None:
     c, start = self.config, time.perf_counter()
     if self.start is None: self.start = self.balance()
     t = self.update * c.batch
-    sparsity, n_blocks = float(self.schedule.sparsity(t)), self.schedule.n_blocks(t, c.blocks)
+    sparsity, n_blocks = float(self.target.sparsity(t)), self.fidelity.n_blocks(t, c.blocks)
     idx = self.sampler(n_blocks)
     asked = self.proposer.ask(sparsity, c.batch)
     scores = asked + np.array([self.start, 0.0])
@@ -203,7 +208,7 @@ def _step(self: Search) -> None:
 
 Search.balance, Search.step = _balance, _step
 
-# %% ../nbs/10_search.ipynb #abf5c6f5
+# %% ../nbs/10_search.ipynb #6692d035
 def _finish(self: Search) -> SearchResult:
     "Choose the winner at the final target, on the same text for all"
     c, start = self.config, time.perf_counter()
@@ -217,13 +222,14 @@ def _finish(self: Search) -> SearchResult:
     for r in at_target:
         if len(found) > c.candidates: break
         found.setdefault(np.array(r['widths']).tobytes(), (f"episode {r['episode']}", np.array(r['scores'])))
-    if not found: raise RuntimeError('no policy of this search could be measured: every episode gave NaN or infinity. '
-                                     'Check the weights with ffp_nb.models.check_finite.')
     pool = np.random.default_rng([c.seed, 2]).permutation(len(self.evaluator.pool))
     idx = sorted(int(i) for i in pool[:c.final_blocks])
     ranked = sorted(((self.evaluator.reward(self.solve(s, c.sparsity), idx), name, s)
                      for name, s in found.values()), key=lambda x: -x[0])
-    reward, name, scores = ranked[0]
+    reward, name, scores = ranked[0] if ranked else (0.0, None, None)
+    if reward == 0:
+        raise RuntimeError('no policy of this search could be measured: every episode gave NaN or infinity. '
+                           'Check the weights with ffp_nb.models.check_finite, or load the model in another dtype.')
     used, self.evaluator.forward_tokens = self.evaluator.forward_tokens, tokens
     return SearchResult(self.solve(scores, c.sparsity), scores, reward, name, self.log, self.updates, used,
                         self.wall_s + time.perf_counter() - start, self.broken, self.start)

@@ -17,12 +17,19 @@ def make_tokenizer(words=211):
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token='w1', eos_token='w2', pad_token='w2')
 
 
+def make_qwen2_tokenizer():
+    "Single characters: transformers reads every tokenizer of a Qwen2 folder as byte-level BPE, never as words"
+    from transformers import Qwen2Tokenizer
+    vocab = {c: i + 3 for i, c in enumerate('w0123456789ĠĊ')} | {'<unk>': 0, '<bos>': 1, '<eos>': 2}
+    return Qwen2Tokenizer(vocab=vocab, merges=[], unk_token='<unk>', bos_token='<bos>', eos_token='<eos>', pad_token='<eos>')
+
+
 def make_folder(folder, family='llama'):
     "A dense tiny model folder `dense` and a text file `text.txt`, all that the CLI needs"
     import numpy as np
     from ffp_nb.models import tiny_model
     tiny_model(family, seed=1).save_pretrained(folder / 'dense')
-    make_tokenizer().save_pretrained(folder / 'dense')
+    (make_qwen2_tokenizer if family == 'qwen2' else make_tokenizer)().save_pretrained(folder / 'dense')
     rng = np.random.default_rng(0)
     paragraphs = [' '.join(f'w{i}' for i in rng.integers(0, 211, 60)) for _ in range(120)]
     (folder / 'text.txt').write_text('\n\n'.join(paragraphs))

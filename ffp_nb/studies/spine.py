@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPARSITIES', 'SEEDS', 'CELLS', 'MODES', 'GRID', 'study_config', 'study_bench', 'run_cell', 'save_policies',
-           'dense_record', 'choose_sequential', 'run_study']
+           'dense_record', 'choose_sequential', 'run_study', 'read_study', 'spread', 'verdicts', 'headline']
 
-# %% ../../nbs/studies/spine.ipynb #037fc073
+# %% ../../nbs/studies/spine.ipynb #85738b48
+import io
+import json
 import os
 import time
 from dataclasses import asdict, replace
@@ -16,13 +18,14 @@ import numpy as np
 import pandas as pd
 
 from ..budget import random_scores, solve, uniform
+from ..calibrate import dense_goals
 from ..evaluate import paired_interval
-from ..prune import PROFILES, Bench, Profile, PruneConfig, find_widths, run_config
-from ..runs import atomic_write, find_record, save_record
+from ..prune import PROFILES, Bench, Profile, PruneConfig, find_widths, open_run, run_config
+from ..runs import atomic_write, find_record, read_json, save_record
 
-# %% ../../nbs/studies/spine.ipynb #7abee58e
+# %% ../../nbs/studies/spine.ipynb #4e79a6ff
 SPARSITIES, SEEDS = (0.2, 0.3, 0.5), (0, 1, 2)
-CELLS = [(s, m, seed) for s in SPARSITIES for m, seeds in (('uniform', (0,)), ('uniform-ffn', (0,)), ('random', SEEDS),
+CELLS = [(s, m, seed) for s in SPARSITIES for m, seeds in (('uniform', (0,)), ('uniform-ffn', (0,)), ('random', (0,)),
                                                           ('ffp', SEEDS)) for seed in seeds]
 MODES = ('none', 'static', 'sequential')
 
@@ -37,17 +40,20 @@ def study_bench(config: PruneConfig, cache=None) -> Bench:
     "One bench serves all cells of a profile"
     return Bench.load(config, cache=cache or os.environ.get('FFP_CACHE_DIR'), progress=False)
 
-# %% ../../nbs/studies/spine.ipynb #a5640ac5
+# %% ../../nbs/studies/spine.ipynb #a7b5e22d
 def run_cell(bench: Bench, config: PruneConfig, records: Path,
              work: Path) -> dict:  # the record
     "Search, repair and measure one policy, or load its record"
     bench.config = config
-    key = dict(name=f'spine-{config.method}-{config.sparsity}-{config.seed}', study='spine') | run_config(bench)
+    key = dict(name=f'spine-{config.method}-{config.sparsity}-{config.seed}', study='spine') | run_config(bench.config, bench.corpus)
     if os.environ.get('FFP_RECOMPUTE') != '1' and (found := find_record(records, key)): return found
     start = time.perf_counter()
-    widths, search = find_widths(bench, work / key['name'], progress=False)
+    widths, search = find_widths(bench, open_run(work / key['name'], bench), progress=False)
     searched = time.perf_counter()
-    fitted = bench.sequential(widths, progress=False)
+    if not hasattr(bench, 'goals'):  # the dense half of sequential calibration is the same for all policies
+        bench.goals = dense_goals(bench.elastic, bench.calibration[:config.profile.sequential_blocks],
+                                  config.sequential_target, config.profile.forward_batch)
+    fitted = bench.sequential(widths, goals=bench.goals, progress=False)
     test, nll = bench.test(), {}
     for mode, weights in zip(MODES, (None, bench.static, fitted)):
         nll[mode] = bench.perplexity(widths, test, weights).nll.round(6)
@@ -63,17 +69,16 @@ def run_cell(bench: Bench, config: PruneConfig, records: Path,
 
 def save_policies(path: Path, log: list[dict]) -> None:
     "Every evaluated policy of a search, small: what a predictor learns from"
-    import io
     buffer = io.BytesIO()
     np.savez_compressed(buffer, widths=np.array([r['widths'] for r in log], np.int16), reward=np.array([r['reward'] for r in log]),
                         target=np.array([r['target'] for r in log]), sparsity=np.array([r['sparsity'] for r in log]),
                         update=np.array([r['update'] for r in log]), blocks=np.array([len(r['blocks']) for r in log]))
     atomic_write(path, buffer.getvalue())
 
-# %% ../../nbs/studies/spine.ipynb #b0edcfea
+# %% ../../nbs/studies/spine.ipynb #55f43df3
 def dense_record(bench: Bench, records: Path) -> dict:
     "The dense model on the same test blocks"
-    key = dict(name='spine-dense', study='spine') | {k: v for k, v in run_config(bench).items()
+    key = dict(name='spine-dense', study='spine') | {k: v for k, v in run_config(bench.config, bench.corpus).items()
                                                      if k in ('model', 'text', 'dtype', 'profile', 'text_sha256', 'convention')}
     if os.environ.get('FFP_RECOMPUTE') != '1' and (found := find_record(records, key)): return found
     p = bench.perplexity(bench.elastic.layout.full, bench.test())
@@ -83,7 +88,7 @@ def dense_record(bench: Bench, records: Path) -> dict:
 
 def choose_sequential(bench: Bench, records: Path, grid) -> dict:
     "Sequential calibration's target and penalty on the selection split, for uniform-ffn at 0.3"
-    key = dict(name='spine-sequential-choice', study='spine', grid=[list(g) for g in grid]) | run_config(bench)
+    key = dict(name='spine-sequential-choice', study='spine', grid=[list(g) for g in grid]) | run_config(bench.config, bench.corpus)
     if os.environ.get('FFP_RECOMPUTE') != '1' and (found := find_record(records, key)): return found
     widths = uniform(bench.cost, 0.3, ('ffn',))
     blocks = bench.selection[slice(0, bench.config.profile.final_blocks)]
@@ -94,8 +99,8 @@ def choose_sequential(bench: Bench, records: Path, grid) -> dict:
     save_record(records, key, dict(rows=rows))
     return find_record(records, key)
 
-# %% ../../nbs/studies/spine.ipynb #1e552437
-GRID = [(t, a) for t in ('module', 'residual') for a in (0.1, 1.0)]
+# %% ../../nbs/studies/spine.ipynb #34bd034d
+GRID = [('module', 1.0), ('residual', 1.0)]
 
 
 def run_study(profile: str = 'cpu', records: str | Path = 'runs/spine', work: str | Path = 'runs/work',
@@ -111,3 +116,53 @@ def run_study(profile: str = 'cpu', records: str | Path = 'runs/spine', work: st
     if part[0] == 0:
         dense_record(bench, records)
         choose_sequential(bench, records, GRID)
+
+# %% ../../nbs/studies/spine.ipynb #9ac577be
+def read_study(records: str | Path,
+               profile: str = 'cpu') -> tuple[pd.DataFrame, dict[str, dict]]:  # a row per policy and mode; records by name
+    "All records of one profile as a table of test figures, with paired differences to calibrated uniform-ffn"
+    found = [read_json(f) for f in sorted(Path(records).glob('spine-*.json'))]
+    by_name = {r['config']['name']: r for r in found if r['config']['profile'] == _plain(PROFILES[profile])}
+    rows = []
+    for r in by_name.values():
+        if 'nll' not in r['result']: continue
+        c = r['config']
+        for mode, nll in r['result']['nll'].items():
+            row = dict(sparsity=c.get('sparsity', 0.0), policy=c.get('method', 'dense'), seed=c.get('seed', 0), calibration=mode,
+                       realised=r['result']['sparsity'], nll=np.mean(nll), ppl=np.exp(np.mean(nll)),
+                       forward_tokens=r['forward_tokens'] or 0, search_min=(r.get('search_s') or 0) / 60)
+            base = by_name.get(f"spine-uniform-ffn-{row['sparsity']}-0")
+            if base: row['gain'], row['interval'] = paired_interval(base['result']['nll'][mode], nll)
+            rows.append(row)
+    return pd.DataFrame(rows).sort_values(['sparsity', 'policy', 'seed']).reset_index(drop=True), by_name
+
+
+def spread(v) -> str:
+    "Mean, with the smallest and the largest of several"
+    return f'{v.mean():.2f}' if len(v) == 1 else f'{v.mean():.2f} ({v.min():.2f} to {v.max():.2f})'
+
+
+def _plain(profile): return json.loads(json.dumps(asdict(profile)))
+
+# %% ../../nbs/studies/spine.ipynb #d2b8a602
+def verdicts(table: pd.DataFrame) -> list[str]:
+    "For each target: is calibrated ffp below the best calibrated uniform, in every seed? Markdown lines with the figures"
+    lines = []
+    for sparsity, t in table[table.policy != 'dense'].groupby('sparsity'):
+        for mode in ('static', 'sequential'):
+            d = t[t.calibration == mode]
+            best = d[d.policy.isin(['uniform', 'uniform-ffn'])].ppl.min()
+            ffp = d[d.policy == 'ffp'].ppl
+            if not len(ffp): continue
+            lines.append(f'- σ = {sparsity}, {mode}: ffp {spread(ffp)}, best uniform {best:.2f}; below it in {(ffp < best).sum()} of '
+                         f'{len(ffp)} seeds.')
+    return lines
+
+# %% ../../nbs/studies/spine.ipynb #31bf06a4
+def headline(table: pd.DataFrame) -> str:
+    "Markdown table: perplexity by target, policy and calibration"
+    dense = table[table.policy == 'dense'].ppl
+    t = table[table.policy != 'dense'].pivot_table(index=['sparsity', 'policy'], columns='calibration', values='ppl', aggfunc=spread)
+    t = t[[m for m in MODES if m in t]].reset_index()
+    head = [f'| σ | policy | {" | ".join(t.columns[2:])} |', '| --- ' * len(t.columns) + '|', f'| 0 | dense | {dense.iloc[0]:.2f} |' + ' |' * (len(t.columns) - 3)]
+    return '\n'.join(head + [f'| {" | ".join(map(str, r))} |' for r in t.itertuples(index=False)])

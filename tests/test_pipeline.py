@@ -1,0 +1,235 @@
+"From a folder to a smaller folder, for every family: on budget, the same model after loading, the same again"
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_folder
+
+from ffp_nb import calibrate, prune, search
+from ffp_nb.budget import bounds, param_cost
+from ffp_nb.data import Convention, load_corpus, token_blocks
+from ffp_nb.evaluate import perplexity
+from ffp_nb.models import FAMILIES, Layout, load_model
+from ffp_nb.prune import PruneConfig, Profile, load_pruned
+
+SIGMA = 0.4
+TINY = Profile(32, 4, 2, 8, 4, 1, 2, 2)  # as in the fixture `ffp`
+SMALL_UNITS = dict(step=(1, 4), profile=TINY, dtype='float32', sparsity=SIGMA)  # finer than the command line's 32 channels
+
+
+def base(folder, **options):
+    options = dict(profile='smoke', dtype='float32', sparsity=SIGMA) | options
+    return ['--model', folder / 'dense', '--text', folder / 'text.txt',
+            *(o for k, v in options.items() for o in ('--' + k.replace('_', '-'), v))]
+
+
+def worked(result):
+    assert result.exit_code == 0, f'{result.output}\n{result.exception!r}'
+    return result
+
+
+def record(out): return json.loads(next(out.glob('prune-*.json')).read_text())
+
+
+def on_budget(cost, widths, sigma, step=(1, 32)):
+    "At least sigma, and no step still fits"
+    spare = (cost.sparsity(widths) - sigma) * cost.dense
+    upper = bounds(cost, step)[1]
+    open_steps = [cost.unit[i, j] * min(step[j], upper[i, j] - widths[i, j]) for i, j in np.argwhere(widths < upper)]
+    return -1e-6 <= spare < min(open_steps)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_prune_end_to_end(family, family_folder, ffp, tmp_path, monkeypatch):
+    folder, out, held = family_folder(family), tmp_path / 'out', {}
+    save = prune.save_pruned
+    def keep(elastic, *a, **kw):  # the model in memory, at the moment that it is saved
+        with torch.inference_mode(): held.update(logits=elastic.model(ids).logits.clone(), dtype=elastic.dtype)
+        return save(elastic, *a, **kw)
+    monkeypatch.setattr(prune, 'save_pruned', keep)
+    ids = torch.randint(0, 211, (2, 17), generator=torch.Generator().manual_seed(0))
+    result = worked(ffp('prune', *base(folder), '--out', out, pictures=family == 'llama'))
+    table, found = pd.read_csv(out / 'table.csv'), record(out)['result']
+    widths = np.array(found['widths'])
+
+    cost = param_cost(Layout(load_model(str(folder / 'dense'), 'float32')[0]))
+    assert on_budget(cost, widths, SIGMA)
+    ours = table[table.method == 'ffp']
+    assert np.allclose(ours.sparsity, cost.sparsity(widths))
+    assert (table.sparsity[table.method != 'dense'] >= SIGMA - 1e-9).all()
+    assert list(ours.calibration) == ['none', 'static', 'sequential'] and np.isfinite(table.ppl).all()
+    assert {'dense', 'uniform'} <= set(table.method) and 'sequential' in result.stdout
+
+    model, tokenizer = load_pruned(out / 'model')
+    assert model.dtype == torch.float32
+    text = load_corpus(str(folder / 'text.txt'))['test']
+    words = load_model(str(folder / 'dense'), 'float32')[1](text, add_special_tokens=False)['input_ids']
+    assert tokenizer(text, add_special_tokens=False)['input_ids'] == words and len(set(words)) > 10
+    with torch.inference_mode(): assert torch.equal(model(ids).logits, held['logits'])
+    rep = Layout(load_model(str(folder / 'dense'), 'float32')[0]).q_per_kv
+    assert model.config.pruned_widths == [dict(heads=int(a) * rep, kv_heads=int(a), ffn=int(f)) for a, f in widths]
+    small = sum(p.numel() for p in model.parameters())
+    dense = sum(p.numel() for p in load_model(str(folder / 'dense'), 'float32')[0].parameters())
+    assert dense - small == cost.dense - cost.total(widths), 'the folder holds what the budget counts'
+
+    seen = {}
+    def spy(*a, **kw):
+        seen['p'] = perplexity(*a, **kw)
+        return seen['p']
+    monkeypatch.setattr('ffp_nb.evaluate.perplexity', spy)
+    worked(ffp('eval', '--model', out / 'model', '--text', folder / 'text.txt', '--dtype', 'float32',
+               '--block-len', TINY.block_len, '--max-blocks', TINY.test_blocks))
+    last = ours[ours.calibration == 'sequential'].iloc[0]
+    assert seen['p'].ppl == pytest.approx(last.ppl, rel=1e-6) and seen['p'].mean_nll == pytest.approx(last.nll, rel=1e-7)
+    if family == 'llama':
+        for name in ('retention.png', 'search.png'): assert (out / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_dense_folder_evaluates_as_the_table_says(family_folder, ffp, tmp_path):
+    folder = family_folder('llama')
+    worked(ffp('prune', *base(folder, method='uniform-ffn', calibration='static'), '--out', tmp_path / 'out'))
+    table = pd.read_csv(tmp_path / 'out' / 'table.csv')
+    model, tokenizer = load_model(str(folder / 'dense'), 'float32')
+    blocks = token_blocks(load_corpus(str(folder / 'text.txt'))['test'], tokenizer, Convention(32, 32, max_blocks=2))
+    assert perplexity(model, blocks).ppl == pytest.approx(table.ppl[table.method == 'dense'].item(), rel=1e-6)
+
+
+def test_opt_is_calibrated_with_intercept(family_folder, tmp_path, monkeypatch):
+    "Biases of the saved OPT are the regression's, not the dense ones; static and sequential"
+    folder, fits = family_folder('opt'), []
+    refit = calibrate._refit
+    monkeypatch.setattr(calibrate, '_refit', lambda *a: fits.append(a[3] is not None) or refit(*a))
+    dense = Layout(load_model(str(folder / 'dense'), 'float32')[0])
+    for calibration in ('none', 'static', 'sequential'):
+        config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), method='uniform', calibration=calibration, **SMALL_UNITS)
+        prune.prune(config, tmp_path / calibration, progress=False)
+        model, _ = load_pruned(tmp_path / calibration / 'model')
+        bench = prune.Bench.load(config, progress=False)
+        widths = prune.find_widths(bench)[0]
+        for i, layer in enumerate(model.model.decoder.layers):
+            for lin, kind, j in ((layer.self_attn.out_proj, 'attn', 0), (layer.fc2, 'ffn', 1)):
+                was, same = dense.modules[i, kind].out.bias, calibration == 'none'
+                assert torch.equal(lin.bias, was) == same
+                if calibration == 'static':
+                    W, b = bench.static(i, kind, int(widths[i, j]))
+                    assert torch.equal(lin.weight, W) and torch.equal(lin.bias, b)
+    assert fits == [True] * 2 * dense.n_layers
+
+
+def test_static_intercept_keeps_the_mean_output(family_folder):
+    "Ridge with intercept leaves no bias on the text that it was fitted on"
+    folder = family_folder('opt')
+    bench = prune.Bench.load(PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), method='uniform', **SMALL_UNITS), progress=False)
+    for (i, kind), m in bench.elastic.layout.modules.items():
+        W, b = bench.elastic.dense_out((i, kind))
+        mean = bench.stats.mean((i, kind))
+        Wk, bk = bench.static(i, kind, m.units // 2)
+        torch.testing.assert_close(Wk @ mean[:Wk.shape[1]] + bk, W @ mean + b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('method', ['ffp', 'random-search', 'random'])
+def test_seeds(family_folder, tmp_path, method):
+    "The same seed gives the same widths, another seed others; all on budget"
+    folder, found = family_folder('llama'), []
+    for i, seed in enumerate((3, 3, 4)):
+        config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), method=method, seed=seed, **SMALL_UNITS)
+        bench = prune.Bench.load(config, progress=False)
+        widths, result = prune.find_widths(bench, prune.open_run(tmp_path / str(i), bench), progress=False)
+        assert on_budget(bench.cost, widths, SIGMA, config.step) and abs(bench.cost.sparsity(widths) - SIGMA) < 0.01
+        found.append((widths, [r['scores'] for r in result.log] if result else widths.tolist()))
+    assert np.array_equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert not np.array_equal(found[0][0], found[2][0]) and found[0][1] != found[2][1]
+
+
+def test_same_command_same_files(family_folder, ffp, tmp_path):
+    folder = family_folder('qwen2')
+    for name in 'ab': worked(ffp('prune', *base(folder), '--out', tmp_path / name))
+    for name in ('table.csv', 'search/policies.jsonl', 'model/config.json', 'model/model.safetensors'):
+        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes(), name
+    a, b = (record(tmp_path / o) for o in 'ab')
+    assert a['config_id'] == b['config_id'] and a['forward_tokens'] == b['forward_tokens'] > 0
+    strip = lambda r: {**r['result'], 'updates': [{k: v for k, v in u.items() if k != 'wall_s'} for u in r['result']['updates']]}
+    assert strip(a) == strip(b)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    "Counts the updates that searches do"
+    step, done = search.Search.step, []
+    monkeypatch.setattr(search.Search, 'step', lambda self: done.append(self.update) or step(self))
+    return done
+
+
+def test_resume_and_no_resume(family_folder, ffp, tmp_path, steps):
+    folder, out = family_folder('llama'), tmp_path / 'out'
+    worked(ffp('search', *base(folder), '--out', out))
+    assert steps == [0, 1]
+    log, widths = (out / 'search' / 'policies.jsonl').read_bytes(), (out / 'widths.json').read_bytes()
+    assert len(log.splitlines()) == TINY.episodes
+    worked(ffp('search', *base(folder), '--resume', '--out', out))
+    worked(ffp('prune', *base(folder), '--out', out))  # the same search serves it
+    assert steps == [0, 1]
+    assert (out / 'search' / 'policies.jsonl').read_bytes() == log and (out / 'widths.json').read_bytes() == widths
+    assert record(out)['result']['widths'] == json.loads(widths)['widths']
+    worked(ffp('search', *base(folder), '--no-resume', '--out', out))
+    assert steps == [0, 1, 0, 1]
+    assert (out / 'search' / 'policies.jsonl').read_bytes() == log  # the same seed
+    assert (out / 'search' / 'old-1' / 'policies.jsonl').read_bytes() == log
+    worked(ffp('search', *base(folder, seed=1), '--no-resume', '--out', out))
+    assert steps == [0, 1] * 3 and (out / 'search' / 'policies.jsonl').read_bytes() != log
+
+
+def test_interrupted_by_the_user(family_folder, ffp, tmp_path, steps, monkeypatch):
+    "Ctrl-C after the first update: status 130, a line, and the same command goes on"
+    folder = family_folder('llama')
+    worked(ffp('search', *base(folder), '--out', tmp_path / 'whole'))
+    ask, asked = prune.PROPOSERS['ppo'].ask, []
+    def interrupted(self, *a):
+        asked.append(1)
+        if len(asked) == 2: raise KeyboardInterrupt
+        return ask(self, *a)
+    with monkeypatch.context() as m:
+        m.setattr(prune.PROPOSERS['ppo'], 'ask', interrupted)
+        result = ffp('search', *base(folder), '--out', tmp_path / 'out')
+    assert result.exit_code == 130 and 'the same command goes on' in result.stderr and 'Traceback' not in result.output
+    worked(ffp('search', *base(folder), '--out', tmp_path / 'out'))
+    assert steps == [0, 1, 0, 1, 1]
+    for name in ('search/policies.jsonl', 'widths.json'):
+        assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+
+
+def test_another_repair_uses_the_same_search(family_folder, ffp, tmp_path, steps):
+    "Changing only the calibration of the saved model searches nothing"
+    folder, out = family_folder('mistral'), tmp_path / 'out'
+    worked(ffp('prune', *base(folder), '--out', out))
+    first = pd.read_csv(out / 'table.csv')
+    worked(ffp('prune', *base(folder, calibration='static'), '--overwrite', '--out', out))
+    second = pd.read_csv(out / 'table.csv')
+    assert steps == [0, 1] and len(list(out.glob('prune-*.json'))) == 2
+    assert list(second.calibration[second.method == 'ffp']) == ['none', 'static']
+    pd.testing.assert_frame_equal(second, first[first.calibration != 'sequential'].reset_index(drop=True))
+
+
+def test_a_moved_text_is_another_configuration_only_if_it_differs(tmp_path, ffp):
+    "The hash of the text is part of a run's configuration: an edited file does not go on with the old search"
+    folder, out = make_folder(tmp_path), tmp_path / 'out'
+    worked(ffp('search', *base(folder), '--out', out))
+    shutil.copy(folder / 'text.txt', folder / 'copy.txt'); shutil.move(folder / 'copy.txt', folder / 'text.txt')
+    worked(ffp('search', *base(folder), '--out', out))
+    text = (folder / 'text.txt').read_text()
+    (folder / 'text.txt').write_text('w3 w4 w5\n\n' + text)
+    result = ffp('search', *base(folder), '--out', out)
+    assert result.exit_code == 1 and 'text_sha256' in result.stderr
+
+
+def test_changed_weights_under_the_same_name_are_noticed(tmp_path, ffp):
+    "A folder that holds another model now must not go on with the old model's search"
+    from ffp_nb.models import tiny_model
+    folder, out = make_folder(tmp_path), tmp_path / 'out'
+    worked(ffp('search', *base(folder), '--out', out))
+    tiny_model('llama', seed=2).save_pretrained(folder / 'dense')
+    result = ffp('search', *base(folder), '--out', out)
+    assert result.exit_code == 1 and 'another configuration' in result.stderr
