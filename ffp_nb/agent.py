@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'PROPOSERS', 'Proposer', 'RandomSearch', 'Uniform', 'PPOAgent']
 
-# %% ../nbs/08_agent.ipynb #a74a04ed
+# %% ../nbs/08_agent.ipynb #95d39455
 import copy
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from .budget import random_scores
 
-# %% ../nbs/08_agent.ipynb #aa9ab454
+# %% ../nbs/08_agent.ipynb #a52e511f
 class Proposer(Protocol):
     "What the search loop needs; `sparsity` is the present target"
     def ask(self, sparsity: float, n: int) -> np.ndarray: ...  # (n, n_layers, 2) scores to try
@@ -43,7 +43,7 @@ class Uniform(RandomSearch):
     def ask(self, sparsity, n): return np.zeros((n, self.n_layers, 2))
     def recommend(self, sparsity): return np.zeros((self.n_layers, 2))
 
-# %% ../nbs/08_agent.ipynb #f890ea66
+# %% ../nbs/08_agent.ipynb #fc43be28
 PUBLISHED = dict(lr=1e-4, advantage='value')  # settings of arXiv 2511.18977 where the defaults here differ
 
 
@@ -56,7 +56,7 @@ def _mlp(sizes, gain):
         layers += [lin, nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
-# %% ../nbs/08_agent.ipynb #665a041a
+# %% ../nbs/08_agent.ipynb #6c465125
 class PPOAgent:
     """Single-step PPO (arXiv 1707.06347) with a Gaussian policy over 2L scores, conditioned on the target sparsity.
 

@@ -6,7 +6,7 @@
 __all__ = ['CRITERIA', 'GramStats', 'collect_stats', 'wanda', 'magnitude', 'fluctuation', 'random', 'obs', 'unit_scores',
            'unit_order']
 
-# %% ../nbs/02_criteria.ipynb #a240c3e0
+# %% ../nbs/02_criteria.ipynb #8c949122
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .data import Blocks
 from .models import Layout, Module
 
-# %% ../nbs/02_criteria.ipynb #4eb5750a
+# %% ../nbs/02_criteria.ipynb #144ddf2a
 @dataclass
 class GramStats:
     "Sums over calibration tokens of each module's output-projection inputs, float32 on the CPU"
@@ -35,7 +35,7 @@ class GramStats:
         return GramStats({k: g[index[k]][:, index[k]] for k, g in self.gram.items()},
                          {k: t[index[k]] for k, t in self.total.items()}, self.tokens)
 
-# %% ../nbs/02_criteria.ipynb #6bc0a6b8
+# %% ../nbs/02_criteria.ipynb #5ac456f5
 @torch.inference_mode()
 def collect_stats(model: nn.Module, layout: Layout, blocks: Blocks,
                   batch: int = 1,  # blocks of one forward pass
@@ -69,7 +69,7 @@ def collect_stats(model: nn.Module, layout: Layout, blocks: Blocks,
                              'Check the weights with ffp_nb.models.check_finite, or load the model in another dtype.')
     return GramStats({k: g.cpu() for k, g in gram.items()}, {k: t.cpu() for k, t in total.items()}, blocks.n_tokens)
 
-# %% ../nbs/02_criteria.ipynb #e076fca2
+# %% ../nbs/02_criteria.ipynb #673f71df
 def wanda(W, gram, mean, n, generator=None): return W.abs().mean(0) * gram.diagonal().clamp_min(0).sqrt()
 def magnitude(W, gram, mean, n, generator=None): return W.norm(dim=0)
 def fluctuation(W, gram, mean, n, generator=None):
@@ -83,7 +83,7 @@ def obs(W, gram, mean, n, generator=None, damp=0.01):
 
 CRITERIA: dict[str, Callable] = dict(wanda=wanda, magnitude=magnitude, fluctuation=fluctuation, obs=obs, random=random)
 
-# %% ../nbs/02_criteria.ipynb #55a9bed3
+# %% ../nbs/02_criteria.ipynb #eb9a4620
 def unit_scores(module: Module, stats: GramStats,
                 criterion: str = 'wanda',  # a key of `CRITERIA`
                 generator: torch.Generator | None = None,  # only `random` reads it

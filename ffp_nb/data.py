@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'SHARES', 'TRAIN_BYTES', 'VALID_BYTES', 'Corpus', 'split_text', 'load_corpus', 'Convention', 'Blocks',
            'token_blocks']
 
-# %% ../nbs/01_data.ipynb #7236995e
+# %% ../nbs/01_data.ipynb #a1544890
 import hashlib
 import os
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-# %% ../nbs/01_data.ipynb #8951f458
+# %% ../nbs/01_data.ipynb #c709569a
 SPLITS = ('calibration', 'search', 'selection', 'test')
 SHARES = dict(calibration=0.45, search=0.35, selection=0.08, test=0.12)  # for text that comes in one piece
 
@@ -34,7 +34,7 @@ class Corpus:
         "First 16 hex digits of each split's hash, as run records carry them"
         return {s: hashlib.sha256(t.encode()).hexdigest()[:16] for s, t in self.texts.items()}
 
-# %% ../nbs/01_data.ipynb #efc3a3fd
+# %% ../nbs/01_data.ipynb #1e266b82
 def split_text(text: str,  # paragraphs with empty lines between them
                shares: dict[str, float] = SHARES) -> dict[str, str]:
     "Cut a text into contiguous runs of paragraphs, in the order of `shares`; repeated paragraphs are dropped"
@@ -56,7 +56,7 @@ def split_text(text: str,  # paragraphs with empty lines between them
                          f'{total} characters takes its place. Give more text, or break long paragraphs with empty lines.')
     return {s: '\n\n'.join(ps) for s, ps in out.items()}
 
-# %% ../nbs/01_data.ipynb #009a5290
+# %% ../nbs/01_data.ipynb #f946bc3f
 TRAIN_BYTES, VALID_BYTES = 1_000_000, 100_000
 
 
@@ -95,7 +95,7 @@ def _dataset(name):
     if column is None: raise ValueError(f'{name}: no column "text" among {ds.column_names}. Save it as a text file instead.')
     return split_text('\n\n'.join(ds[column]))
 
-# %% ../nbs/01_data.ipynb #f4d99d32
+# %% ../nbs/01_data.ipynb #cbbe1da6
 def load_corpus(name: str = 'auto',  # 'wikitext2', 'pydoc', 'auto', a text file, or a hub data set 'owner/name[:config]'
                 ) -> Corpus:
     """Load a corpus in four splits.
@@ -115,7 +115,7 @@ def load_corpus(name: str = 'auto',  # 'wikitext2', 'pydoc', 'auto', a text file
     if '/' in name and not name.startswith(('.', '/', '~')): return Corpus(name, _dataset(name))
     raise FileNotFoundError(f"text {name!r}: no such file. Give 'wikitext2', 'pydoc', a text file, or 'owner/dataset'.")
 
-# %% ../nbs/01_data.ipynb #c93c5320
+# %% ../nbs/01_data.ipynb #f3d52990
 @dataclass(frozen=True)
 class Convention:
     "How perplexity is measured"
@@ -131,7 +131,7 @@ class Convention:
         if self.max_blocks is not None and self.max_blocks < 1:
             raise ValueError(f'max_blocks {self.max_blocks}; expected at least 1, or None for all of the text')
 
-# %% ../nbs/01_data.ipynb #3d7fca4a
+# %% ../nbs/01_data.ipynb #c45b91b1
 @dataclass(frozen=True)
 class Blocks:
     "Tokens cut into blocks"

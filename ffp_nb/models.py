@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GATED', 'OPT', 'FAMILIES', 'KINDS', 'SMOLLM2', 'DTYPES', 'Family', 'UnsupportedModel', 'Module', 'Layout',
-           'find_family', 'check_config', 'tiny_model', 'smollm2_path', 'find_dtype', 'load_tokenizer', 'load_model',
-           'check_finite']
+           'find_family', 'check_config', 'tiny_model', 'check_finite', 'smollm2_path', 'find_dtype', 'load_tokenizer',
+           'load_model']
 
-# %% ../nbs/00_models.ipynb #478300f5
+# %% ../nbs/00_models.ipynb #e43aaeb5
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torch import nn
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-# %% ../nbs/00_models.ipynb #6fffd76e
+# %% ../nbs/00_models.ipynb #7ea3732c
 @dataclass(frozen=True)
 class Family:
     "Names of the projections of one decoder layer, relative to that layer"
@@ -42,7 +42,7 @@ KINDS = ('attn', 'ffn')  # column 0 and 1 of every (n_layers, 2) array
 class UnsupportedModel(ValueError):
     "The architecture has no adapter, or a variant of it breaks an assumption of the adapter"
 
-# %% ../nbs/00_models.ipynb #1d0cd52c
+# %% ../nbs/00_models.ipynb #918f23b9
 @dataclass(frozen=True)
 class Module:
     "One prunable block: the linear layers that hold its units"
@@ -68,7 +68,7 @@ class Module:
         "Multiply-accumulates per token of one unit's projections"
         return sum(n * lin.in_features for lin, n in self.rows) + self.cols * self.out.out_features
 
-# %% ../nbs/00_models.ipynb #5cab26d7
+# %% ../nbs/00_models.ipynb #5dbc1958
 class Layout:
     "The prunable modules of a dense model and what their units cost; arrays have shape (n_layers, 2): attention, FFN"
     def __init__(self,
@@ -115,7 +115,7 @@ class Layout:
                    ) -> int:
         return 0
 
-# %% ../nbs/00_models.ipynb #1a1924b0
+# %% ../nbs/00_models.ipynb #86252a8b
 def find_family(model: nn.Module) -> tuple[str, Family]:
     "Name and adapter of a model's family"
     return check_config(getattr(model, 'config', None), type(model).__name__)
@@ -135,7 +135,7 @@ def check_config(config, name: str = 'unknown') -> tuple[str, Family]:
                                'as OPT-350m); its residual stream is not a sum of module outputs. Use a pre-norm model.')
     return kind, FAMILIES[kind]
 
-# %% ../nbs/00_models.ipynb #a9535df7
+# %% ../nbs/00_models.ipynb #66a59b7e
 def tiny_model(family: str = 'llama',  # a key of `FAMILIES`
                layers: int = 3, hidden: int = 64, heads: int = 8, kv_heads: int = 4, ffn: int = 96, vocab: int = 211,
                seed: int = 0) -> nn.Module:
@@ -156,7 +156,15 @@ def tiny_model(family: str = 'llama',  # a key of `FAMILIES`
             p.data.normal_(1.0 if 'norm' in name and name.endswith('weight') else 0.0, 0.15)
     return model.requires_grad_(False)
 
-# %% ../nbs/00_models.ipynb #c3cc985b
+# %% ../nbs/00_models.ipynb #d7eb98d4
+def check_finite(model: nn.Module) -> None:
+    "Raise ValueError naming the first parameters that hold NaN or infinity"
+    bad = [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if bad:
+        raise ValueError(f'{len(bad)} weight tensors hold NaN or infinity, the first: {", ".join(bad[:3])}. '
+                         'Load the checkpoint again or convert it again; pruning cannot repair it.')
+
+# %% ../nbs/00_models.ipynb #b2aaacb4
 SMOLLM2 = ('smollm2', 'smollm2-mistral')
 
 
@@ -190,7 +198,7 @@ def _load_smollm2(family, dtype):
     model.config._name_or_path = 'HuggingFaceTB/SmolLM2-135M-Instruct'
     return model, tokenizer
 
-# %% ../nbs/00_models.ipynb #d0b82f2c
+# %% ../nbs/00_models.ipynb #e3b4173f
 DTYPES = ('bfloat16', 'float32', 'float16')
 
 
@@ -236,11 +244,3 @@ def load_model(name: str = 'smollm2',  # 'smollm2', 'smollm2-mistral', a local f
     if device_map is None: model = model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     check_finite(model)
     return model.eval().requires_grad_(False), tokenizer
-
-# %% ../nbs/00_models.ipynb #f8573844
-def check_finite(model: nn.Module) -> None:
-    "Raise ValueError naming the first parameters that hold NaN or infinity"
-    bad = [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
-    if bad:
-        raise ValueError(f'{len(bad)} weight tensors hold NaN or infinity, the first: {", ".join(bad[:3])}. '
-                         'Load the checkpoint again or convert it again; pruning cannot repair it.')

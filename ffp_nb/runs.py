@@ -6,7 +6,7 @@
 __all__ = ['atomic_write', 'check_writable', 'CorruptFile', 'write_json', 'read_json', 'config_id', 'environment', 'Checkpoints',
            'PolicyLog', 'ConfigMismatch', 'RunDir', 'save_record', 'find_record', 'load_records', 'cached']
 
-# %% ../nbs/09_runs.ipynb #79748f8c
+# %% ../nbs/09_runs.ipynb #ac902808
 import dataclasses
 import errno
 import hashlib
@@ -29,7 +29,7 @@ import torch
 
 import ffp_nb
 
-# %% ../nbs/09_runs.ipynb #5f72da08
+# %% ../nbs/09_runs.ipynb #59b0bf7b
 _REMEDY = {errno.ENOSPC: 'free some space and run again: what was written before is intact',
            errno.EDQUOT: 'free some of your quota and run again: what was written before is intact',
            errno.EACCES: 'choose a folder that you may write to', errno.EPERM: 'choose a folder that you may write to',
@@ -79,7 +79,7 @@ def atomic_write(
         except OSError: pass
     return path
 
-# %% ../nbs/09_runs.ipynb #fa61f812
+# %% ../nbs/09_runs.ipynb #cba4e934
 def check_writable(
     folder,  # where a run will write
 ) -> Path:  # the folder, which now exists
@@ -115,7 +115,7 @@ def read_json(
     except ValueError as e:  # UnicodeDecodeError is one too
         raise CorruptFile(f"{path} is not valid JSON ({e}): restore it, or delete it and run again") from e
 
-# %% ../nbs/09_runs.ipynb #324a2fc0
+# %% ../nbs/09_runs.ipynb #f87481b7
 def _canonical(config) -> dict:
     "The configuration as it comes back from JSON"
     return json.loads(json.dumps(config, sort_keys=True, default=_plain))
@@ -127,7 +127,7 @@ def config_id(
     text = json.dumps(_canonical(config), sort_keys=True, separators=(',', ':'))
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
-# %% ../nbs/09_runs.ipynb #899cda01
+# %% ../nbs/09_runs.ipynb #79adca53
 def _version(package: str):
     try: return metadata.version(package)
     except metadata.PackageNotFoundError: return None
@@ -162,7 +162,7 @@ def environment() -> dict:  # `versions`, `hardware` and `commit`
                     threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if cuda else None)
     return dict(versions=versions, hardware=hardware, commit=_commit())
 
-# %% ../nbs/09_runs.ipynb #ae372451
+# %% ../nbs/09_runs.ipynb #32260a3b
 _MAGIC = b'ffp_nb checkpoint 1 '
 _numpy = (np._core if hasattr(np, '_core') else np.core).multiarray  # moved in NumPy 2
 _ARRAYS = [np.ndarray, np.dtype, _numpy._reconstruct, _numpy.scalar, *(type(np.dtype(o)) for o in '?bhilqBHILQefdFD')]
@@ -191,7 +191,7 @@ def _read_checkpoint(path: Path, map_location='cpu'):
     try: return _unpack(payload, map_location)
     except Exception as e: raise CorruptFile(f"{path} cannot be read by PyTorch {torch.__version__}: {e}") from e
 
-# %% ../nbs/09_runs.ipynb #b191b414
+# %% ../nbs/09_runs.ipynb #ad310e24
 class Checkpoints:
     "The newest state of a run and the one before it, in `checkpoint.pt` and `checkpoint.prev`"
     files = 'checkpoint.pt', 'checkpoint.prev', 'checkpoint.corrupt'
@@ -232,7 +232,7 @@ class Checkpoints:
             raise CorruptFile(f"no checkpoint can be read: {'; '.join(errors)}. Restore one from a backup, or start "
                               "over (--no-resume keeps the old files in a subfolder)")
 
-# %% ../nbs/09_runs.ipynb #3ce47177
+# %% ../nbs/09_runs.ipynb #24365b60
 def _whole_lines(path: Path, block=1 << 16) -> int:
     "Bytes of a log up to its last complete line, found from the end"
     if not path.exists(): return 0
@@ -257,7 +257,7 @@ def _append(path: Path, data: bytes):
                 raise
     except OSError as e: raise _explain(e, path) from e
 
-# %% ../nbs/09_runs.ipynb #ed8a3b4d
+# %% ../nbs/09_runs.ipynb #0a1dca2e
 class PolicyLog:
     "Rows (dicts) in a JSONL file that a crash cannot damage; one process writes it, any may read"
     def __init__(self,
@@ -296,7 +296,7 @@ class PolicyLog:
                               "over (--no-resume)")
         if self.path.exists(): atomic_write(self.path, b''.join(o + b'\n' for o in lines[:n]))
 
-# %% ../nbs/09_runs.ipynb #19385093
+# %% ../nbs/09_runs.ipynb #c4a64bac
 class ConfigMismatch(ValueError):
     "A run directory that belongs to another configuration"
 
@@ -312,7 +312,7 @@ def _differences(old: dict, new: dict) -> list[str]:
     return [f"{k}: {old.get(k, '(not set)'):.60} there, {new.get(k, '(not set)'):.60} here"
             for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
 
-# %% ../nbs/09_runs.ipynb #f56da377
+# %% ../nbs/09_runs.ipynb #6a40773f
 class RunDir:
     """The folder of one run: its configuration, a log of evaluated policies, and checkpoints.
 
@@ -355,7 +355,7 @@ class RunDir:
         "The newest usable state, or None"
         return self.checkpoints.load(map_location)
 
-# %% ../nbs/09_runs.ipynb #ca5473e9
+# %% ../nbs/09_runs.ipynb #9dd3b5d2
 _RUN_FILES = *Checkpoints.files, 'policies.jsonl', 'config.json'
 
 def _put_away(folder: Path):
@@ -376,7 +376,7 @@ def _sweep(folder: Path, hours=1):
             if time.time() - o.stat().st_mtime > 3600*hours: o.unlink()
         except OSError: pass  # somebody else's, or gone
 
-# %% ../nbs/09_runs.ipynb #98fb245a
+# %% ../nbs/09_runs.ipynb #1d55731e
 def save_record(
     folder,  # where records lie
     config: dict,  # what the result depends on; `config['name']` names the file
@@ -416,7 +416,7 @@ def load_records(
     records = [_read_record(o) | dict(file=o.name) for o in sorted(Path(folder).glob('*.json'))]
     return pd.json_normalize(records)
 
-# %% ../nbs/09_runs.ipynb #46240e22
+# %% ../nbs/09_runs.ipynb #d5597d00
 def cached(
     folder,  # where records lie
     config: dict,  # passed to `fn`; all that its result depends on

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Evaluator', 'SearchConfig', 'TextSampler', 'SearchResult', 'Search']
 
-# %% ../nbs/10_search.ipynb #b1f21243
+# %% ../nbs/10_search.ipynb #3ca43c5a
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -21,7 +21,7 @@ from .evaluate import block_nll
 from .runs import RunDir
 from .schedule import Schedule
 
-# %% ../nbs/10_search.ipynb #7c443ed0
+# %% ../nbs/10_search.ipynb #d94346a3
 class Evaluator:
     "Measures policies of one elastic model on blocks of the search text"
     def __init__(self, elastic: ElasticModel,
@@ -58,7 +58,7 @@ class Evaluator:
     def load_state_dict(self, state):
         self.forward_tokens, self._dense = int(state['forward_tokens']), np.array(state['dense'])
 
-# %% ../nbs/10_search.ipynb #18cdf5e9
+# %% ../nbs/10_search.ipynb #9c0a288e
 @dataclass(frozen=True)
 class SearchConfig:
     "What a search depends on, besides the model, the text and the calibrator"
@@ -100,7 +100,7 @@ class SearchConfig:
                                       t1=int(share * last))
         return make(self.sparsity_share), make(self.fidelity_share)
 
-# %% ../nbs/10_search.ipynb #e3226b81
+# %% ../nbs/10_search.ipynb #923f4176
 class TextSampler:
     "Blocks without replacement, in a new random order each time the pool is through"
     def __init__(self, n: int, seed: int): self.n, self.rng, self.queue = n, np.random.default_rng([seed, 1]), []
@@ -118,7 +118,7 @@ class TextSampler:
     def state_dict(self): return dict(rng=self.rng.bit_generator.state, queue=list(self.queue))
     def load_state_dict(self, state): self.rng.bit_generator.state, self.queue = state['rng'], list(state['queue'])
 
-# %% ../nbs/10_search.ipynb #10380ddc
+# %% ../nbs/10_search.ipynb #6513b79c
 @dataclass
 class SearchResult:
     "What a search found"
@@ -169,7 +169,7 @@ class Search:
         "Widths of a policy at a target"
         return solve(scores, self.cost, sparsity, self.config.step, self.config.p_min)
 
-# %% ../nbs/10_search.ipynb #2b910efe
+# %% ../nbs/10_search.ipynb #aead5f21
 def _balance(self: Search) -> float:
     "The head start of the attention with the best reward at the final target"
     tried = sorted(set(self.config.balance))
@@ -208,11 +208,11 @@ def _step(self: Search) -> None:
 
 Search.balance, Search.step = _balance, _step
 
-# %% ../nbs/10_search.ipynb #6692d035
+# %% ../nbs/10_search.ipynb #e453285a
 def _finish(self: Search) -> SearchResult:
     "Choose the winner at the final target, on the same text for all"
     c, start = self.config, time.perf_counter()
-    tokens = self.evaluator.forward_tokens  # not added to the state: finishing twice gives the same result
+    before = self.evaluator.state_dict()  # put back below: finishing twice gives the same result and the same count
     at_target = sorted((r for r in self.log if r['target'] == c.sparsity and r['reward'] > 0), key=lambda r: -r['reward'])
     found = {}
     guess = self.proposer.recommend(c.sparsity)
@@ -230,7 +230,8 @@ def _finish(self: Search) -> SearchResult:
     if reward == 0:
         raise RuntimeError('no policy of this search could be measured: every episode gave NaN or infinity. '
                            'Check the weights with ffp_nb.models.check_finite, or load the model in another dtype.')
-    used, self.evaluator.forward_tokens = self.evaluator.forward_tokens, tokens
+    used = self.evaluator.forward_tokens
+    self.evaluator.load_state_dict(before)
     return SearchResult(self.solve(scores, c.sparsity), scores, reward, name, self.log, self.updates, used,
                         self.wall_s + time.perf_counter() - start, self.broken, self.start)
 

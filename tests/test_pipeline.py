@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_folder
 
-from ffp_nb import calibrate, prune, search
+from ffp_nb import agent, calibrate, prune, search
 from ffp_nb.budget import bounds, param_cost
 from ffp_nb.data import Convention, load_corpus, token_blocks
 from ffp_nb.evaluate import perplexity
@@ -186,13 +186,13 @@ def test_interrupted_by_the_user(family_folder, ffp, tmp_path, steps, monkeypatc
     "Ctrl-C after the first update: status 130, a line, and the same command goes on"
     folder = family_folder('llama')
     worked(ffp('search', *base(folder), '--out', tmp_path / 'whole'))
-    ask, asked = prune.PROPOSERS['ppo'].ask, []
+    ask, asked = agent.PROPOSERS['ppo'].ask, []
     def interrupted(self, *a):
         asked.append(1)
         if len(asked) == 2: raise KeyboardInterrupt
         return ask(self, *a)
     with monkeypatch.context() as m:
-        m.setattr(prune.PROPOSERS['ppo'], 'ask', interrupted)
+        m.setattr(agent.PROPOSERS['ppo'], 'ask', interrupted)
         result = ffp('search', *base(folder), '--out', tmp_path / 'out')
     assert result.exit_code == 130 and 'the same command goes on' in result.stderr and 'Traceback' not in result.output
     worked(ffp('search', *base(folder), '--out', tmp_path / 'out'))
