@@ -7,7 +7,7 @@ __all__ = ['PROFILES', 'METHODS', 'Profile', 'PruneConfig', 'Bench', 'fingerprin
            'open_run', 'plot_retention', 'plot_search', 'save_figure', 'save_pruned', 'load_pruned', 'open_model',
            'prune', 'measure', 'write_outputs']
 
-# %% ../nbs/11_prune.ipynb #d9421aac
+# %% ../nbs/11_prune.ipynb #3a113f17
 import errno
 import hashlib
 import os
@@ -32,7 +32,7 @@ from .models import DTYPES, KINDS, Layout, check_finite, find_dtype, load_model,
 from .runs import CorruptFile, RunDir, atomic_write, check_writable, read_json, save_record
 from .search import Evaluator, Search, SearchConfig, SearchResult
 
-# %% ../nbs/11_prune.ipynb #b481b821
+# %% ../nbs/11_prune.ipynb #5327435f
 @dataclass(frozen=True)
 class Profile:
     "How much text and how many episodes a run gets"
@@ -55,7 +55,7 @@ PROFILES = dict(
 
 METHODS = ('ffp', 'random-search', 'random', 'uniform', 'uniform-ffn')
 
-# %% ../nbs/11_prune.ipynb #2d4f6c8c
+# %% ../nbs/11_prune.ipynb #2d5b9291
 @dataclass(frozen=True)
 class PruneConfig:
     "All that a pruned model depends on"
@@ -68,7 +68,7 @@ class PruneConfig:
     alpha: float = 0.1  # ridge penalty of the static calibration
     calibration: str = 'sequential'  # of the saved model: 'none', 'static', 'sequential'
     sequential_alpha: float = 1.0  # penalty of the sequential calibration
-    sequential_target: str = 'module'  # 'module' or 'residual'
+    sequential_target: str = 'residual'  # 'module' or 'residual'; the first study chose it on the selection split
     dtype: str = 'bfloat16'
     step: tuple[int, int] = (1, 32)
     p_min: float = 0.1
@@ -90,7 +90,7 @@ class PruneConfig:
                             p.batch, p.blocks, step=tuple(self.step), p_min=self.p_min, final_blocks=p.final_blocks,
                             **self.search)
 
-# %% ../nbs/11_prune.ipynb #aa602e81
+# %% ../nbs/11_prune.ipynb #e5153225
 class Bench:
     "A model made elastic, its calibrator and its text"
     def __init__(self, model, tokenizer, corpus: Corpus, config: PruneConfig,
@@ -138,7 +138,7 @@ class Bench:
         with self.elastic.at(widths, weights):
             return perplexity(self.elastic.model, blocks, self.config.profile.forward_batch, progress)
 
-# %% ../nbs/11_prune.ipynb #22636060
+# %% ../nbs/11_prune.ipynb #7bbf7b42
 def fingerprint(model) -> str:
     "16 hex digits of a sample of all weights: a folder may change under its name"
     key = hashlib.sha256(str(model.dtype).encode())
@@ -172,7 +172,7 @@ def _cached_stats(model, layout, blocks, batch, cache, progress):
     torch.save(vars(stats), tmp); os.replace(tmp, path)
     return stats
 
-# %% ../nbs/11_prune.ipynb #0f1c8485
+# %% ../nbs/11_prune.ipynb #5d4686d6
 def find_widths(bench: Bench,
                 run: RunDir | None = None,  # where a search logs and checkpoints, see `open_run`; None: in memory
                 progress: bool = True) -> tuple[np.ndarray, SearchResult | None]:
@@ -201,7 +201,7 @@ def open_run(folder: str | Path, bench: Bench, resume: bool = True) -> RunDir:
     solve(np.zeros(bench.cost.full.shape), bench.cost, bench.config.sparsity, bench.config.step, bench.config.p_min)
     return RunDir(folder, c, resume)
 
-# %% ../nbs/11_prune.ipynb #b712d04a
+# %% ../nbs/11_prune.ipynb #d74c6c77
 def plot_retention(widths: np.ndarray, full: np.ndarray, title: str = ''):
     "Heatmap of what every module keeps: layers across, attention and FFN down"
     import matplotlib.pyplot as plt
@@ -229,7 +229,7 @@ def plot_search(updates: list[dict], title: str = ''):
     fig.suptitle(title); fig.tight_layout()
     return fig
 
-# %% ../nbs/11_prune.ipynb #4b601a5c
+# %% ../nbs/11_prune.ipynb #f6e41587
 def save_figure(fig, path: str | Path):
     "Write a figure as PNG, whole or not at all"
     import io
@@ -238,7 +238,7 @@ def save_figure(fig, path: str | Path):
     fig.savefig(buffer, format='png', dpi=120); plt.close(fig)
     atomic_write(path, buffer.getvalue())
 
-# %% ../nbs/11_prune.ipynb #ae6bb9ab
+# %% ../nbs/11_prune.ipynb #de7062df
 def save_pruned(elastic: ElasticModel, tokenizer, folder: str | Path,
                 overwrite: bool = False) -> Path:
     "Save the model at its present widths. FileExistsError unless the folder is new or `overwrite` is set"
@@ -265,7 +265,7 @@ def save_pruned(elastic: ElasticModel, tokenizer, folder: str | Path,
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/11_prune.ipynb #c36ba1f9
+# %% ../nbs/11_prune.ipynb #68d90685
 def load_pruned(folder: str | Path,
                 dtype: str | torch.dtype | None = None,  # None: as saved
                 device: str = 'cpu'):  # (model, tokenizer or None)
@@ -312,7 +312,7 @@ def _shrink(layout, widths):
         m.out.weight.data, m.out.in_features = empty(m.out, m.out.out_features, k * m.cols), k * m.cols
         if m.owner is not None: m.owner.num_heads = k
 
-# %% ../nbs/11_prune.ipynb #3447f418
+# %% ../nbs/11_prune.ipynb #2b325072
 def open_model(name: str, dtype: str = 'bfloat16', device: str | None = None):  # (model, tokenizer)
     "Load a dense model by name, or a folder of `save_pruned`"
     config = Path(name).expanduser() / 'config.json'
@@ -322,7 +322,7 @@ def open_model(name: str, dtype: str = 'bfloat16', device: str | None = None):  
         return model, tokenizer
     return load_model(name, dtype, device)
 
-# %% ../nbs/11_prune.ipynb #c9bd54fb
+# %% ../nbs/11_prune.ipynb #4d8ec397
 def prune(config: PruneConfig,
           out: str | Path,  # folder for the model, the table, the pictures, the record and the search's state
           resume: bool = True,  # go on with a search that is there; False: start over
@@ -343,7 +343,7 @@ def prune(config: PruneConfig,
         save_pruned(bench.elastic, bench.tokenizer, out / 'model', overwrite)
     return table
 
-# %% ../nbs/11_prune.ipynb #11d0defb
+# %% ../nbs/11_prune.ipynb #80d563a6
 def measure(bench: Bench, widths, name: str,
             final: dict[str, Weights | None],  # further calibrations of these widths, by name
             progress: bool = True) -> pd.DataFrame:
