@@ -6,7 +6,7 @@
 __all__ = ['SPARSITIES', 'SEEDS', 'CELLS', 'MODES', 'GRID', 'study_config', 'study_bench', 'run_cell', 'save_policies',
            'dense_record', 'choose_sequential', 'run_study', 'read_study', 'spread', 'verdicts', 'headline']
 
-# %% ../../nbs/studies/spine.ipynb #b9191737
+# %% ../../nbs/studies/spine.ipynb #95ac8fb5
 import io
 import json
 import os
@@ -23,7 +23,7 @@ from ..evaluate import paired_interval
 from ..prune import PROFILES, Bench, Profile, PruneConfig, find_widths, open_run, run_config
 from ..runs import atomic_write, find_record, read_json, save_record
 
-# %% ../../nbs/studies/spine.ipynb #900d5195
+# %% ../../nbs/studies/spine.ipynb #b50af87a
 SPARSITIES, SEEDS = (0.2, 0.3, 0.5), (0, 1, 2)
 CELLS = [(s, m, seed) for s in SPARSITIES for m, seeds in (('uniform', (0,)), ('uniform-ffn', (0,)), ('random', (0,)),
                                                           ('ffp', SEEDS)) for seed in seeds]
@@ -40,7 +40,7 @@ def study_bench(config: PruneConfig, cache=None) -> Bench:
     "One bench serves all cells of a profile"
     return Bench.load(config, cache=cache or os.environ.get('FFP_CACHE_DIR'), progress=False)
 
-# %% ../../nbs/studies/spine.ipynb #49cefb71
+# %% ../../nbs/studies/spine.ipynb #4dc50fab
 def run_cell(bench: Bench, config: PruneConfig, records: Path,
              work: Path) -> dict:  # the record
     "Search, repair and measure one policy, or load its record"
@@ -75,7 +75,7 @@ def save_policies(path: Path, log: list[dict]) -> None:
                         update=np.array([r['update'] for r in log]), blocks=np.array([len(r['blocks']) for r in log]))
     atomic_write(path, buffer.getvalue())
 
-# %% ../../nbs/studies/spine.ipynb #af980e5f
+# %% ../../nbs/studies/spine.ipynb #d23c9272
 def dense_record(bench: Bench, records: Path) -> dict:
     "The dense model on the same test blocks"
     key = dict(name='spine-dense', study='spine') | {k: v for k, v in run_config(bench.config, bench.corpus).items()
@@ -100,7 +100,7 @@ def choose_sequential(bench: Bench, records: Path, grid) -> dict:
     save_record(records, key, dict(rows=rows))
     return find_record(records, key)
 
-# %% ../../nbs/studies/spine.ipynb #7683a583
+# %% ../../nbs/studies/spine.ipynb #8f60ae7d
 GRID = [('module', 1.0), ('residual', 1.0)]
 
 
@@ -118,7 +118,7 @@ def run_study(profile: str = 'cpu', records: str | Path = 'runs/spine', work: st
         dense_record(bench, records)
         choose_sequential(bench, records, GRID)
 
-# %% ../../nbs/studies/spine.ipynb #9ce057e3
+# %% ../../nbs/studies/spine.ipynb #cd46e730
 def read_study(records: str | Path,
                profile: str = 'cpu') -> tuple[pd.DataFrame, dict[str, dict]]:  # a row per policy and mode; records by name
     "All records of one profile as a table of test figures, with paired differences to calibrated uniform-ffn"
@@ -145,7 +145,7 @@ def spread(v) -> str:
 
 def _plain(profile): return json.loads(json.dumps(asdict(profile)))
 
-# %% ../../nbs/studies/spine.ipynb #2f1e5af8
+# %% ../../nbs/studies/spine.ipynb #8bd23ba0
 def verdicts(table: pd.DataFrame) -> list[str]:
     "For each target: is calibrated ffp below the best calibrated uniform, in every seed? Markdown lines with the figures"
     lines = []
@@ -159,7 +159,7 @@ def verdicts(table: pd.DataFrame) -> list[str]:
                          f'{len(ffp)} seeds.')
     return lines
 
-# %% ../../nbs/studies/spine.ipynb #e9049ea7
+# %% ../../nbs/studies/spine.ipynb #0dbabd2f
 def headline(table: pd.DataFrame) -> str:
     "Markdown table: perplexity by target, policy and calibration"
     dense = table[table.policy == 'dense'].ppl
