@@ -131,7 +131,7 @@ def read_study(records: str | Path,
         for mode, nll in r['result']['nll'].items():
             row = dict(sparsity=c.get('sparsity', 0.0), policy=c.get('method', 'dense'), seed=c.get('seed', 0), calibration=mode,
                        realised=r['result']['sparsity'], nll=np.mean(nll), ppl=np.exp(np.mean(nll)),
-                       forward_tokens=r['forward_tokens'] or 0, search_min=(r.get('search_s') or 0) / 60)
+                       forward_tokens=r['forward_tokens'] or 0, search_min=(r['result'].get('search') or {}).get('wall_s', 0) / 60)
             base = by_name.get(f"spine-uniform-ffn-{row['sparsity']}-0")
             if base: row['gain'], row['interval'] = paired_interval(base['result']['nll'][mode], nll)
             rows.append(row)
