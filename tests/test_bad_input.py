@@ -409,29 +409,29 @@ def full_after(monkeypatch, n):
     monkeypatch.setattr(os, 'fsync', full)
 
 
-@pytest.mark.parametrize('n', range(8))
-def test_disk_full_in_search(world, ffp, tmp_path, monkeypatch, n):
-    out = tmp_path / 'out'
+def full_then_free(ffp, monkeypatch, n, command, world, folder):
+    "The command runs into a full disk, is refused, and with the space back goes on to its end"
+    out = folder / 'out'
     with monkeypatch.context() as m:
         full_after(m, n)
-        result = ffp('search', *world[1], '--out', out)
-    refused(result, 'No space left on device', 'free some space', str(tmp_path))
-    kept({}, tmp_path)
-    worked(ffp('search', *world[1], '--resume', '--out', out))
-    same_search(out / 'search', world[0] / 'out' / 'search')
-    assert (out / 'widths.json').read_bytes() == (world[0] / 'out' / 'widths.json').read_bytes()
+        result = ffp(command, *world[1], '--out', out)
+    refused(result, 'No space left on device', 'free some space', str(folder))
+    kept({}, folder)
+    worked(ffp(command, *world[1], '--resume', '--out', out))
+    return out
+
+
+@pytest.mark.parametrize('n', range(8))
+def test_disk_full_in_search(world, ffp, tmp_path, monkeypatch, n):
+    out, whole = full_then_free(ffp, monkeypatch, n, 'search', world, tmp_path), world[0] / 'out'
+    same_search(out / 'search', whole / 'search')
+    assert (out / 'widths.json').read_bytes() == (whole / 'widths.json').read_bytes()
 
 
 @pytest.mark.parametrize('n', [0, 1, 4, 6, 7, 8, 9])
 def test_disk_full_in_prune(world, ffp, tmp_path, monkeypatch, n):
     "With the space back, the same command goes on to the same files"
-    out, whole = tmp_path / 'out', world[0] / 'whole'
-    with monkeypatch.context() as m:
-        full_after(m, n)
-        result = ffp('prune', *world[1], '--out', out)
-    refused(result, 'No space left on device', 'free some space', str(tmp_path))
-    kept({}, tmp_path)
-    worked(ffp('prune', *world[1], '--resume', '--out', out))
+    out, whole = full_then_free(ffp, monkeypatch, n, 'prune', world, tmp_path), world[0] / 'whole'
     same_search(out / 'search', whole / 'search')
     assert files(out / 'model') == files(whole / 'model')
     assert (out / 'table.csv').read_bytes() == (whole / 'table.csv').read_bytes()
