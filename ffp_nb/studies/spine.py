@@ -109,14 +109,15 @@ def run_study(profile: str = 'cpu', records: str | Path = 'runs/spine', work: st
               cells=CELLS, text: str = 'wikitext2') -> None:
     "Compute all records that are missing; several processes may share the work"
     bench, records = study_bench(study_config(profile=profile, text=text)), Path(records)
+    if part[0] == 0:  # first: a cell sets the bench to a configuration of its own
+        dense_record(bench, records)
+        choose_sequential(bench, records, GRID)
     mine = sorted(cells, key=lambda c: c[1] != 'ffp')[part[0]::part[1]]
     for i, (sparsity, method, seed) in enumerate(mine):
         r = run_cell(bench, study_config(sparsity, method, seed, profile, text), records, Path(work))
         print(f"{i + 1}/{len(mine)} {method} {sparsity} seed {seed}: " +
               ', '.join(f'{m} {np.exp(np.mean(v)):.2f}' for m, v in r['result']['nll'].items()), flush=True)
-    if part[0] == 0:
-        dense_record(bench, records)
-        choose_sequential(bench, records, GRID)
+
 
 # %% ../../nbs/studies/spine.ipynb #cd46e730
 def read_study(records: str | Path,
