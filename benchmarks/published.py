@@ -12,6 +12,8 @@ inputs are cut out of X once per module, not once per column.
 import torch
 from torch.nn import functional as F
 
+from ffp_nb.modeling import set_heads
+
 
 def _linears(m):
     "The linear layers of a module with their full shapes"
@@ -23,7 +25,7 @@ def _set_sizes(m, k):
     "Tell the layers of a module that they have k units"
     for lin, n in m.rows: lin.out_features = k * n
     m.out.in_features = k * m.cols
-    if m.owner is not None: m.owner.num_heads = k
+    if m.attn is not None: set_heads(m.block, m.attn, k)
 
 
 def clone_weights(layout) -> dict:

@@ -6,13 +6,13 @@
 __all__ = ['Cost', 'param_cost', 'mac_cost', 'bounds', 'InfeasibleBudget', 'feasible_range', 'solve', 'uniform', 'random_scores',
            'retention']
 
-# %% ../nbs/04_budget.ipynb #9686178b
+# %% ../nbs/04_budget.ipynb #160ad2d2
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-# %% ../nbs/04_budget.ipynb #fa1c7b67
+# %% ../nbs/04_budget.ipynb #628149dd
 @dataclass(frozen=True, eq=False)
 class Cost:
     """An additive cost model: a unit of a module costs the same, whatever the rest of the model keeps.
@@ -57,7 +57,7 @@ class Cost:
 
     def __repr__(self): return f'Cost({self.name}: {len(self.full)} layers, dense {self.dense:,.0f})'
 
-# %% ../nbs/04_budget.ipynb #05baf785
+# %% ../nbs/04_budget.ipynb #cee4fc16
 def param_cost(
     layout,  # has `unit_params` (L, 2), `full` (L, 2) and `fixed_params`
 ) -> Cost:
@@ -73,7 +73,7 @@ def mac_cost(
         raise ValueError(f"seq_len is {seq_len}; give a number of tokens >= 1")
     return Cost(layout.unit_macs(seq_len), layout.full, layout.fixed_macs(seq_len), f'MACs at {seq_len} tokens')
 
-# %% ../nbs/04_budget.ipynb #298710ad
+# %% ../nbs/04_budget.ipynb #32041cb3
 _EPS = 1e-9  # 0.1 * 30 is 3.0000000000000004: shares of whole numbers are compared with this much room
 
 def _check_step(step) -> tuple[int, int]:
@@ -86,18 +86,21 @@ def _check_step(step) -> tuple[int, int]:
 def bounds(
     cost: Cost,  # cost model, for the full widths
     step=(1, 32),  # units that come and go together: (KV groups, FFN channels)
-    p_min: float = 0.1,  # smallest retention
+    p_min=0.1,  # smallest retention, or one for each kind (attention, FFN); with 0 a module may be removed
     p_max: float = 1.0,  # largest retention
 ) -> tuple[np.ndarray, np.ndarray]:  # lower and upper widths, int64 (L, 2)
     """Smallest and largest widths: multiples of the step between `p_min` and `p_max` of the full width.
 
-    `lower` is at least one step; `upper` is the full width itself when `p_max` is 1. Raises `ValueError` if the
+    `lower` is at least one step unless `p_min` is 0; `upper` is the full width itself when `p_max` is 1. Raises `ValueError` if the
     retentions are out of order or leave no width for some module."""
     step = np.array(_check_step(step))
-    if not 0 <= p_min <= p_max <= 1:
-        raise ValueError(f"p_min is {p_min} and p_max is {p_max}; they must satisfy 0 <= p_min <= p_max <= 1")
-    lower = np.ceil(p_min * cost.full / step - _EPS).astype(np.int64) * step
-    lower = np.minimum(np.maximum(lower, step), cost.full)
+    try: least = np.broadcast_to(np.asarray(p_min, dtype=float), 2)
+    except (TypeError, ValueError): least = np.array([np.nan])
+    if not ((0 <= least) & (least <= p_max)).all() or not 0 <= p_max <= 1:
+        raise ValueError(f"p_min is {p_min} and p_max is {p_max}; they must satisfy 0 <= p_min <= p_max <= 1, p_min as one "
+                         "number or one for attention and one for FFN")
+    lower = np.ceil(least * cost.full / step - _EPS).astype(np.int64) * step
+    lower = np.minimum(np.where(least > 0, np.maximum(lower, step), 0), cost.full)
     upper = np.floor(p_max * cost.full / step + _EPS).astype(np.int64) * step
     if p_max == 1: upper = cost.full.copy()
     if (bad := np.argwhere(upper < lower)).size:
@@ -107,7 +110,7 @@ def bounds(
                          "raise p_max or take a smaller step")
     return lower, upper
 
-# %% ../nbs/04_budget.ipynb #86c05c20
+# %% ../nbs/04_budget.ipynb #d5a37f4c
 class InfeasibleBudget(ValueError):
     "A sparsity that the bounds do not allow; `lo` and `hi` are the ends of the feasible range"
     def __init__(self,
@@ -130,7 +133,7 @@ def feasible_range(
     "Sparsities between keeping `upper` and keeping `lower`"
     return cost.sparsity(upper), cost.sparsity(lower)
 
-# %% ../nbs/04_budget.ipynb #ad6cb077
+# %% ../nbs/04_budget.ipynb #56d0cf6c
 def _spread(n_layers: int) -> np.ndarray:
     "Rank (L, 2) of each module in tie-breaks: any few modules that come first lie far apart"
     golden = (5**0.5 - 1) / 2
@@ -153,7 +156,7 @@ def _steps(lower: bytes, upper: bytes, step: tuple[int, int]):
     order = np.lexsort((_spread(len(lo) // 2).ravel()[module], z))
     return tuple(o[order] for o in (module, after - before, np.log(z) - np.log1p(-z)))
 
-# %% ../nbs/04_budget.ipynb #a027a354
+# %% ../nbs/04_budget.ipynb #4b1430b0
 def _admit(
     module: np.ndarray,  # (S,) module of each step, in the order of admission
     cost: np.ndarray,  # (S,) cost of each step, int64
@@ -171,7 +174,7 @@ def _admit(
         rest = rest[(ahead <= room)[module[rest]]]
     return take
 
-# %% ../nbs/04_budget.ipynb #ed46b3f7
+# %% ../nbs/04_budget.ipynb #baf3c34c
 def _whole(cost: Cost) -> tuple[np.ndarray, int, int]:
     "Unit costs (L, 2), fixed cost and dense cost as integers of one scale, whose sums are exact in any order"
     unit, fixed = cost.unit.astype(float), float(cost.fixed)
@@ -199,7 +202,7 @@ def _check_widths(widths, cost: Cost, name: str) -> np.ndarray:
         raise ValueError(f"{name} must hold whole units between 0 and the full widths, got {out.min()} to {out.max()}")
     return np.ascontiguousarray(out, dtype=np.int64)
 
-# %% ../nbs/04_budget.ipynb #0e6eb79d
+# %% ../nbs/04_budget.ipynb #3d222905
 _RTOL = 1e-12  # of the dense cost: (1 - 0.9) * 10 is 0.9999999999999998, and a budget of 1 is meant
 
 def solve(
@@ -207,7 +210,7 @@ def solve(
     cost: Cost,  # cost model
     sparsity: float,  # share of the dense cost to remove, in [0, 1)
     step=(1, 32),  # units that come and go together: (KV groups, FFN channels)
-    p_min: float = 0.1,  # smallest retention, where `lower` is not given
+    p_min=0.1,  # smallest retention as in `bounds`, where `lower` is not given
     p_max: float = 1.0,  # largest retention, where `upper` is not given
     lower=None,  # smallest widths, broadcast to (L, 2); may be 0; equal to `upper` it pins a module
     upper=None,  # largest widths, broadcast to (L, 2)
@@ -236,13 +239,13 @@ def solve(
     added = np.bincount(module[take], weights=size[take], minlength=lower.size)
     return lower + added.astype(np.int64).reshape(lower.shape)
 
-# %% ../nbs/04_budget.ipynb #fa7a361a
+# %% ../nbs/04_budget.ipynb #ec0a728c
 def uniform(
     cost: Cost,  # cost model
     sparsity: float,  # share of the dense cost to remove, in [0, 1)
     kinds=('attn', 'ffn'),  # what is pruned; the other kind is pinned at full width
     step=(1, 32),  # units that come and go together: (KV groups, FFN channels)
-    p_min: float = 0.1,  # smallest retention
+    p_min=0.1,  # smallest retention as in `bounds`
     p_max: float = 1.0,  # largest retention
 ) -> np.ndarray:  # widths, int64 (L, 2)
     """The same retention in every layer, on budget to one step; the widths of layers differ by one step at most.
@@ -267,7 +270,7 @@ def uniform(
         except InfeasibleBudget as e: first_error = first_error or e
     raise first_error
 
-# %% ../nbs/04_budget.ipynb #36e9e988
+# %% ../nbs/04_budget.ipynb #6b4ad937
 def random_scores(
     rng,  # a numpy `Generator`, or a seed for one
     shape,  # (L, 2)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ridge_factors', 'check_alpha', 'Calibrator', 'sequential_calibrate', 'dense_goals']
 
-# %% ../nbs/05_calibrate.ipynb #d609e775
+# %% ../nbs/05_calibrate.ipynb #782af54d
 from collections import OrderedDict
 
 import numpy as np
@@ -17,7 +17,7 @@ from .data import Blocks
 from .elastic import ElasticModel, Weights
 from .models import KINDS
 
-# %% ../nbs/05_calibrate.ipynb #4dc2a6bd
+# %% ../nbs/05_calibrate.ipynb #dfb913da
 def ridge_factors(W: torch.Tensor,  # (D, n) output projection
                   gram: torch.Tensor,  # (n, n), centred where there is an intercept
                   alpha: float,
@@ -39,7 +39,7 @@ def ridge_factors(W: torch.Tensor,  # (D, n) output projection
 def check_alpha(alpha):
     if not (np.isfinite(alpha) and alpha > 0): raise ValueError(f'alpha {alpha}: expected a number above 0, such as 0.1')
 
-# %% ../nbs/05_calibrate.ipynb #3bf87bfe
+# %% ../nbs/05_calibrate.ipynb #f5181498
 class Calibrator:
     """Static ridge calibration: call it with (layer, kind, width) for that module's repaired output projection.
 
@@ -49,7 +49,7 @@ class Calibrator:
     def __init__(self, elastic: ElasticModel,
                  stats: GramStats,  # of the model's columns in the elastic order
                  alpha: float = 0.1,  # penalty relative to the diagonal of the Gram matrix
-                 cache_bytes: int = 1 << 30):
+                 cache_bytes: int = 768 << 20):
         check_alpha(alpha)
         self.elastic, self.stats, self.alpha, self.cache_bytes = elastic, stats, alpha, cache_bytes
         self._factors, self._cache, self._held = {}, OrderedDict(), 0
@@ -92,7 +92,7 @@ class Calibrator:
 
 def _size(out): return sum(t.numel() * t.element_size() for t in out if t is not None)
 
-# %% ../nbs/05_calibrate.ipynb #caff95ee
+# %% ../nbs/05_calibrate.ipynb #9934d161
 class _Stop(Exception): pass
 
 
@@ -112,7 +112,7 @@ def _run(layer, calls, hidden, taps, stop=False):
             out, shape = None, h.shape[:2]
             try: out = layer(h, **kwargs)
             except _Stop: pass
-            view = lambda t: None if t is None else t.reshape(*shape, -1)  # OPT's FFN flattens batch and tokens
+            view = lambda t: None if t is None else t.reshape(*shape, t.shape[-1])  # OPT's FFN flattens batch and tokens
             yield (out[0] if isinstance(out, tuple) else out), [tuple(map(view, seen[lin])) for lin in taps]
     finally:
         for h in hooks: h.remove()
@@ -133,10 +133,10 @@ def _first_inputs(elastic, blocks, batch):
     finally: handle.remove()
     return hidden, calls
 
-# %% ../nbs/05_calibrate.ipynb #8786ccc9
+# %% ../nbs/05_calibrate.ipynb #26bd6c0b
 def _refit(xs, residuals, W0, b0, alpha):
-    "W0 plus the ridge regression of `residuals` (n, D) on `xs` (n, c), lists of batches; with intercept where b0 is given"
-    flat = lambda t: t.reshape(-1, t.shape[-1]).float()
+    "W0 plus the ridge regression of `residuals` (batch, tokens, D) on `xs` (batch, tokens, c), lists of batches; with intercept where b0 is given"
+    flat = lambda t: t.flatten(0, 1).float()
     c, D = W0.shape[1], W0.shape[0]
     XX, XE = torch.zeros(c, c, device=W0.device), torch.zeros(c, D, device=W0.device)
     sx, se, n = torch.zeros(c, device=W0.device), torch.zeros(D, device=W0.device), 0
@@ -153,7 +153,7 @@ def _refit(xs, residuals, W0, b0, alpha):
     delta = torch.cholesky_solve(XE.double(), L).T.float()
     return W0 + delta, None if b0 is None else b0 + (se - delta @ sx) / n
 
-# %% ../nbs/05_calibrate.ipynb #debba358
+# %% ../nbs/05_calibrate.ipynb #76bff626
 @torch.inference_mode()
 def sequential_calibrate(elastic: ElasticModel,
                          widths: np.ndarray,  # (n_layers, 2)
@@ -186,7 +186,7 @@ def sequential_calibrate(elastic: ElasticModel,
             pruned = [out for out, _ in _run(layer, calls, pruned, [])]
     return _Fitted(done, widths)
 
-# %% ../nbs/05_calibrate.ipynb #15e2c862
+# %% ../nbs/05_calibrate.ipynb #31e68fe5
 def _goals_by_layer(elastic, hidden, calls, target):
     "For each layer of the dense model, what its two modules should give, by kind: a list over batches"
     for i, layer in enumerate(elastic.layout.layers):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Weights', 'ElasticModel']
 
-# %% ../nbs/03_elastic.ipynb #c1462ba5
+# %% ../nbs/03_elastic.ipynb #5978cd76
 import copy
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from .modeling import set_heads
 from .models import KINDS, Layout
 
-# %% ../nbs/03_elastic.ipynb #bc72683d
+# %% ../nbs/03_elastic.ipynb #d75c51c9
 Weights = Callable[[int, str, int], tuple[torch.Tensor, torch.Tensor | None]]  # (layer, kind, width) -> (W, bias)
 
 
@@ -65,11 +66,11 @@ class ElasticModel:
         if out is not None: W, b = out[0], b if out[1] is None else out[1]
         m.out.weight.data, m.out.in_features = W[:, :k * m.cols], k * m.cols
         if b is not None: m.out.bias.data = b
-        if m.owner is not None: m.owner.num_heads = k
+        if m.attn is not None: set_heads(m.block, m.attn, k)  # k KV groups: OPT has one head in each
         self.widths[key[0], KINDS.index(key[1])] = k
 
     def set(self,
-            widths: np.ndarray,  # (n_layers, 2) int, 1 <= width <= full
+            widths: np.ndarray,  # (n_layers, 2) int, 0 <= width <= full; 0 removes the module
             weights: Weights | None = None,  # output projections at these widths; None: slices of the dense ones
             ) -> 'ElasticModel':
         "Set every module's width; nothing is copied"
@@ -88,8 +89,8 @@ class ElasticModel:
         widths, full = np.asarray(widths), self.layout.full
         if widths.shape != full.shape or not np.issubdtype(widths.dtype, np.integer):
             raise ValueError(f'widths: expected integers of shape {full.shape}, got {widths.dtype} of {widths.shape}')
-        for i, j in np.argwhere((widths < 1) | (widths > full)):
-            raise ValueError(f'layer {i} {KINDS[j]}: width {widths[i, j]}; expected 1 to {full[i, j]}')
+        for i, j in np.argwhere((widths < 0) | (widths > full)):
+            raise ValueError(f'layer {i} {KINDS[j]}: width {widths[i, j]}; expected 0 to {full[i, j]}')
         return widths
 
     @contextmanager
@@ -108,7 +109,7 @@ class ElasticModel:
                 for lin in self._full for p in lin.parameters()}
         return copy.deepcopy(self.model, memo)
 
-# %% ../nbs/03_elastic.ipynb #81c55cd6
+# %% ../nbs/03_elastic.ipynb #acb48f3e
 def _expand(units, n):
     "Positions of the n consecutive rows (columns) of each unit"
     return (units[:, None] * n + torch.arange(n)).flatten()

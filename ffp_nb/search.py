@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Evaluator', 'SearchConfig', 'TextSampler', 'SearchResult', 'Search']
 
-# %% ../nbs/10_search.ipynb #3ca43c5a
+# %% ../nbs/10_search.ipynb #17579427
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -21,7 +21,7 @@ from .evaluate import block_nll
 from .runs import RunDir
 from .schedule import Schedule
 
-# %% ../nbs/10_search.ipynb #d94346a3
+# %% ../nbs/10_search.ipynb #80ae6a06
 class Evaluator:
     "Measures policies of one elastic model on blocks of the search text"
     def __init__(self, elastic: ElasticModel,
@@ -58,7 +58,7 @@ class Evaluator:
     def load_state_dict(self, state):
         self.forward_tokens, self._dense = int(state['forward_tokens']), np.array(state['dense'])
 
-# %% ../nbs/10_search.ipynb #9c0a288e
+# %% ../nbs/10_search.ipynb #43e384be
 @dataclass(frozen=True)
 class SearchConfig:
     "What a search depends on, besides the model, the text and the calibrator"
@@ -76,7 +76,7 @@ class SearchConfig:
     fidelity_share: float = 0.8  # share of the episodes in which the fidelity moves
     balance: tuple[float, ...] = (0, 1, 2, 3, 4)  # head starts of the attention to try first; (0,): none
     step: tuple[int, int] = (1, 32)  # units that come and go together: KV groups, FFN channels
-    p_min: float = 0.1  # least retention of a module
+    p_min: float | tuple[float, float] = 0.1  # least retention of a module, see `bounds`; 0: it may be removed
     candidates: int = 4  # logged policies that meet the agent's own best guess at the end
     final_blocks: int = 24  # blocks of search text on which they meet
     agent: dict = field(default_factory=dict)  # settings of the proposer
@@ -100,7 +100,7 @@ class SearchConfig:
                                       t1=int(share * last))
         return make(self.sparsity_share), make(self.fidelity_share)
 
-# %% ../nbs/10_search.ipynb #923f4176
+# %% ../nbs/10_search.ipynb #9c39afdd
 class TextSampler:
     "Blocks without replacement, in a new random order each time the pool is through"
     def __init__(self, n: int, seed: int): self.n, self.rng, self.queue = n, np.random.default_rng([seed, 1]), []
@@ -118,7 +118,7 @@ class TextSampler:
     def state_dict(self): return dict(rng=self.rng.bit_generator.state, queue=list(self.queue))
     def load_state_dict(self, state): self.rng.bit_generator.state, self.queue = state['rng'], list(state['queue'])
 
-# %% ../nbs/10_search.ipynb #6513b79c
+# %% ../nbs/10_search.ipynb #b03effc2
 @dataclass
 class SearchResult:
     "What a search found"
@@ -169,7 +169,7 @@ class Search:
         "Widths of a policy at a target"
         return solve(scores, self.cost, sparsity, self.config.step, self.config.p_min)
 
-# %% ../nbs/10_search.ipynb #aead5f21
+# %% ../nbs/10_search.ipynb #cc41c267
 def _balance(self: Search) -> float:
     "The head start of the attention with the best reward at the final target"
     tried = sorted(set(self.config.balance))
@@ -208,7 +208,7 @@ def _step(self: Search) -> None:
 
 Search.balance, Search.step = _balance, _step
 
-# %% ../nbs/10_search.ipynb #e453285a
+# %% ../nbs/10_search.ipynb #2b84eef6
 def _finish(self: Search) -> SearchResult:
     "Choose the winner at the final target, on the same text for all"
     c, start = self.config, time.perf_counter()

@@ -180,13 +180,15 @@ def test_both_ends_of_the_feasible_range_are_reached(p):
 
 
 @given(st.integers(1, 40), st.integers(1, 3000), st.integers(1, 5), st.integers(1, 200),
-       st.floats(0, 1), st.floats(0, 1))
-def test_bounds(groups, channels, step0, step1, a, b):
+       st.floats(0, 1), st.floats(0, 1), st.sampled_from([(1, 1), (0, 1), (1, 0), (0, 0)]))
+def test_bounds(groups, channels, step0, step1, a, b, stays):
     (p_min, p_max), step = sorted((a, b)), np.array([step0, step1])
+    p_min = p_min * np.array(stays)  # 0 for what may be removed
     cost = Cost([[2, 3]], [[groups, channels]])
     try: lower, upper = bounds(cost, step, p_min, p_max)
     except ValueError as e: assert 'leave no width' in str(e); return
-    assert ((1 <= lower) & (lower <= upper) & (upper <= cost.full)).all()
+    assert (((p_min > 0) <= lower) & (lower <= upper) & (upper <= cost.full)).all()
+    assert (lower[0, p_min == 0] == 0).all()
     assert (lower >= p_min*cost.full - 1e-6).all() and (upper <= p_max*cost.full + 1e-6).all()
     assert ((lower % step == 0) | (lower == cost.full)).all()
     assert ((upper % step == 0) | (upper == cost.full)).all()

@@ -12,8 +12,9 @@ from ffp_nb import agent, calibrate, prune, search
 from ffp_nb.budget import bounds, param_cost
 from ffp_nb.data import Convention, load_corpus, token_blocks
 from ffp_nb.evaluate import perplexity
+from ffp_nb.export import load_pruned
 from ffp_nb.models import FAMILIES, Layout, load_model
-from ffp_nb.prune import PruneConfig, Profile, load_pruned
+from ffp_nb.prune import PruneConfig, Profile
 
 SIGMA = 0.4
 TINY = Profile(32, 4, 2, 8, 4, 1, 2, 2)  # as in the fixture `ffp`
