@@ -6,9 +6,9 @@
 __all__ = ['KINDS', 'SMOLLM2', 'DTYPES', 'UnsupportedModel', 'Module', 'Layout', 'find_family', 'check_config', 'tiny_model',
            'check_finite', 'smollm2_path', 'find_dtype', 'load_tokenizer', 'load_model']
 
-# %% ../nbs/00_models.ipynb #e689d3d4
+# %% ../nbs/00_models.ipynb #293ad099
+import ctypes
 import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,14 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from .modeling import FAMILIES, Family
 
-# %% ../nbs/00_models.ipynb #2e2864b8
+# %% ../nbs/00_models.ipynb #7aadccbb
 KINDS = ('attn', 'ffn')  # column 0 and 1 of every (n_layers, 2) array
 
 
 class UnsupportedModel(ValueError):
     "The architecture has no adapter, or a variant of it breaks an assumption of the adapter"
 
-# %% ../nbs/00_models.ipynb #7a1f8e7a
+# %% ../nbs/00_models.ipynb #3db09562
 @dataclass(frozen=True)
 class Module:
     "One prunable block: the linear layers that hold its units"
@@ -55,7 +55,7 @@ class Module:
         "Multiply-accumulates per token of one unit's projections"
         return sum(n * lin.in_features for lin, n in self.rows) + self.cols * self.out.out_features
 
-# %% ../nbs/00_models.ipynb #b267828e
+# %% ../nbs/00_models.ipynb #74a7eba4
 class Layout:
     "The prunable modules of a dense model and what their units cost; arrays have shape (n_layers, 2): attention, FFN"
     def __init__(self,
@@ -102,7 +102,7 @@ class Layout:
                    ) -> int:
         return 0
 
-# %% ../nbs/00_models.ipynb #9c2bdf2b
+# %% ../nbs/00_models.ipynb #7a7048c6
 def find_family(model: nn.Module) -> tuple[str, Family]:
     "Name and adapter of a model's family"
     return check_config(getattr(model, 'config', None), type(model).__name__)
@@ -122,7 +122,7 @@ def check_config(config, name: str = 'unknown') -> tuple[str, Family]:
                                'as OPT-350m); its residual stream is not a sum of module outputs. Use a pre-norm model.')
     return kind, FAMILIES[kind]
 
-# %% ../nbs/00_models.ipynb #721259dd
+# %% ../nbs/00_models.ipynb #c2183e05
 def tiny_model(family: str = 'llama',  # a key of `FAMILIES`
                layers: int = 3, hidden: int = 64, heads: int = 8, kv_heads: int = 4, ffn: int = 96, vocab: int = 211,
                seed: int = 0) -> nn.Module:
@@ -143,7 +143,7 @@ def tiny_model(family: str = 'llama',  # a key of `FAMILIES`
             p.data.normal_(1.0 if 'norm' in name and name.endswith('weight') else 0.0, 0.15)
     return model.requires_grad_(False)
 
-# %% ../nbs/00_models.ipynb #afe1e831
+# %% ../nbs/00_models.ipynb #47509712
 def check_finite(model: nn.Module) -> None:
     "Raise ValueError naming the first parameters that hold NaN or infinity"
     bad = [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
@@ -151,7 +151,7 @@ def check_finite(model: nn.Module) -> None:
         raise ValueError(f'{len(bad)} weight tensors hold NaN or infinity, the first: {", ".join(bad[:3])}. '
                          'Load the checkpoint again or convert it again; pruning cannot repair it.')
 
-# %% ../nbs/00_models.ipynb #d0499ed2
+# %% ../nbs/00_models.ipynb #e48b569e
 SMOLLM2 = ('smollm2', 'smollm2-mistral')
 
 
@@ -185,7 +185,7 @@ def _load_smollm2(family, dtype):
     model.config._name_or_path = 'HuggingFaceTB/SmolLM2-135M-Instruct'
     return model, tokenizer
 
-# %% ../nbs/00_models.ipynb #dbc4a0e3
+# %% ../nbs/00_models.ipynb #1fedcde8
 DTYPES = ('bfloat16', 'float32', 'float16')
 
 
@@ -202,6 +202,12 @@ def load_tokenizer(path: str):
     except (ValueError, OSError) as e:
         raise OSError(f'{path}: no tokenizer there that can be read. Copy the tokenizer files of the model it was made '
                       f'from to this folder ({e})') from e
+
+
+def _trim():
+    "Give freed memory back to the system: reading a checkpoint leaves several times its weights on the heap of glibc"
+    try: ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError): pass  # another C library
 
 
 def load_model(name: str = 'smollm2',  # 'smollm2', 'smollm2-mistral', a local folder, or a hub id
@@ -230,4 +236,5 @@ def load_model(name: str = 'smollm2',  # 'smollm2', 'smollm2-mistral', a local f
     find_family(model)
     if device_map is None: model = model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     check_finite(model)
+    _trim()
     return model.eval().requires_grad_(False), tokenizer
