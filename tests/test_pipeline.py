@@ -89,6 +89,24 @@ def test_prune_end_to_end(family, family_folder, ffp, tmp_path, monkeypatch):
         for name in ('retention.png', 'search.png'): assert (out / name).read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.parametrize('family', ['llama', 'opt'])
+def test_whole_modules_may_go(family, family_folder, ffp, tmp_path):
+    "A target that is out of reach as long as every module keeps a unit; with --remove it is met, and the folder loads"
+    folder, out = family_folder(family), tmp_path / 'out'
+    options = base(folder, sparsity=0.85)
+    result = ffp('prune', *options, '--out', out)
+    assert result.exit_code == 1 and 'feasible' in result.stderr
+    worked(ffp('prune', *options, '--remove', 'attn', '--remove', 'ffn', '--out', out))
+    widths = np.array(record(out)['result']['widths'])
+    cost = param_cost(Layout(load_model(str(folder / 'dense'), 'float32')[0]))
+    assert (widths == 0).any() and on_budget(cost, widths, 0.85)
+    table = pd.read_csv(out / 'table.csv')
+    assert np.isfinite(table.ppl).all()
+    model, tokenizer = load_pruned(out / 'model')
+    blocks = token_blocks(load_corpus(str(folder / 'text.txt'))['test'], tokenizer, Convention(32, 32, max_blocks=2))
+    assert perplexity(model, blocks).ppl == pytest.approx(table.ppl.iloc[-1], rel=1e-5)
+
+
 def test_dense_folder_evaluates_as_the_table_says(family_folder, ffp, tmp_path):
     folder = family_folder('llama')
     worked(ffp('prune', *base(folder, method='uniform-ffn', calibration='static'), '--out', tmp_path / 'out'))
@@ -234,3 +252,25 @@ def test_changed_weights_under_the_same_name_are_noticed(tmp_path, ffp):
     tiny_model('llama', seed=2).save_pretrained(folder / 'dense')
     result = ffp('search', *base(folder), '--out', out)
     assert result.exit_code == 1 and 'another configuration' in result.stderr
+
+
+def test_zero_shot_and_export_from_the_shell(family_folder, ffp, tmp_path):
+    "`ffp eval --tasks` gives what `zero_shot` gives on the saved folder; `ffp export` says why it cannot"
+    from ffp_nb.tasks import zero_shot
+    folder, out, rng = family_folder('opt'), tmp_path / 'out', np.random.default_rng(0)
+    worked(ffp('prune', *base(folder, method='uniform', calibration='static'), '--out', out))
+    (tmp_path / 'zero-shot').mkdir()
+    words = lambda n: ' '.join(f'w{i}' for i in rng.integers(3, 211, n))
+    docs = [dict(query=f'Question: {words(5)}\n', choices=[words(2), words(3)], gold=i % 2) for i in range(6)]
+    (tmp_path / 'zero-shot' / 'piqa.jsonl').write_text('\n'.join(map(json.dumps, docs)))
+    options = '--model', out / 'model', '--dtype', 'float32', '--data', tmp_path, '--csv', tmp_path / 'table.csv'
+    result = worked(ffp('eval', *options, '--tasks', 'piqa', '--limit', 4))
+    table = pd.read_csv(tmp_path / 'table.csv')
+    want = zero_shot(*load_pruned(out / 'model'), 'piqa', limit=4, data=tmp_path, progress=False)
+    pd.testing.assert_frame_equal(table.drop(columns='model'), want, check_dtype=False, check_exact=False)
+    assert 'piqa' in result.stdout and table.documents.iloc[0] == 4
+    for bad, message in (('boolq', 'boolq.jsonl'), ('chess', 'lambada_openai')):
+        result = ffp('eval', *options, '--tasks', bad)
+        assert result.exit_code == 1 and message in result.stderr
+    result = ffp('export', out / 'model', '--gguf', tmp_path / 'x.gguf')
+    assert result.exit_code == 1 and 'llama.cpp has no architecture' in result.stderr and not (tmp_path / 'x.gguf').exists()
