@@ -68,8 +68,8 @@ def test_without_a_registry_the_error_names_the_way_out(tmp_path, monkeypatch):
 
 def test_nothing_of_a_training_document_is_tested():
     rng = np.random.default_rng(0)
-    docs = {f'd{i}': '\n\n'.join(' '.join(map(str, rng.integers(0, 99, 9))) for _ in range(8)) + f'\n\nsaid\n {i % 7} in  many\n\nand {i}'
-            for i in range(60)}
+    own = lambda: '\n\n'.join(' '.join(map(str, rng.integers(0, 99, 9))) for _ in range(8))
+    docs = {f'd{i}': f'{own()}\n\nsaid\n {i % 7} in  many\n\nand {i}' for i in range(60)}
     train, held = split_documents(docs)
     assert not train.keys() & held.keys() and {**train, **held} == docs
     assert 0.12 <= sum(map(len, held.values())) / sum(map(len, docs.values())) < 0.15
@@ -161,3 +161,12 @@ def test_two_records_of_one_name_are_refused(study, tmp_path):
     read_study(tmp_path)
     (tmp_path / 'opt-uniform-0.3-0-0000000000.json').write_bytes(f.read_bytes())
     with pytest.raises(ValueError, match='opt-uniform-0.3-0'): read_study(tmp_path)
+
+
+def test_records_of_another_training_are_refused(study, tmp_path):
+    f = next((study / 'records').glob('opt-dense-*.json'))
+    record = json.loads(f.read_text())
+    record['result']['weights'] = '0' * 16
+    (tmp_path / f.name).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match='another opt'): run_study('smoke', tmp_path, study / 'models', tmp_path / 'work', cells=CELLS)
+    assert [p.name for p in tmp_path.iterdir()] == [f.name]

@@ -8,7 +8,7 @@ __all__ = ['DJANGO_SHA256', 'END', 'NAMES', 'SETUPS', 'text_sha256', 'django_doc
            'cell_config', 'family_bench', 'repairs', 'run_cell', 'dense_record', 'round_trip', 'run_study',
            'read_study', 'verdicts', 'tally', 'headline']
 
-# %% ../../nbs/studies/families.ipynb #379f4a24
+# %% ../../nbs/studies/families.ipynb #3e52e7b4
 import hashlib
 import os
 import shutil
@@ -38,7 +38,7 @@ from ..runs import CorruptFile, RunDir, atomic_write, cached, config_id, read_js
 from .spine import CELLS, MODES, spread
 from .spine import verdicts as family_verdicts
 
-# %% ../../nbs/studies/families.ipynb #dd76a765
+# %% ../../nbs/studies/families.ipynb #0ca7a461
 DJANGO_SHA256 = '5afde200dce9c81799d6d226edf1a5439cc16e5ffd6a86cfdd31126f49edce23'
 
 
@@ -54,8 +54,9 @@ def django_docs(folder: str | Path,  # keeps the archive
     if not archive.exists(): _download('Django==5.2', archive)
     try:
         with tarfile.open(archive, 'r:gz') as tar:
-            found = {m.name.partition('/')[2]: m for m in tar if m.isfile()}
-            docs = {n: tar.extractfile(m).read().decode() for n, m in found.items() if n.startswith('docs/') and n.endswith('.txt')}
+            files = {m.name.partition('/')[2]: m for m in tar if m.isfile()}
+            names = [n for n in files if n.startswith('docs/') and n.endswith('.txt')]
+            docs = {n: tar.extractfile(files[n]).read().decode() for n in names}
     except (tarfile.TarError, EOFError, OSError, zlib.error, UnicodeDecodeError) as e:
         raise CorruptFile(f'{archive} cannot be read ({e}). Delete it: it is fetched again.') from e
     if (found := text_sha256(docs)) != DJANGO_SHA256:
@@ -75,7 +76,7 @@ def _download(package, path):
                           f'instead (text=...), or put the source distribution at {path}.')
         atomic_write(path, found[0].read_bytes())
 
-# %% ../../nbs/studies/families.ipynb #a8c6626b
+# %% ../../nbs/studies/families.ipynb #afa9ae44
 def documents(text: str = 'django',  # 'django', 'pydoc' (Python's help topics), or a UTF-8 text file
               folder: str | Path = 'runs/models',  # keeps what is fetched
               ) -> dict[str, str]:  # documents by name
@@ -89,7 +90,7 @@ def documents(text: str = 'django',  # 'django', 'pydoc' (Python's help topics),
     paragraphs = path.read_text(encoding='utf-8').split('\n\n')
     return {f'part {i // 20:06}': '\n\n'.join(paragraphs[i:i + 20]) for i in range(0, len(paragraphs), 20)}
 
-# %% ../../nbs/studies/families.ipynb #4352c19d
+# %% ../../nbs/studies/families.ipynb #32ec8622
 def split_documents(docs: dict[str, str],
                     share: float = 0.12,  # of the characters, held out
                     seed: int = 0) -> tuple[dict[str, str], dict[str, str]]:  # training, held out; in random order
@@ -109,7 +110,7 @@ def study_corpus(train: dict[str, str], held: dict[str, str], name: str) -> Corp
     return Corpus(name, split_text('\n\n'.join(train.values()), dict(calibration=0.5, search=0.5)) |
                   split_text(fresh, dict(selection=0.3, test=0.7)))
 
-# %% ../../nbs/studies/families.ipynb #5577f6a2
+# %% ../../nbs/studies/families.ipynb #1a64f84a
 END = '<|end|>'
 
 
@@ -117,8 +118,8 @@ def make_tokenizer(texts: list[str], vocab: int = 4096) -> PreTrainedTokenizerFa
     "Byte-level BPE; `END` is its only special token"
     core, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
     core.pre_tokenizer, core.decoder = byte_level(add_prefix_space=False), decoders.ByteLevel()
-    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, min_frequency=2, special_tokens=[END], show_progress=False,
-                                                        initial_alphabet=byte_level.alphabet()))
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, min_frequency=2, special_tokens=[END],
+                                                        initial_alphabet=byte_level.alphabet(), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=END, eos_token=END, pad_token=END)
 
 
@@ -127,7 +128,7 @@ def token_stream(tokenizer, texts: list[str]) -> torch.Tensor:  # (tokens,) int6
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)['input_ids']
     return torch.tensor([i for doc in ids for i in (*doc, tokenizer.eos_token_id)])
 
-# %% ../../nbs/studies/families.ipynb #71a9815d
+# %% ../../nbs/studies/families.ipynb #ba943996
 NAMES = ('opt', 'llama', 'mistral')
 
 
@@ -161,16 +162,18 @@ class Training:
 def build_model(c: Training):
     "A fresh model of a family; layers of all three families have the same number of parameters, biases and norms aside"
     h, common = c.hidden, dict(vocab_size=c.vocab, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-                               max_position_embeddings=c.block_len, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=None)
+                               max_position_embeddings=c.block_len, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+                               pad_token_id=None)
     own = dict(opt=dict(ffn_dim=4 * h, word_embed_proj_dim=h, dropout=0.0),
                llama=dict(intermediate_size=3 * h, num_key_value_heads=c.heads // 2),
                mistral=dict(intermediate_size=3 * h + h // 6, num_key_value_heads=c.heads // 4, sliding_window=c.block_len // 2))
     with torch.random.fork_rng([]):
         torch.manual_seed(c.seed)
         # eager: products of matrices, which bfloat16 makes faster on a CPU; the fused attention's backward pass is slow there
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(c.family, **common, **own[c.family]), attn_implementation='eager')
+        config = AutoConfig.for_model(c.family, **common, **own[c.family])
+        return AutoModelForCausalLM.from_config(config, attn_implementation='eager')
 
-# %% ../../nbs/studies/families.ipynb #f5b5abca
+# %% ../../nbs/studies/families.ipynb #e66d1daa
 def train(c: Training, model, ids: torch.Tensor,  # (tokens,) the training text
           run: RunDir,  # its checkpoints
           every: int = 200,  # steps between two of them
@@ -186,7 +189,8 @@ def train(c: Training, model, ids: torch.Tensor,  # (tokens,) the training text
     if state := run.load_checkpoint():
         for name, part in parts.items(): part.load_state_dict(state[name])
         losses, cpu_s = state['losses'], state['cpu_s']
-    for step in tqdm(range(len(losses), c.steps), initial=len(losses), total=c.steps, desc=f'train {c.family}', disable=not progress):
+    first = len(losses)
+    for step in tqdm(range(first, c.steps), initial=first, total=c.steps, desc=f'train {c.family}', disable=not progress):
         start = time.process_time()
         batch = blocks[order[step * c.batch:(step + 1) * c.batch]]
         with torch.autocast('cpu', torch.bfloat16, c.autocast): loss = model(batch, labels=batch).loss
@@ -194,12 +198,12 @@ def train(c: Training, model, ids: torch.Tensor,  # (tokens,) the training text
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step(); schedule.step(); opt.zero_grad()
         losses.append(loss.item()); cpu_s += time.process_time() - start
-        if not np.isfinite(losses[-1]): raise ValueError(f'training broke down at step {step}: loss {losses[-1]}. Use a smaller lr.')
+        if not np.isfinite(losses[-1]): raise ValueError(f'training broke down at step {step}: loss {losses[-1]}. Lower lr.')
         if (step + 1) % every == 0 or step + 1 == c.steps:
             run.save_checkpoint({n: p.state_dict() for n, p in parts.items()} | dict(losses=losses, cpu_s=cpu_s))
     return dict(losses=losses, cpu_s=round(cpu_s, 1), epochs=c.steps * c.batch / len(blocks))
 
-# %% ../../nbs/studies/families.ipynb #728ef673
+# %% ../../nbs/studies/families.ipynb #c43b4243
 def small_model(family: str = 'opt',  # one of `NAMES`
                 folder: str | Path = 'runs/models',  # keeps models and text
                 progress: bool = True, **settings) -> Path:  # settings of `Training`; returns `<folder>/<family>-<configuration>`
@@ -226,7 +230,7 @@ def small_model(family: str = 'opt',  # one of `NAMES`
     shutil.rmtree(run.path)
     return out
 
-# %% ../../nbs/studies/families.ipynb #5c3bd795
+# %% ../../nbs/studies/families.ipynb #1375c3d5
 @dataclass(frozen=True)
 class Setup:
     "One size of the study"
@@ -235,12 +239,15 @@ class Setup:
     step: tuple[int, int] = (1, 16)
 
 
-SETUPS = dict(smoke=Setup(dict(text='pydoc', tokens=40_000, vocab=512, hidden=96, layers=2, block_len=64, lr=6e-3), Profile(64, 8, 4, 8, 4, 1, 2, 4)),
+SETUPS = dict(smoke=Setup(dict(text='pydoc', tokens=40_000, vocab=512, hidden=96, layers=2, block_len=64, lr=6e-3),
+                          Profile(64, 8, 4, 8, 4, 1, 2, 4)),
               cpu=Setup({}, Profile(256, 256, 128, 480, 16, 4, 64, 128, 4)))
+SETUPS['gpu'] = SETUPS['cpu']  # nothing to gain: the models are small
 
 
-def cell_config(model: str, sparsity: float = 0.3, method: str = 'ffp', seed: int = 0, setup: Setup = SETUPS['cpu']) -> PruneConfig:
-    "The configuration of one cell; `model` is the name of a folder of `small_model`"
+def cell_config(model: str,  # name of a folder of `small_model`
+                sparsity: float = 0.3, method: str = 'ffp', seed: int = 0, setup: Setup = SETUPS['cpu']) -> PruneConfig:
+    "The configuration of one cell"
     text = Path(setup.training.get('text', 'django')).name
     return PruneConfig(model, text, sparsity, method, seed, dtype='float32', step=setup.step, profile=setup.profile)
 
@@ -255,10 +262,11 @@ def family_bench(family: str, folder: str | Path, setup: Setup = SETUPS['cpu'], 
     bench.family, bench.folder, bench.texts, bench.goals = family, path, list(train_docs.values()), None
     return bench
 
-# %% ../../nbs/studies/families.ipynb #0b2a18cd
+# %% ../../nbs/studies/families.ipynb #770d7580
 def _key(bench, name, config=None):
     "The configuration of a record"
-    return dict(name=f'{bench.family}-{name}', study='families', family=bench.family) | run_config(config or bench.config, bench.corpus)
+    own = dict(name=f'{bench.family}-{name}', study='families', family=bench.family)
+    return own | run_config(config or bench.config, bench.corpus)
 
 
 def repairs(bench: Bench, widths) -> dict:  # by name: what `Bench.perplexity` takes as weights
@@ -279,79 +287,88 @@ def run_cell(bench: Bench, config: PruneConfig, records: Path, work: Path) -> di
         nll = {mode: bench.perplexity(widths, test, w).nll.round(5) for mode, w in repairs(bench, widths).items()}
         out = dict(widths=widths, sparsity=bench.cost.sparsity(widths), nll=nll, weights=bench.fingerprint, forward_tokens=0)
         if search is None: return out
-        return out | dict(reward=search.reward, source=search.source, broken=search.broken, start=search.start, search_s=round(search.wall_s, 1),
-                          rewards=[round(u['reward'], 4) for u in search.updates], forward_tokens=search.forward_tokens)
+        return out | dict(reward=search.reward, source=search.source, broken=search.broken, start=search.start,
+                          search_s=round(search.wall_s, 1), rewards=[round(u['reward'], 4) for u in search.updates],
+                          forward_tokens=search.forward_tokens)
     return cached(records, key, measure)
 
-# %% ../../nbs/studies/families.ipynb #2d97af2f
+# %% ../../nbs/studies/families.ipynb #57f98f28
 def dense_record(bench: Bench, records: Path) -> dict:
     "The dense model and a unigram model on the test blocks"
     def measure(_):
-        c, full = bench.config, bench.elastic.layout.full
+        c, cost, full = bench.config, bench.cost, bench.elastic.layout.full
         p = bench.perplexity(full, test := bench.test())
         seen = bench.perplexity(full, bench.search[:c.profile.final_blocks])
         counts = np.bincount(token_stream(bench.tokenizer, bench.texts), minlength=bench.elastic.model.config.vocab_size) + 1
         unigram = -np.log(counts / counts.sum())[test.ids[:, -test.scored:].numpy()].mean(1)
-        prompt = torch.tensor([bench.tokenizer('To create a new')['input_ids']])
-        text = bench.tokenizer.decode(bench.elastic.model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                                                                   max_length=min(48, c.profile.block_len), pad_token_id=0)[0])
         return dict(nll=dict(none=p.nll.round(5)), unigram=unigram.round(5), search_nll=seen.mean_nll, sparsity=0.0, full=full,
-                    block_params=bench.elastic.layout.block_params, step_share=float((bench.cost.unit[:, 1] * c.step[1]).max() / bench.cost.dense),
-                    tokens=p.tokens, weights=bench.fingerprint, greedy=text)
-    key = {k: v for k, v in _key(bench, 'dense').items() if k in ('name', 'study', 'family', 'model', 'text', 'dtype', 'profile', 'text_sha256', 'convention')}
-    return cached(records, key, measure)
+                    block_params=bench.elastic.layout.block_params, tokens=p.tokens, weights=bench.fingerprint,
+                    greedy=_greedy(bench), step_share=float((cost.unit[:, 1] * c.step[1]).max() / cost.dense))
+    keep = ('name', 'study', 'family', 'model', 'text', 'dtype', 'profile', 'text_sha256', 'convention')
+    return cached(records, {k: v for k, v in _key(bench, 'dense').items() if k in keep}, measure)
 
-# %% ../../nbs/studies/families.ipynb #57a7d5fa
+
+def _greedy(bench, prompt='To create a new'):
+    "What the dense model goes on to say"
+    ids = bench.tokenizer(prompt, return_tensors='pt', return_token_type_ids=False)
+    out = bench.elastic.model.generate(**ids, do_sample=False, max_length=min(48, bench.config.profile.block_len), pad_token_id=0)
+    return bench.tokenizer.decode(out[0])
+
+# %% ../../nbs/studies/families.ipynb #a8d9c304
 def round_trip(bench: Bench, cell: dict,  # the record of a cell
                records: Path) -> dict:
     "Save the model of a cell, load it, and compare logits"
-    c = cell['config']
+    size = lambda folder: sum(p.stat().st_size for p in Path(folder).glob('*.safetensors'))
     def measure(_):
-        widths, ids = np.array(cell['result']['widths']), bench.selection[:2].ids
-        with torch.inference_mode(), tempfile.TemporaryDirectory() as folder, bench.elastic.at(widths, repairs(bench, widths)['sequential']):
-            logits = bench.elastic.model(ids).logits
-            model, tokenizer = load_pruned(save_pruned(bench.elastic, bench.tokenizer, Path(folder) / 'model'))
-            again = model(ids).logits
-            size = lambda f: sum(p.stat().st_size for p in Path(f).glob('*.safetensors'))
-            return dict(difference=float((logits - again).abs().max()), logits=logits.numel(), bytes=size(Path(folder) / 'model'),
-                        dense_bytes=size(bench.folder), same_tokens=tokenizer(END + ' if x:')['input_ids'] == bench.tokenizer(END + ' if x:')['input_ids'])
+        widths, ids, text = np.array(cell['result']['widths']), bench.selection[:2].ids, END + ' if x:'
+        fitted = repairs(bench, widths)['sequential']
+        with torch.inference_mode(), tempfile.TemporaryDirectory() as folder, bench.elastic.at(widths, fitted):
+            logits, saved = bench.elastic.model(ids).logits, save_pruned(bench.elastic, bench.tokenizer, Path(folder) / 'model')
+            model, tokenizer = load_pruned(saved)
+            return dict(difference=float((logits - model(ids).logits).abs().max()), logits=logits.numel(),
+                        bytes=size(saved), dense_bytes=size(bench.folder),
+                        same_tokens=tokenizer(text)['input_ids'] == bench.tokenizer(text)['input_ids'])
+    c = cell['config']
     return cached(records, _key(bench, 'round-trip') | {k: c[k] for k in ('sparsity', 'method', 'seed')}, measure)
 
 
-def run_study(profile: str = 'cpu', records: str | Path = 'runs/families', models: str | Path = 'runs/models', work: str | Path = 'runs/work',
+def run_study(profile: str = 'cpu', records: str | Path = 'runs/families',
+              models: str | Path = 'runs/models', work: str | Path = 'runs/work',  # folders of models and of searches
               names=NAMES, cells=CELLS) -> None:
     "Train what is missing and compute all records that are missing, family by family"
     for family in names:
-        bench = family_bench(family, models, setup := SETUPS[profile])
+        bench, done = family_bench(family, models, setup := SETUPS[profile]), []
+        if (other := dense_record(bench, records)['result']['weights']) != bench.fingerprint:
+            raise ValueError(f'{records} holds records of another {family} (weights {other}, here {bench.fingerprint}): the same '
+                             'training gives other bits on another machine. Use another folder for records.')
         for f in bench.folder.glob('train-*.json'): atomic_write(Path(records) / f.name, f.read_bytes())
-        dense_record(bench, records)
-        done = []
         for sparsity, method, seed in cells:
             done.append(r := run_cell(bench, cell_config(bench.folder.name, sparsity, method, seed, setup), records, work))
-            print(f'{family} {method} {sparsity} seed {seed}: ' + ', '.join(f'{m} {np.exp(np.mean(v)):.2f}' for m, v in r['result']['nll'].items()),
-                  flush=True)
+            ppl = {m: f'{np.exp(np.mean(v)):.2f}' for m, v in r['result']['nll'].items()}
+            print(f'{family} {method} {sparsity} seed {seed}: {ppl}', flush=True)
         searched = [r for r in done if r['config']['sparsity'] == 0.3 and 'reward' in r['result']]
         if searched: round_trip(bench, max(searched, key=lambda r: r['result']['reward']), records)
 
-# %% ../../nbs/studies/families.ipynb #834d0e3c
+# %% ../../nbs/studies/families.ipynb #37d2e2bd
 def read_study(records: str | Path) -> tuple[pd.DataFrame, dict[str, dict]]:  # a row per policy and repair; records by name
     "All records as a table of test figures, with paired differences to uniform-ffn under the same repair"
     by_name, rows = {}, []
     for f in sorted(Path(records).glob('*.json')):
         name = (r := read_json(f))['config']['name']
-        if name in by_name: raise ValueError(f'{f} and another record are both {name}, of different configurations. Remove the old one.')
+        if name in by_name: raise ValueError(f'{f} and another record are both {name}. Remove the one of an old configuration.')
         by_name[name] = r
     for r in by_name.values():
         c, found = r['config'], r['result']
         for mode, nll in found.get('nll', {}).items():
-            row = dict(family=c['family'], sparsity=c.get('sparsity', 0.0), policy=c.get('method', 'dense'), seed=c.get('seed', 0), calibration=mode,
-                       realised=found['sparsity'], nll=np.mean(nll), ppl=np.exp(np.mean(nll)))
+            row = dict(family=c['family'], sparsity=c.get('sparsity', 0.0), policy=c.get('method', 'dense'),
+                       seed=c.get('seed', 0), calibration=mode, realised=found['sparsity'], nll=np.mean(nll),
+                       ppl=np.exp(np.mean(nll)))
             base = by_name.get(f"{c['family']}-uniform-ffn-{row['sparsity']}-0")
             if base: row['gain'], row['interval'] = paired_interval(base['result']['nll'][mode], nll)
             rows.append(row)
     return pd.DataFrame(rows).sort_values(['family', 'sparsity', 'policy', 'seed']).reset_index(drop=True), by_name
 
-# %% ../../nbs/studies/families.ipynb #3875fa17
+# %% ../../nbs/studies/families.ipynb #5572b975
 def verdicts(table: pd.DataFrame) -> list[str]:
     "Markdown lines with the figures of each family: the dense model, each target, and whether ffp is below the best uniform"
     lines = []
@@ -376,12 +393,13 @@ def tally(table: pd.DataFrame, calibration: str = 'sequential') -> dict[str, lis
         out['below' if wins.all() else 'mixed' if wins.any() else 'above'].append(key)
     return out
 
-# %% ../../nbs/studies/families.ipynb #c51a29ad
+# %% ../../nbs/studies/families.ipynb #c17b5369
 def headline(table: pd.DataFrame, calibration: str = 'sequential') -> str:
     "Markdown table: test perplexity by target and policy, a column for each family"
     dense = table[table.policy == 'dense'].set_index('family').ppl
     names = [n for n in NAMES if n in dense.index]
     t = table[(table.policy != 'dense') & (table.calibration == calibration)]
     t = t.pivot_table(index=['sparsity', 'policy'], columns='family', values='ppl', aggfunc=spread)[names].reset_index()
-    rows = [['σ', 'policy', *names], ['---'] * (2 + len(names)), ['0', 'dense', *(f'{dense[n]:.2f}' for n in names)], *t.values.tolist()]
+    first = ['0', 'dense', *(f'{dense[n]:.2f}' for n in names)]
+    rows = [['σ', 'policy', *names], ['---'] * (2 + len(names)), first, *t.values.tolist()]
     return '\n'.join(f'| {" | ".join(map(str, r))} |' for r in rows)
