@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARCHS', 'ROPES', 'QUANTS', 'PRE_TOKENIZERS', 'TOKENIZERS', 'export_gguf', 'check_gguf', 'LlamaCpp']
 
-# %% ../nbs/12_gguf.ipynb #e5c6d67a
+# %% ../nbs/12_gguf.ipynb #5ff518bc
 import errno
 import json
 import os
@@ -32,7 +32,7 @@ from .modeling import FAMILIES, PRUNED
 from .models import UnsupportedModel, load_tokenizer
 from .runs import CorruptFile, read_json
 
-# %% ../nbs/12_gguf.ipynb #613139f8
+# %% ../nbs/12_gguf.ipynb #850bd4d5
 ARCHS = dict(llama=MODEL_ARCH.LLAMA, mistral=MODEL_ARCH.LLAMA, qwen2=MODEL_ARCH.QWEN2, qwen3=MODEL_ARCH.QWEN3)  # layers all equal
 ROPES = 'default', 'linear', 'llama3'
 
@@ -43,9 +43,10 @@ def _refuse_inexpressible(c: PretrainedConfig):
         why = 'llama.cpp has no architecture for it' if c.model_type in FAMILIES else 'this package does not prune it'
         raise UnsupportedModel(f'model type {c.model_type!r} cannot be exported: {why}. Families that can: {", ".join(ARCHS)}.')
     rope, window = c.rope_parameters, getattr(c, 'sliding_window', None)
+    kind = rope.get('rope_type', 'default')
     sliding = 'sliding_attention' in (getattr(c, 'layer_types', None) or ['sliding_attention'])
     refused = {
-        f'rope scaling {rope.get("rope_type")!r} (llama.cpp gets {", ".join(ROPES)})': rope.get('rope_type', 'default') not in ROPES,
+        f'rope scaling {kind!r} (these can be written: {", ".join(ROPES)})': kind not in ROPES,
         'a partial rotary embedding': rope.get('partial_rotary_factor', 1.0) != 1.0,
         f'a sliding window of {window} tokens in a context of {c.max_position_embeddings} (to serve it up to the window, set '
         f'max_position_embeddings to {window} in config.json)': bool(window) and sliding and window < c.max_position_embeddings,
@@ -54,7 +55,7 @@ def _refuse_inexpressible(c: PretrainedConfig):
     if bad := [what for what, is_bad in refused.items() if is_bad]:
         raise UnsupportedModel(f'this {c.model_type} model cannot be exported: it has {"; ".join(bad)}.')
 
-# %% ../nbs/12_gguf.ipynb #3098f30c
+# %% ../nbs/12_gguf.ipynb #0e93a027
 class _Weights:
     "The tensors in a folder's safetensors files, read one at a time"
     def __init__(self, folder: Path):
@@ -89,15 +90,17 @@ def _check_fit(weights: _Weights, config: PretrainedConfig, folder: Path):
     have = {n: s for n, s in weights.shapes.items() if not n.endswith('rotary_emb.inv_freq')}  # old checkpoints keep it
     if config.tie_word_embeddings:
         del want['lm_head.weight']
-        if have.pop('lm_head.weight', None) and (weights.read('lm_head.weight') != weights.read('model.embed_tokens.weight')).any():
-            raise CorruptFile(f'{folder}: tie_word_embeddings is set, but the head differs from the embeddings. Set it to false.')
+        have.pop('lm_head.weight', None)
     bad = [f'{n} {want[n]} is missing' for n in sorted(want.keys() - have.keys())]
     bad += [f'{n} {have[n]} is unexpected' for n in sorted(have.keys() - want.keys())]
     bad += [f'{n} is {have[n]}, expected {want[n]}' for n in sorted(want.keys() & have.keys()) if want[n] != have[n]]
     if bad: raise CorruptFile(f'{folder}: config.json and the weights do not fit: {"; ".join(bad[:3])}'
                               f'{f" and {len(bad) - 3} more" * (len(bad) > 3)}. Save the model again.')
+    if config.tie_word_embeddings and 'lm_head.weight' in weights.files:
+        if not np.array_equal(weights.read('lm_head.weight'), weights.read('model.embed_tokens.weight')):
+            raise CorruptFile(f'{folder}: tie_word_embeddings is set, but the head differs from the embeddings. Set it to false.')
 
-# %% ../nbs/12_gguf.ipynb #09b2e238
+# %% ../nbs/12_gguf.ipynb #48e60103
 @dataclass(frozen=True)
 class _Layer:
     "One layer of the file"
@@ -122,7 +125,7 @@ def _layers(widths: list[dict], multiple: int = 1, biased: Callable[[int, str], 
     if not rows: raise ValueError('no module is left in any layer: there is nothing to export')
     return rows
 
-# %% ../nbs/12_gguf.ipynb #d37b2ef5
+# %% ../nbs/12_gguf.ipynb #d75bf266
 def _interleave(a: np.ndarray, d: int) -> np.ndarray:
     "Reorder the rows of heads of size d"
     return a.reshape(-1, 2, d // 2, *a.shape[1:]).swapaxes(1, 2).reshape(a.shape)
@@ -132,7 +135,7 @@ def _pad(a: np.ndarray, shape: tuple) -> np.ndarray:
     "Zeros after the end, up to this shape"
     return np.pad(a, [(0, n - m) for n, m in zip(shape, a.shape)])
 
-# %% ../nbs/12_gguf.ipynb #8224a232
+# %% ../nbs/12_gguf.ipynb #9177fb21
 def _head_dim(c): return getattr(c, 'head_dim', None) or c.hidden_size // c.num_attention_heads
 
 
@@ -166,7 +169,7 @@ def _tensors(c: PretrainedConfig, weights: _Weights, layers: list[_Layer], arch:
                 if end == 'bias' and source not in weights.files: continue
                 yield name(f'model.layers.{i}.{part}.{end}'), shape, partial(read, source, shape, part)
 
-# %% ../nbs/12_gguf.ipynb #4b09bee9
+# %% ../nbs/12_gguf.ipynb #e0690826
 QUANTS = dict(f32=(GGMLQuantizationType.F32, LlamaFileType.ALL_F32), f16=(GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
               q8_0=(GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0))
 _LIMIT = {GGMLQuantizationType.F16: 65504.0, GGMLQuantizationType.Q8_0: 65504.0 * 127}  # a block's scale is an F16 number
@@ -185,7 +188,7 @@ def _encode(a: np.ndarray, fmt: GGMLQuantizationType, name: str) -> np.ndarray:
         raise ValueError(f"{name} holds a value of size {top:.4g}; {fmt.name} ends at {_LIMIT[fmt]:.4g}. Use quant='f32'.")
     return gguf.quants.quantize(np.ascontiguousarray(a, dtype=np.float32), fmt)
 
-# %% ../nbs/12_gguf.ipynb #2b4fe57c
+# %% ../nbs/12_gguf.ipynb #350f0b01
 _SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 _WORDS, _BYTES = ('ByteLevel', False, True), ('ByteLevel', False, False)
 # Rules before BPE, normaliser, and whether whole words in the vocabulary skip the merges -> name in llama.cpp
@@ -211,17 +214,18 @@ def _pre_tokenizer(core: dict) -> str:
     normalizer, rules = (core['normalizer'] or {}).get('type'), _rules(core['pre_tokenizer'])
     name = PRE_TOKENIZERS.get((rules, normalizer, bool(core['model'].get('ignore_merges'))))
     if name is None:
-        raise UnsupportedModel(f'the tokenizer splits text in a way that is not known here (rules {rules}, normaliser {normalizer}); '
-                               f'known are those of {", ".join(PRE_TOKENIZERS.values())}.')
+        raise UnsupportedModel(f'the tokenizer splits text in a way that is not known here (rules {rules}, normaliser '
+                               f'{normalizer}); known are those of {", ".join(PRE_TOKENIZERS.values())}.')
     return name
 
-# %% ../nbs/12_gguf.ipynb #9aef16a2
+# %% ../nbs/12_gguf.ipynb #70aad7ed
 def _scores(vocab: set[str], merges: list[tuple[str, str]]) -> dict[str, float]:
     "Scores of the tokens that make llama.cpp merge as this list does. UnsupportedModel if there are none"
     rank, last = {}, -1
     for a, b in merges:
         now = rank.setdefault(a + b, len(rank))
-        if now < last: raise UnsupportedModel(f'the tokenizer makes {a + b!r} by merges of different ranks; llama.cpp has one score for it.')
+        if now < last:
+            raise UnsupportedModel(f'the tokenizer makes {a + b!r} by merges of different ranks; llama.cpp has one score for it.')
         last = now
     listed = set(merges)
     for t in vocab:
@@ -231,8 +235,8 @@ def _scores(vocab: set[str], merges: list[tuple[str, str]]) -> dict[str, float]:
     return {t: -float(r) for t, r in rank.items()}
 
 
-_PREFIX = ('llama.cpp puts a space before every text and after every special token. The tokenizer of this folder does not where the text '
-           'begins with a space, or after a special token: such text gets one token more in llama.cpp.')
+_PREFIX = ('llama.cpp puts a space before every text and after every special token. The tokenizer of this folder does not where '
+           'the text begins with a space, or after a special token: such text gets one token more in llama.cpp.')
 
 
 def _space_prefix(core: dict) -> bool:
@@ -240,20 +244,20 @@ def _space_prefix(core: dict) -> bool:
     norm, pre = core['normalizer'], core['pre_tokenizer']
     steps = [] if norm is None else norm['normalizers'] if norm['type'] == 'Sequence' else [norm]
     replace = dict(type='Replace', pattern=dict(String=' '), content='▁')
-    if pre is None and steps and steps[-1] == replace and steps[:-1] in ([], [dict(type='Prepend', prepend='▁')]): return len(steps) == 2
+    if pre is None and steps in ([replace], [dict(type='Prepend', prepend='▁'), replace]): return len(steps) == 2
     if not steps and pre and pre['type'] == 'Metaspace' and pre['replacement'] == '▁' and not pre['split']:
-        if (prefix := pre['prepend_scheme'] != 'never'): warnings.warn(_PREFIX, stacklevel=2)
+        if prefix := pre['prepend_scheme'] != 'never': warnings.warn(_PREFIX, stacklevel=2)
         return prefix
-    raise UnsupportedModel(f'the tokenizer prepares text in a way that is not known here (normaliser {norm}, pre-tokenizer {pre}).')
+    raise UnsupportedModel(f'the tokenizer prepares text in a way that is not known here (normaliser {norm}, rule {pre})')
 
-# %% ../nbs/12_gguf.ipynb #d2b6cc37
+# %% ../nbs/12_gguf.ipynb #281b32db
 def _ends(tokenizer) -> tuple[bool, bool]:
     "Whether the tokenizer puts BOS first and EOS last"
     plain, full = (tokenizer('a', add_special_tokens=special).input_ids for special in (False, True))
     at = next((i for i in range(len(full)) if full[i:i + len(plain)] == plain), 0)
     front, back = full[:at], full[at + len(plain):]
     if front not in ([], [tokenizer.bos_token_id]) or back not in ([], [tokenizer.eos_token_id]):
-        raise UnsupportedModel(f'the tokenizer puts tokens {front} before and {back} after a text; llama.cpp can add BOS and EOS only.')
+        raise UnsupportedModel(f'the tokenizer puts tokens {front} before and {back} a text; llama.cpp adds BOS and EOS only')
     return bool(front), bool(back)
 
 
@@ -278,8 +282,8 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer, size: int):
     "Write the tokenizer's part of the file"
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     model = core['model']
-    if model['type'] != 'BPE' or model.get('dropout') or model.get('continuing_subword_prefix') or model.get('end_of_word_suffix'):
-        raise UnsupportedModel(f'a tokenizer of type {model["type"]!r} cannot be exported; plain BPE is what works.')
+    if model['type'] != 'BPE' or any(model.get(o) for o in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix')):
+        raise UnsupportedModel(f'a tokenizer of type {model["type"]!r} cannot be exported; plain BPE is what works')
     tokens, types = _token_list(tokenizer, size)
     merges = [tuple(m.split(' ', 1)) if isinstance(m, str) else tuple(m) for m in model['merges']]
     if model.get('byte_fallback'):
@@ -296,9 +300,10 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer, size: int):
     bos, eos = _ends(tokenizer)
     writer.add_add_bos_token(bos); writer.add_add_eos_token(eos)  # both, or llama.cpp has defaults of its own
     if template := tokenizer.chat_template:
-        writer.add_chat_template(template if isinstance(template, str) else [dict(name=n, template=t) for n, t in template.items()])
+        named = isinstance(template, dict)  # several, by name
+        writer.add_chat_template([dict(name=n, template=t) for n, t in template.items()] if named else template)
 
-# %% ../nbs/12_gguf.ipynb #85e5488c
+# %% ../nbs/12_gguf.ipynb #c3297ffa
 def _rope_factors(c: PretrainedConfig) -> np.ndarray | None:
     "What each rotary frequency is divided by, (head_dim / 2,) float32; None where nothing is scaled. UnsupportedModel"
     rope, d = c.rope_parameters, _head_dim(c)
@@ -328,11 +333,11 @@ def _choose_arch(c: PretrainedConfig, layers: list[_Layer], factors: np.ndarray 
     equal = len({o.widths for o in layers}) == 1 and (first.heads == c.num_attention_heads or qwen3)  # others want long biases
     if equal and (factors is None or arch == MODEL_ARCH.LLAMA): return arch  # others do not read the factors
     if qwen3:
-        raise UnsupportedModel('Qwen3 normalises its queries and keys; the only architecture of llama.cpp with layers of different '
-                               'widths, deci, does not. Prune it to equal widths (uniform), or keep to the Hugging Face folder.')
+        raise UnsupportedModel('Qwen3 normalises its queries and keys; deci, the only architecture of llama.cpp with layers of '
+                               'different widths, does not. Prune to equal widths (uniform), or keep to the Hugging Face folder.')
     return MODEL_ARCH.DECI
 
-# %% ../nbs/12_gguf.ipynb #a4f1369c
+# %% ../nbs/12_gguf.ipynb #f84e2ec6
 def _write(writer: GGUFWriter, tensors: list[tuple], quant: str, path: Path):
     "Write the file, one tensor in memory at a time"
     for name, shape, _ in tensors:
@@ -398,10 +403,10 @@ def _open_folder(folder: Path):
     weights = _Weights(folder)
     _check_fit(weights, config, folder)
     if not any((folder / name).exists() for name in TOKENIZERS):  # transformers makes an empty one for some families
-        raise FileNotFoundError(f'{folder} has no tokenizer ({", ".join(TOKENIZERS)}). Copy the tokenizer files of the dense model there.')
+        raise FileNotFoundError(f'{folder} has no tokenizer ({", ".join(TOKENIZERS)}). Copy that of the dense model there.')
     return config, weights, load_tokenizer(folder)
 
-# %% ../nbs/12_gguf.ipynb #a633ea13
+# %% ../nbs/12_gguf.ipynb #31161a18
 def check_gguf(path: str | Path) -> dict:
     """What is in a file of `export_gguf`: arch, file_type, tokenizer, bytes, params, layers, and widths (a table, a row a layer).
 
@@ -414,11 +419,12 @@ def check_gguf(path: str | Path) -> dict:
         arch = get('general.architecture')
         widths = _read_widths(lambda key: get(f'{arch}.{key}'))
         found = {t.name: tuple(t.shape.tolist()) for t in reader.tensors}
-        want = _expected_tensors(widths, get(f'{arch}.embedding_length'), get(f'{arch}.attention.key_length'), get(f'{arch}.vocab_size'))
+        sizes = (get(f'{arch}.{key}') for key in ('embedding_length', 'attention.key_length', 'vocab_size'))
+        want = _expected_tensors(widths, *sizes)
         tokenizer = f'{get("tokenizer.ggml.model")}, {get("tokenizer.ggml.pre")}'
         file_type = LlamaFileType(get('general.file_type')).name
     except Exception as e:  # the reader runs over the end in many ways
-        raise CorruptFile(f'{path} is cut off or not a GGUF file of this package ({type(e).__name__}: {e}). Export it again.') from e
+        raise CorruptFile(f'{path} is cut off, or no file of export_gguf ({type(e).__name__}: {e}). Export it again.') from e
     if bad := [f'{n} is {found.get(n, "missing")}, expected {s}' for n, s in want.items() if found.get(n) != s]:
         raise CorruptFile(f'{path}: {bad[0]} ({len(bad)} such tensors). Export it again.')
     return dict(arch=arch, file_type=file_type.removeprefix('ALL_').removeprefix('MOSTLY_'), tokenizer=tokenizer,
@@ -435,12 +441,12 @@ def _expected_tensors(widths: pd.DataFrame, D: int, d: int, vocab: int) -> dict[
     "Names and shapes, row length first as GGUF counts, of the matrices of these widths"
     want = {'token_embd.weight': (D, vocab), 'output_norm.weight': (D,)}
     for i, heads, kv_heads, ffn in widths.itertuples():
-        if heads: want |= {f'blk.{i}.attn_{n}.weight': (D, k * d) for n, k in (('q', heads), ('k', kv_heads), ('v', kv_heads))}
-        if heads: want[f'blk.{i}.attn_output.weight'] = heads * d, D
-        if ffn: want |= {f'blk.{i}.ffn_gate.weight': (D, ffn), f'blk.{i}.ffn_up.weight': (D, ffn), f'blk.{i}.ffn_down.weight': (ffn, D)}
+        layer = dict(attn_q=(D, heads * d), attn_k=(D, kv_heads * d), attn_v=(D, kv_heads * d), attn_output=(heads * d, D),
+                     ffn_gate=(D, ffn), ffn_up=(D, ffn), ffn_down=(ffn, D))
+        want |= {f'blk.{i}.{name}.weight': shape for name, shape in layer.items() if 0 not in shape}
     return want
 
-# %% ../nbs/12_gguf.ipynb #79c78cca
+# %% ../nbs/12_gguf.ipynb #d4e0a79f
 class LlamaCpp:
     "A GGUF file in llama.cpp on the CPU, in float32 wherever llama.cpp can. Needs the package xllamacpp"
     def __init__(self, path: str | Path,
@@ -458,8 +464,9 @@ class LlamaCpp:
         self.plain = self.tokenize('a')[-1]  # a token that is whole text
 
     def _post(self, route, **body):
-        request = urllib.request.Request(self.server.listening_address + route, json.dumps(body).encode(), {'Content-Type': 'application/json'})
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer: return json.loads(answer.read())
+        header, direct = {'Content-Type': 'application/json'}, urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        request = urllib.request.Request(self.server.listening_address + route, json.dumps(body).encode(), header)
+        with direct.open(request) as answer: return json.loads(answer.read())
 
     def tokenize(self, text: str,
                  special: bool = False,  # parse special tokens, and add BOS or EOS as the file says

@@ -102,7 +102,7 @@ def test_scores_by_hand(data, task, dtype):
         want['acc'].append(np.argmax(ll) == r['gold'])
         if 'acc_norm' in want: want['acc_norm'].append(np.argmax([v / len(c) for v, (*_, c) in zip(ll, ask)]) == r['gold'])
     assert ('acc_norm' in want) == (task not in ('boolq', 'winogrande', 'lambada_openai'))
-    for m in want: np.testing.assert_allclose(found[m], np.array(want[m], float), rtol=1e-5 if dtype == torch.float32 else 2e-2)
+    for m in want: np.testing.assert_allclose(found[m], np.array(want[m], float), rtol=1e-5 if dtype == torch.float32 else 5e-4)
 
 
 def test_metrics_and_average(data, model):
@@ -190,14 +190,15 @@ def test_head_sees_answers_only(data, batch):
     assert answer <= max(seen) <= answer + padding and min(seen) < min(context for context, _ in pairs)
 
 
-def test_prompts_that_do_not_fit(data, tmp_path):
+@pytest.mark.parametrize('short', [True, False])
+def test_prompts_that_do_not_fit(data, tmp_path, short):
     rng = np.random.default_rng(1)
-    long = dict(query=f'Question: {words(rng, 600)}\n', choices=[words(rng, 2), words(rng, 3)], gold=0)
-    write(tmp_path, 'piqa', [long, line('piqa', rng)])
+    long = [dict(query=f'Question: {words(rng, n)}\n', choices=[words(rng, 2), words(rng, 3)], gold=0) for n in (600, 700)]
+    write(tmp_path, 'piqa', [*long, *([line('piqa', rng)] * short)])
     model = tiny_model('opt')  # its position table ends at 512
-    with pytest.warns(UserWarning, match='piqa: 2 prompts are longer than the 512 tokens'):
+    with pytest.warns(UserWarning, match='piqa: 4 prompts are longer than the 512 tokens'):
         t = run(model, ['piqa'], data=tmp_path)
-    assert t.attrs['about']['cut'] == dict(piqa=2) and t.value.notna().all()
+    assert t.attrs['about']['cut'] == dict(piqa=4) and t.value.notna().all()
     with pytest.warns(UserWarning): pd.testing.assert_frame_equal(run(model, ['piqa'], data=tmp_path, batch=4), t)
 
 
@@ -326,7 +327,7 @@ def test_progress_counts_requests(data, model, capfd, monkeypatch):
 # Bad input
 
 @pytest.mark.parametrize('content, message', [
-    (b'', 'piqa.jsonl is empty'),
+    (b'', 'piqa.jsonl is empty'), (b'\n\n', 'piqa.jsonl is empty'),
     (b'{"query": "a", "choices": ["b", "c"], "gold": 0}\n{"query"', 'line 2 of .*piqa.jsonl is no piqa document'),
     (b'{"query": "a", "gold": 0}', 'line 1 of '),
     (b'{"query": "a", "choices": ["b", "c"], "gold": 2}', 'line 1 of .*gold 2 with 2 choices'),

@@ -8,7 +8,7 @@ __all__ = ['DJANGO_SHA256', 'END', 'NAMES', 'SETUPS', 'text_sha256', 'django_doc
            'cell_config', 'family_bench', 'repairs', 'run_cell', 'dense_record', 'round_trip', 'run_study',
            'read_study', 'verdicts', 'tally', 'headline']
 
-# %% ../../nbs/studies/families.ipynb #3e52e7b4
+# %% ../../nbs/studies/families.ipynb #27a08639
 import hashlib
 import os
 import shutil
@@ -38,7 +38,7 @@ from ..runs import CorruptFile, RunDir, atomic_write, cached, config_id, read_js
 from .spine import CELLS, MODES, spread
 from .spine import verdicts as family_verdicts
 
-# %% ../../nbs/studies/families.ipynb #0ca7a461
+# %% ../../nbs/studies/families.ipynb #38c02770
 DJANGO_SHA256 = '5afde200dce9c81799d6d226edf1a5439cc16e5ffd6a86cfdd31126f49edce23'
 
 
@@ -76,7 +76,7 @@ def _download(package, path):
                           f'instead (text=...), or put the source distribution at {path}.')
         atomic_write(path, found[0].read_bytes())
 
-# %% ../../nbs/studies/families.ipynb #afa9ae44
+# %% ../../nbs/studies/families.ipynb #9c5cc16f
 def documents(text: str = 'django',  # 'django', 'pydoc' (Python's help topics), or a UTF-8 text file
               folder: str | Path = 'runs/models',  # keeps what is fetched
               ) -> dict[str, str]:  # documents by name
@@ -90,7 +90,7 @@ def documents(text: str = 'django',  # 'django', 'pydoc' (Python's help topics),
     paragraphs = path.read_text(encoding='utf-8').split('\n\n')
     return {f'part {i // 20:06}': '\n\n'.join(paragraphs[i:i + 20]) for i in range(0, len(paragraphs), 20)}
 
-# %% ../../nbs/studies/families.ipynb #32ec8622
+# %% ../../nbs/studies/families.ipynb #1ee431af
 def split_documents(docs: dict[str, str],
                     share: float = 0.12,  # of the characters, held out
                     seed: int = 0) -> tuple[dict[str, str], dict[str, str]]:  # training, held out; in random order
@@ -110,7 +110,7 @@ def study_corpus(train: dict[str, str], held: dict[str, str], name: str) -> Corp
     return Corpus(name, split_text('\n\n'.join(train.values()), dict(calibration=0.5, search=0.5)) |
                   split_text(fresh, dict(selection=0.3, test=0.7)))
 
-# %% ../../nbs/studies/families.ipynb #1a64f84a
+# %% ../../nbs/studies/families.ipynb #3c453263
 END = '<|end|>'
 
 
@@ -128,7 +128,7 @@ def token_stream(tokenizer, texts: list[str]) -> torch.Tensor:  # (tokens,) int6
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)['input_ids']
     return torch.tensor([i for doc in ids for i in (*doc, tokenizer.eos_token_id)])
 
-# %% ../../nbs/studies/families.ipynb #ba943996
+# %% ../../nbs/studies/families.ipynb #7278266e
 NAMES = ('opt', 'llama', 'mistral')
 
 
@@ -173,7 +173,7 @@ def build_model(c: Training):
         config = AutoConfig.for_model(c.family, **common, **own[c.family])
         return AutoModelForCausalLM.from_config(config, attn_implementation='eager')
 
-# %% ../../nbs/studies/families.ipynb #e66d1daa
+# %% ../../nbs/studies/families.ipynb #0144f0bf
 def train(c: Training, model, ids: torch.Tensor,  # (tokens,) the training text
           run: RunDir,  # its checkpoints
           every: int = 200,  # steps between two of them
@@ -203,7 +203,7 @@ def train(c: Training, model, ids: torch.Tensor,  # (tokens,) the training text
             run.save_checkpoint({n: p.state_dict() for n, p in parts.items()} | dict(losses=losses, cpu_s=cpu_s))
     return dict(losses=losses, cpu_s=round(cpu_s, 1), epochs=c.steps * c.batch / len(blocks))
 
-# %% ../../nbs/studies/families.ipynb #c43b4243
+# %% ../../nbs/studies/families.ipynb #5288c0d3
 def small_model(family: str = 'opt',  # one of `NAMES`
                 folder: str | Path = 'runs/models',  # keeps models and text
                 progress: bool = True, **settings) -> Path:  # settings of `Training`; returns `<folder>/<family>-<configuration>`
@@ -230,7 +230,7 @@ def small_model(family: str = 'opt',  # one of `NAMES`
     shutil.rmtree(run.path)
     return out
 
-# %% ../../nbs/studies/families.ipynb #1375c3d5
+# %% ../../nbs/studies/families.ipynb #2908692c
 @dataclass(frozen=True)
 class Setup:
     "One size of the study"
@@ -262,7 +262,7 @@ def family_bench(family: str, folder: str | Path, setup: Setup = SETUPS['cpu'], 
     bench.family, bench.folder, bench.texts, bench.goals = family, path, list(train_docs.values()), None
     return bench
 
-# %% ../../nbs/studies/families.ipynb #770d7580
+# %% ../../nbs/studies/families.ipynb #b6e43135
 def _key(bench, name, config=None):
     "The configuration of a record"
     own = dict(name=f'{bench.family}-{name}', study='families', family=bench.family)
@@ -292,7 +292,7 @@ def run_cell(bench: Bench, config: PruneConfig, records: Path, work: Path) -> di
                           forward_tokens=search.forward_tokens)
     return cached(records, key, measure)
 
-# %% ../../nbs/studies/families.ipynb #57f98f28
+# %% ../../nbs/studies/families.ipynb #6aad1372
 def dense_record(bench: Bench, records: Path) -> dict:
     "The dense model and a unigram model on the test blocks"
     def measure(_):
@@ -314,7 +314,7 @@ def _greedy(bench, prompt='To create a new'):
     out = bench.elastic.model.generate(**ids, do_sample=False, max_length=min(48, bench.config.profile.block_len), pad_token_id=0)
     return bench.tokenizer.decode(out[0])
 
-# %% ../../nbs/studies/families.ipynb #a8d9c304
+# %% ../../nbs/studies/families.ipynb #31bc0806
 def round_trip(bench: Bench, cell: dict,  # the record of a cell
                records: Path) -> dict:
     "Save the model of a cell, load it, and compare logits"
@@ -349,7 +349,7 @@ def run_study(profile: str = 'cpu', records: str | Path = 'runs/families',
         searched = [r for r in done if r['config']['sparsity'] == 0.3 and 'reward' in r['result']]
         if searched: round_trip(bench, max(searched, key=lambda r: r['result']['reward']), records)
 
-# %% ../../nbs/studies/families.ipynb #37d2e2bd
+# %% ../../nbs/studies/families.ipynb #e8cc083a
 def read_study(records: str | Path) -> tuple[pd.DataFrame, dict[str, dict]]:  # a row per policy and repair; records by name
     "All records as a table of test figures, with paired differences to uniform-ffn under the same repair"
     by_name, rows = {}, []
@@ -368,7 +368,7 @@ def read_study(records: str | Path) -> tuple[pd.DataFrame, dict[str, dict]]:  # 
             rows.append(row)
     return pd.DataFrame(rows).sort_values(['family', 'sparsity', 'policy', 'seed']).reset_index(drop=True), by_name
 
-# %% ../../nbs/studies/families.ipynb #5572b975
+# %% ../../nbs/studies/families.ipynb #03226712
 def verdicts(table: pd.DataFrame) -> list[str]:
     "Markdown lines with the figures of each family: the dense model, each target, and whether ffp is below the best uniform"
     lines = []
@@ -393,7 +393,7 @@ def tally(table: pd.DataFrame, calibration: str = 'sequential') -> dict[str, lis
         out['below' if wins.all() else 'mixed' if wins.any() else 'above'].append(key)
     return out
 
-# %% ../../nbs/studies/families.ipynb #c17b5369
+# %% ../../nbs/studies/families.ipynb #ebe875e3
 def headline(table: pd.DataFrame, calibration: str = 'sequential') -> str:
     "Markdown table: test perplexity by target and policy, a column for each family"
     dense = table[table.policy == 'dense'].set_index('family').ppl
