@@ -46,7 +46,7 @@ class Profile:
 
 PROFILES = dict(
     smoke=Profile(64, 6, 4, 8, 4, 1, 2, 3),  # seconds: what tests run
-    demo=Profile(512, 32, 32, 240, 12, 2, 12, None),  # minutes on two cores
+    demo=Profile(512, 32, 16, 160, 10, 2, 8, 16),  # minutes on two cores
     cpu=Profile(),  # a quarter of an hour to an hour on two cores
     gpu=Profile(2048, 128, 64, 1920, 32, 16, 64, None, 8))  # a workstation
 

@@ -6,7 +6,7 @@
 __all__ = ['SEVEN', 'TASKS', 'METRICS', 'DEV_SHARE', 'find_tasks', 'hub_document', 'local_documents', 'part_of', 'TaskSet',
            'load_tasks', 'score_table', 'zero_shot', 'paired']
 
-# %% ../nbs/13_tasks.ipynb #35122732
+# %% ../nbs/13_tasks.ipynb #cff14e47
 import copy
 import hashlib
 import io
@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .runs import CorruptFile
 
-# %% ../nbs/13_tasks.ipynb #2e0d67b7
+# %% ../nbs/13_tasks.ipynb #42d7ac66
 SEVEN = ('boolq', 'piqa', 'hellaswag', 'winogrande', 'arc_easy', 'arc_challenge', 'openbookqa')  # those of the paper
 TASKS = *SEVEN, 'lambada_openai'  # lm-eval's own names
 METRICS = 'acc_norm', 'acc', 'all'
@@ -51,7 +51,7 @@ def find_tasks(names: str | list | tuple,  # 'seven', 'all', names with commas b
     if not names: raise ValueError(f"no tasks; give 'seven', 'all', or some of {', '.join(TASKS)}")
     return list(dict.fromkeys(names))
 
-# %% ../nbs/13_tasks.ipynb #7e80d007
+# %% ../nbs/13_tasks.ipynb #4b0c54e7
 def _boolq(r):
     passage, _, question = r['query'].removeprefix('Passage: ').rpartition('\nQuestion: ')
     return dict(passage=passage.replace('\nQuestion', ' question'), question=question.removesuffix('?'), label=r['gold'])
@@ -74,7 +74,7 @@ def _winogrande(r):
     n = len(os.path.commonprefix([a, b]))  # may end inside of a word, which the prompt does not show
     return dict(sentence=f"{a[:n]}_ {r['continuation']}", option1=a[n:], option2=b[n:], answer=str(r['gold'] + 1))
 
-# %% ../nbs/13_tasks.ipynb #1f829cd2
+# %% ../nbs/13_tasks.ipynb #69f1d736
 def _lettered(r):
     text = list(dict.fromkeys(r['choices']))
     letters = 'ABCDEFGHIJ'[:len(text)]
@@ -98,7 +98,7 @@ def hub_document(task: str,  # one of `TASKS`
     if not isinstance(gold, int) or not 0 <= gold < len(choices): raise ValueError(f'gold {gold!r} with {len(choices)} choices')
     return _DOCUMENT[task](record)
 
-# %% ../nbs/13_tasks.ipynb #129329b5
+# %% ../nbs/13_tasks.ipynb #9be37f03
 def local_documents(task: str, data: str | Path,  # a folder that holds `zero-shot/<task>.jsonl`
                     ) -> list[dict]:
     "The documents of a local task. FileNotFoundError without the file, CorruptFile naming the line"
@@ -117,7 +117,7 @@ def local_documents(task: str, data: str | Path,  # a folder that holds `zero-sh
     if not docs: raise CorruptFile(f'{path} is empty. Restore the file.')
     return docs
 
-# %% ../nbs/13_tasks.ipynb #13b5eff6
+# %% ../nbs/13_tasks.ipynb #d96ef9c9
 @contextmanager
 def _quiet():
     "Without the log lines and progress bars of lm-eval and datasets; what fails still raises"
@@ -145,7 +145,7 @@ def _load(name, data):
         raise OSError(f'{name}: its data set could not be read from the hub ({type(e).__name__}: {e}). Go online, or set '
                       'FFP_DATA_DIR (--data) to a folder with zero-shot/*.jsonl.') from e
 
-# %% ../nbs/13_tasks.ipynb #7aa39034
+# %% ../nbs/13_tasks.ipynb #d25dabe0
 DEV_SHARE = 0.3
 _RELATED = dict(  # what related documents have in common
     boolq=lambda d: d['passage'][-80:],  # the beginning may hold a title
@@ -172,7 +172,7 @@ def _select(name, task, part, limit, seed):
     split = task.config.test_split if task.has_test_docs() else task.config.validation_split
     if len(keep[:limit]) < len(docs): task.dataset[split] = task.dataset[split].select(keep[:limit])
 
-# %% ../nbs/13_tasks.ipynb #89186e37
+# %% ../nbs/13_tasks.ipynb #faf13997
 @dataclass(frozen=True)
 class TaskSet:
     "Loaded tasks, and what was asked for"
@@ -201,7 +201,7 @@ def load_tasks(tasks: str | list | tuple = SEVEN,  # see `find_tasks`
         with _quiet(): _select(name, loaded[name], part, limit, seed)
     return TaskSet(loaded, 'local' if data else 'hub', part, limit, seed)
 
-# %% ../nbs/13_tasks.ipynb #122938fd
+# %% ../nbs/13_tasks.ipynb #3ea01545
 class _LM(HFLM):
     "lm-eval's wrapper of a model in memory"
     def __init__(self, model, tokenizer, batch, bar):
@@ -230,7 +230,7 @@ class _LM(HFLM):
         keep = self.answer + padding
         with torch.no_grad(): return self.model(inps, use_cache=False, logits_to_keep=keep).logits
 
-# %% ../nbs/13_tasks.ipynb #96670970
+# %% ../nbs/13_tasks.ipynb #795b574d
 def _check(model, tokenizer, batch, metric):
     "Errors for what lm-eval would fail on later and less clearly"
     if not isinstance(model, PreTrainedModel):
@@ -243,7 +243,7 @@ def _check(model, tokenizer, batch, metric):
     if not isinstance(batch, int) or batch < 1: raise ValueError(f'batch {batch!r}; expected a whole number, at least 1')
     if metric not in METRICS: raise ValueError(f'metric {metric!r}; expected one of {", ".join(METRICS)}')
 
-# %% ../nbs/13_tasks.ipynb #591347bf
+# %% ../nbs/13_tasks.ipynb #776b5d6b
 def _stderr(v): return float(sem(v)) if len(v) > 1 else float('nan')
 
 
@@ -266,7 +266,7 @@ def _average(rows, scores, metric):
     yield dict(task='average', metric=f'{metric} of {len(used)}', value=value, stderr=stderr, chance=chance,
                documents=sum(r['documents'] for r in used))
 
-# %% ../nbs/13_tasks.ipynb #d1fe04be
+# %% ../nbs/13_tasks.ipynb #02d3d3a6
 def score_table(scores: dict,  # task → metric → a value a document
                 about: dict,  # what identifies the evaluation, with `chance` by task
                 metric: str = 'acc_norm',  # 'acc_norm' (else acc), 'acc', or 'all' of them
@@ -281,7 +281,7 @@ def score_table(scores: dict,  # task → metric → a value a document
     table.attrs = dict(scores=scores, about=about)
     return table
 
-# %% ../nbs/13_tasks.ipynb #b57c686a
+# %% ../nbs/13_tasks.ipynb #d5008000
 def zero_shot(model: PreTrainedModel,  # a causal LM of transformers, pruned or not, such as `ElasticModel.model` at any widths
               tokenizer: PreTrainedTokenizerBase,
               tasks: str | list | tuple | TaskSet = SEVEN,  # names, or tasks that `load_tasks` loaded with the options below
@@ -325,7 +325,7 @@ def _score(lm, name, task, about):
     names = dict(perplexity='loglikelihood')
     return {names.get(m, m): [float('nan') if b else float(s[m]) for s, b in zip(samples, broken)] for m in samples[0]['metrics']}
 
-# %% ../nbs/13_tasks.ipynb #e85a9828
+# %% ../nbs/13_tasks.ipynb #102c36b0
 def paired(a: pd.DataFrame, b: pd.DataFrame,  # tables of `zero_shot` over the same documents
            metric: str = 'acc_norm',  # 'acc_norm' (else acc), or 'acc'
            ) -> pd.DataFrame:  # task, metric, difference, stderr, interval, documents
@@ -341,8 +341,7 @@ def paired(a: pd.DataFrame, b: pd.DataFrame,  # tables of `zero_shot` over the s
             likelihood.append(dict(task=name, metric='loglikelihood', value=ll.mean(), stderr=_stderr(ll), documents=len(ll)))
         scores[name] = delta
     table = score_table(scores, a.attrs['about'], metric)
-    mean = table.task == 'average'
+    table.attrs, mean = {}, table.task == 'average'
     table = pd.concat([t for t in (table[~mean], pd.DataFrame(likelihood), table[mean]) if len(t)], ignore_index=True)
     table = table.rename(columns=dict(value='difference')).assign(interval=1.96 * table.stderr)
-    table.attrs = {}
     return table[['task', 'metric', 'difference', 'stderr', 'interval', 'documents']]

@@ -102,7 +102,9 @@ def test_scores_by_hand(data, task, dtype):
         want['acc'].append(np.argmax(ll) == r['gold'])
         if 'acc_norm' in want: want['acc_norm'].append(np.argmax([v / len(c) for v, (*_, c) in zip(ll, ask)]) == r['gold'])
     assert ('acc_norm' in want) == (task not in ('boolq', 'winogrande', 'lambada_openai'))
-    for m in want: np.testing.assert_allclose(found[m], np.array(want[m], float), rtol=1e-5 if dtype == torch.float32 else 5e-4)
+    for m in want: np.testing.assert_allclose(found[m], np.array(want[m], float), rtol=1e-5 if dtype == torch.float32 else 5e-3)
+    if task == 'lambada_openai':  # more digits than bfloat16 has
+        assert all(torch.tensor(v).bfloat16().item() != v for v in found['loglikelihood'])
 
 
 def test_metrics_and_average(data, model):
