@@ -195,7 +195,7 @@ def test_head_sees_answers_only(data, batch):
 @pytest.mark.parametrize('short', [True, False])
 def test_prompts_that_do_not_fit(data, tmp_path, short):
     rng = np.random.default_rng(1)
-    long = [dict(query=f'Question: {words(rng, n)}\n', choices=[words(rng, 2), words(rng, 3)], gold=0) for n in (600, 700)]
+    long = [dict(query=f'Question: {words(rng, n)}\n', choices=[words(rng, 2), words(rng, 3)], gold=0) for n in (1200, 1300)]
     write(tmp_path, 'piqa', [*long, *([line('piqa', rng)] * short)])
     model = tiny_model('opt')  # its position table ends at 512
     with pytest.warns(UserWarning, match='piqa: 4 prompts are longer than the 512 tokens'):
