@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARCHS', 'ROPES', 'QUANTS', 'PRE_TOKENIZERS', 'TOKENIZERS', 'export_gguf', 'check_gguf', 'LlamaCpp']
 
-# %% ../nbs/12_gguf.ipynb #be896e25
+# %% ../nbs/12_gguf.ipynb #ad2da67f
 import errno
 import json
 import os
@@ -32,7 +32,7 @@ from .modeling import FAMILIES, PRUNED
 from .models import UnsupportedModel, load_tokenizer
 from .runs import CorruptFile, read_json
 
-# %% ../nbs/12_gguf.ipynb #6b7ed56d
+# %% ../nbs/12_gguf.ipynb #a9308910
 ARCHS = dict(llama=MODEL_ARCH.LLAMA, mistral=MODEL_ARCH.LLAMA, qwen2=MODEL_ARCH.QWEN2, qwen3=MODEL_ARCH.QWEN3)  # layers all equal
 ROPES = 'default', 'linear', 'llama3'
 
@@ -55,7 +55,7 @@ def _refuse_inexpressible(c: PretrainedConfig):
     if bad := [what for what, is_bad in refused.items() if is_bad]:
         raise UnsupportedModel(f'this {c.model_type} model cannot be exported: it has {"; ".join(bad)}.')
 
-# %% ../nbs/12_gguf.ipynb #8d74543d
+# %% ../nbs/12_gguf.ipynb #e19bbf45
 class _Weights:
     "The tensors in a folder's safetensors files, read one at a time"
     def __init__(self, folder: Path):
@@ -100,7 +100,7 @@ def _check_fit(weights: _Weights, config: PretrainedConfig, folder: Path):
         if not np.array_equal(weights.read('lm_head.weight'), weights.read('model.embed_tokens.weight')):
             raise CorruptFile(f'{folder}: tie_word_embeddings is set, but the head differs from the embeddings. Set it to false.')
 
-# %% ../nbs/12_gguf.ipynb #aabaee33
+# %% ../nbs/12_gguf.ipynb #75789c2a
 @dataclass(frozen=True)
 class _Layer:
     "One layer of the file"
@@ -125,7 +125,7 @@ def _layers(widths: list[dict], multiple: int = 1, biased: Callable[[int, str], 
     if not rows: raise ValueError('no module is left in any layer: there is nothing to export')
     return rows
 
-# %% ../nbs/12_gguf.ipynb #77bb9a62
+# %% ../nbs/12_gguf.ipynb #f01ce38a
 def _interleave(a: np.ndarray, d: int) -> np.ndarray:
     "Reorder the rows of heads of size d"
     return a.reshape(-1, 2, d // 2, *a.shape[1:]).swapaxes(1, 2).reshape(a.shape)
@@ -135,7 +135,7 @@ def _pad(a: np.ndarray, shape: tuple) -> np.ndarray:
     "Zeros after the end, up to this shape"
     return np.pad(a, [(0, n - m) for n, m in zip(shape, a.shape)])
 
-# %% ../nbs/12_gguf.ipynb #2c4d9a41
+# %% ../nbs/12_gguf.ipynb #2cf2120b
 def _head_dim(c): return getattr(c, 'head_dim', None) or c.hidden_size // c.num_attention_heads
 
 
@@ -169,7 +169,7 @@ def _tensors(c: PretrainedConfig, weights: _Weights, layers: list[_Layer], arch:
                 if end == 'bias' and source not in weights.files: continue
                 yield name(f'model.layers.{i}.{part}.{end}'), size, partial(read, source, size, part)
 
-# %% ../nbs/12_gguf.ipynb #27f6478f
+# %% ../nbs/12_gguf.ipynb #9457f0c4
 QUANTS = dict(f32=(GGMLQuantizationType.F32, LlamaFileType.ALL_F32), f16=(GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
               q8_0=(GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0))
 _LIMIT = {GGMLQuantizationType.F16: 65504.0, GGMLQuantizationType.Q8_0: 65504.0 * 127}  # a block's scale is an F16 number
@@ -188,7 +188,7 @@ def _encode(a: np.ndarray, fmt: GGMLQuantizationType, name: str) -> np.ndarray:
         raise ValueError(f"{name} holds a value of size {top:.4g}; {fmt.name} ends at {_LIMIT[fmt]:.4g}. Use quant='f32'.")
     return gguf.quants.quantize(np.ascontiguousarray(a, dtype=np.float32), fmt)
 
-# %% ../nbs/12_gguf.ipynb #0c81031b
+# %% ../nbs/12_gguf.ipynb #ede97ab8
 _SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 _WORDS, _BYTES = ('ByteLevel', False, True), ('ByteLevel', False, False)
 # Rules before BPE, normaliser, and whether whole words in the vocabulary skip the merges -> name in llama.cpp
@@ -218,7 +218,7 @@ def _pre_tokenizer(core: dict) -> str:
                                f'{normalizer}); known are those of {", ".join(PRE_TOKENIZERS.values())}.')
     return name
 
-# %% ../nbs/12_gguf.ipynb #58948d50
+# %% ../nbs/12_gguf.ipynb #17f762b1
 def _scores(vocab: set[str], merges: list[tuple[str, str]]) -> dict[str, float]:
     "Scores of the tokens that make llama.cpp merge as this list does. UnsupportedModel if there are none"
     rank, last = {}, -1
@@ -250,7 +250,7 @@ def _space_prefix(core: dict) -> bool:
         return prefix
     raise UnsupportedModel(f'the tokenizer prepares text in a way that is not known here (normaliser {norm}, rule {pre})')
 
-# %% ../nbs/12_gguf.ipynb #e243de99
+# %% ../nbs/12_gguf.ipynb #628d4726
 def _ends(tokenizer) -> tuple[bool, bool]:
     "Whether the tokenizer puts BOS first and EOS last"
     plain, full = (tokenizer('a', add_special_tokens=special).input_ids for special in (False, True))
@@ -280,7 +280,7 @@ def _token_list(tokenizer, size: int) -> tuple[list[str], list[TokenType]]:
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer, size: int):
     "Write the tokenizer's part of the file"
-    if not tokenizer.is_fast: raise UnsupportedModel('the tokenizer is not one of the tokenizers library: it has no tokenizer.json')
+    if not tokenizer.is_fast: raise UnsupportedModel('the tokenizer is not of the tokenizers library (no tokenizer.json)')
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     model = core['model']
     if model['type'] != 'BPE' or any(model.get(o) for o in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix')):
@@ -304,7 +304,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer, size: int):
         named = isinstance(template, dict)  # several, by name
         writer.add_chat_template([dict(name=n, template=t) for n, t in template.items()] if named else template)
 
-# %% ../nbs/12_gguf.ipynb #8867feff
+# %% ../nbs/12_gguf.ipynb #28a91578
 def _rope_factors(c: PretrainedConfig) -> np.ndarray | None:
     "What each rotary frequency is divided by, (head_dim / 2,) float32; None where nothing is scaled. UnsupportedModel"
     rope, d = c.rope_parameters, _head_dim(c)
@@ -338,7 +338,7 @@ def _choose_arch(c: PretrainedConfig, layers: list[_Layer], factors: np.ndarray 
                                'different widths, does not. Prune to equal widths (uniform), or keep to the Hugging Face folder.')
     return MODEL_ARCH.DECI
 
-# %% ../nbs/12_gguf.ipynb #b6be4413
+# %% ../nbs/12_gguf.ipynb #f0e8fd5b
 def _write(writer: GGUFWriter, tensors: list[tuple], quant: str, path: Path):
     "Write the file, one tensor in memory at a time"
     for name, shape, _ in tensors:
@@ -407,7 +407,7 @@ def _open_folder(folder: Path):
         raise FileNotFoundError(f'{folder} has no tokenizer ({", ".join(TOKENIZERS)}). Copy that of the dense model there.')
     return config, weights, load_tokenizer(folder)
 
-# %% ../nbs/12_gguf.ipynb #48ed1f01
+# %% ../nbs/12_gguf.ipynb #4f6426e7
 def check_gguf(path: str | Path) -> dict:
     """What is in a file of `export_gguf`: arch, file_type, tokenizer, bytes, params, layers, and widths (a table, a row a layer).
 
@@ -447,7 +447,7 @@ def _expected_tensors(widths: pd.DataFrame, D: int, d: int, vocab: int) -> dict[
         want |= {f'blk.{i}.{name}.weight': shape for name, shape in layer.items() if 0 not in shape}
     return want
 
-# %% ../nbs/12_gguf.ipynb #6236a3a7
+# %% ../nbs/12_gguf.ipynb #774d55c9
 class LlamaCpp:
     "A GGUF file in llama.cpp on the CPU, in float32 wherever llama.cpp can. Needs the package xllamacpp"
     def __init__(self, path: str | Path,

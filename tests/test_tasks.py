@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_tokenizer
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from ffp_nb.elastic import ElasticModel
 from ffp_nb.export import open_model, save_pruned
@@ -303,7 +304,8 @@ def test_hash_sees_every_part_of_a_document(data, model, task, tmp_path):
 
 # Manners
 
-def test_nothing_else_is_touched(data, model, capfd, recwarn):
+def test_nothing_else_is_touched(data, model, capfd, recwarn, monkeypatch):
+    monkeypatch.setattr('lm_eval.api.task.tqdm', lambda *a, **kw: tqdm(*a, **kw | dict(disable=False)))  # a bar without a switch
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
@@ -320,7 +322,6 @@ def test_nothing_else_is_touched(data, model, capfd, recwarn):
 
 
 def test_progress_counts_requests(data, model, capfd, monkeypatch):
-    from tqdm.auto import tqdm
     monkeypatch.setattr('ffp_nb.tasks.tqdm', lambda **kw: tqdm(**kw | dict(disable=False)))
     run(model, ['arc_easy'], data=data)
     assert 'arc_easy: 100%' in (err := capfd.readouterr().err) and '48/48' in err
