@@ -21,7 +21,6 @@ from ffp_nb.gguf_export import LlamaCpp, check_gguf, export_gguf
 from ffp_nb.models import UnsupportedModel, tiny_model
 from ffp_nb.runs import CorruptFile
 
-pytest.importorskip('xllamacpp', reason='llama.cpp is what the files are for')
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs limits on file size')
 SPECIALS = '<|bos|>', '<|eos|>', '<|pad|>'
 TEXT = 'the cat sat on the mat in 1998, and then 12 dogs ran to the man'
