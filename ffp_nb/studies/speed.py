@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'read_speed', 'read_rounding', 'with_speed', 'summary', 'explain', 'weigh', 'read_policy', 'round_policy',
            'run_cell', 'run_study']
 
-# %% ../../nbs/studies/speed.ipynb #d8f4c4d9
+# %% ../../nbs/studies/speed.ipynb #c729376f
 import json
 import os
 from dataclasses import asdict, replace
@@ -21,7 +21,7 @@ from ..prune import PROFILES, Bench, run_config
 from ..runs import cached, read_json
 from .spine import SPARSITIES, study_bench, study_config
 
-# %% ../../nbs/studies/speed.ipynb #041407bf
+# %% ../../nbs/studies/speed.ipynb #f595465b
 def read_speed(folder: str | Path = '../../benchmarks/results',
                model: str = 'smollm2') -> tuple[pd.DataFrame, dict | None]:  # its rows, the record
     "The newest record of all parts of benchmarks/speed.py; an empty table and None where there is none"
@@ -31,7 +31,7 @@ def read_speed(folder: str | Path = '../../benchmarks/results',
     record = max(found, key=lambda r: r['created'])
     return pd.DataFrame(record['result']['rows']), record
 
-# %% ../../nbs/studies/speed.ipynb #4cb82be8
+# %% ../../nbs/studies/speed.ipynb #da23af6e
 def read_rounding(records: str | Path = '../runs/speed',
                   profile: str = 'cpu') -> pd.DataFrame:  # a row a sparsity and step; `cost` in nats a token
     "All roundings of a profile, with the paired difference to widths that are not rounded (step 1)"
@@ -55,7 +55,7 @@ def with_speed(rounding: pd.DataFrame, speed: pd.DataFrame, record: dict) -> pd.
     t = speed[(speed.part == 'd') & speed.engine.str.startswith('PyTorch')]
     return rounding.merge(t[['target', 'step', 'ratio', 'low', 'high', 'promised', 'reached']], on=['target', 'step'])
 
-# %% ../../nbs/studies/speed.ipynb #9e28dce6
+# %% ../../nbs/studies/speed.ipynb #fac5b462
 def summary(speed: pd.DataFrame) -> pd.DataFrame:  # a row a figure, a column a sparsity
     "Dense / pruned, and what was promised where it was"
     t = speed[speed.part.isin(list('abc'))].copy()
@@ -65,7 +65,7 @@ def summary(speed: pd.DataFrame) -> pd.DataFrame:  # a row a figure, a column a 
     t['figure'] = pd.Categorical(t.what, t.what.unique())
     return t.pivot_table(index=['figure', 'engine'], columns='target', values='text', aggfunc='first', observed=True)
 
-# %% ../../nbs/studies/speed.ipynb #d57f53b7
+# %% ../../nbs/studies/speed.ipynb #5ca0aa03
 def explain(speed: pd.DataFrame, record: dict) -> list[str]:
     "Goal, and where the time of prefill in PyTorch goes, as Markdown lines"
     goals = speed[speed.met.notna()]
@@ -96,7 +96,7 @@ def weigh(rounding: pd.DataFrame, both: pd.DataFrame | None = None) -> list[str]
         lines.append(line + '.')
     return lines
 
-# %% ../../nbs/studies/speed.ipynb #9ff2769b
+# %% ../../nbs/studies/speed.ipynb #1d97aa1c
 STEPS = (1, 8, 32, 64, 128, 256)  # FFN channels that come and go together
 
 
@@ -113,7 +113,7 @@ def round_policy(policy: dict, cost, step: int) -> np.ndarray:  # (n_layers, 2) 
     "The widths that a policy's scores give in FFN steps of this size"
     return solve(policy['result']['search']['scores'], cost, policy['config']['sparsity'], (1, step))
 
-# %% ../../nbs/studies/speed.ipynb #7faf278d
+# %% ../../nbs/studies/speed.ipynb #f78b38bb
 def run_cell(bench: Bench, sparsity: float, step: int, records: str | Path, policies: str | Path, profile: str,
              text: str) -> dict:  # the record
     "Perplexity of one rounding on the selection split, or its record"
