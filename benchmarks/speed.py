@@ -1,6 +1,6 @@
 """How fast and how small pruned models are, against the dense one, in PyTorch and in llama.cpp.
 
-    python benchmarks/speed.py --threads 2      all parts on SmolLM2-135M: 6 to 8 minutes on two idle cores
+    python benchmarks/speed.py --threads 2      all parts on SmolLM2-135M: 18 minutes on two idle cores
     python benchmarks/speed.py --only a,d       some parts
     python benchmarks/speed.py --quick          a tiny random model, seconds: only shows that it runs
 
@@ -11,8 +11,8 @@ a   PyTorch: prefill (one prompt, logits of its last position) and greedy decodi
 b   llama.cpp, F16 and Q8_0: the same, by llama.cpp's own clock. Needs the package xllamacpp.
 c   File sizes, bytes of KV cache a token (read from the caches themselves), and peak resident memory, every model in a
     process of its own.
-d   Rounding: prefill of the policies that the same scores give in FFN steps of 1 to 256 channels, in PyTorch; some of
-    them in llama.cpp too.
+d   Rounding: prefill of the policies that the same scores give in FFN steps of 1 to 256 channels, in PyTorch; of some
+    of them also peak memory, and prefill in llama.cpp.
 e   Where the time goes: projections, attention, and the rest, for each model of part a.
 
 What is promised is the ratio of multiply-accumulates (MACs), dense to pruned. A prompt of S tokens takes
@@ -77,15 +77,14 @@ class Size:
     profile_turns: int = 3
     quants: tuple[str, ...] = ('f16', 'q8_0')
     steps: tuple[int, ...] = STEPS  # d: FFN channels
-    llama_rounded: tuple[tuple[float, int], ...] = ((0.3, 1), (0.3, 32), (0.3, 128))  # d: of these, in llama.cpp F16
+    saved: tuple[tuple[float, int], ...] = ((0.3, 1), (0.3, 32), (0.3, 128))  # d: of these, for memory and llama.cpp
     step: int = 32  # that the policies were searched with
     block_len: int = 512
     calibration_blocks: int = 16  # what the weights are matters for their quality, not for speed or size
 
 
 QUICK = Size(model='tiny', sparsities=(0.3,), prompt=64, context=16, decoded=4, turns=2, llama_turns=1, profile_turns=1,
-             steps=(1, 8, 32), llama_rounded=((0.3, 32),), step=8,
-             block_len=64, calibration_blocks=2)
+             steps=(1, 8, 32), saved=((0.3, 32),), step=8, block_len=64, calibration_blocks=2)
 
 
 # ------------------------------------------------------------------------------------------------------ models and MACs
@@ -150,9 +149,9 @@ def prepare(size, folder, quants) -> dict:
         for step in size.steps:
             label, rounded = f'{name}, step {step}', round_policy(policy, bench.cost, step)
             out['rounded'][label] = describe(size, bench, rounded, target=target, step=step)
-            if quants and (target, step) in size.llama_rounded:
+            if (target, step) in size.saved:
                 save(bench, rounded, folder / plain(label))
-                export_gguf(folder / plain(label), gguf_path(folder, label, 'f16'), 'f16')
+                if quants: export_gguf(folder / plain(label), gguf_path(folder, label, 'f16'), 'f16')
     for name in out['models']:
         for quant in quants: export_gguf(folder / plain(name), gguf_path(folder, name, quant), quant)
     return out
@@ -331,11 +330,16 @@ def part_d(size, out, work):
         group = dict(dense=dense) | {name: cut(i['widths']) for name, i in info.items() if i['target'] == target}
         t = take_turns({name: lambda m=m: dict(prefill=m.prefill(ids)) for name, m in group.items()}, size.turns)
         out.speeds('d', 'PyTorch bf16', 'prefill', t['prefill'], size.prompt, info)
-    if not work.quants: return
-    names = [n for n, i in info.items() if (i['target'], i.get('step')) in size.llama_rounded]
-    loaded = work.llama(['dense', *names], 'f16', size)
-    t = take_turns({name: lambda m=m: dict(prefill=m.prefill(ids)) for name, m in loaded.items()}, size.llama_turns)
-    out.speeds('d', 'llama.cpp F16', 'prefill', t['prefill'], size.prompt, info)
+    names = ['dense', *(n for n, i in info.items() if (i['target'], i.get('step')) in size.saved)]
+    if work.quants:
+        loaded = work.llama(names, 'f16', size)
+        t = take_turns({name: lambda m=m: dict(prefill=m.prefill(ids)) for name, m in loaded.items()}, size.llama_turns)
+        out.speeds('d', 'llama.cpp F16', 'prefill', t['prefill'], size.prompt, info)
+    if platform.system() != 'Linux': return
+    memory = {name: (m := work.child('torch_memory', work.saved(name)))['peak'] - m['libraries'] for name in names}
+    for name in names[1:]:
+        out.add('d', 'PyTorch bf16', 'peak memory less the libraries', 'MB', name, memory['dense'], memory[name],
+                memory['dense'] / memory[name], target=info[name]['target'], step=info[name]['step'])
 
 
 # ------------------------------------------------------------------------------------------------ e: where the time goes
