@@ -52,7 +52,7 @@ def with_speed(rounding: pd.DataFrame, speed: pd.DataFrame, record: dict) -> pd.
         measured = record['result']['rounded'][f'ffp {r.target}, step {r.step}']['widths']
         if measured != r.widths:
             raise ValueError(f'σ = {r.target}, step {r.step}: the benchmark measured other widths. Run it again.')
-    t = speed[(speed.part == 'd') & speed.engine.str.startswith('PyTorch')]
+    t = speed[(speed.part == 'd') & (speed.what == 'prefill') & speed.engine.str.startswith('PyTorch')]
     return rounding.merge(t[['target', 'step', 'ratio', 'low', 'high', 'promised', 'reached']], on=['target', 'step'])
 
 # %% ../../nbs/studies/speed.ipynb #fac5b462
