@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass, field, fields
 import numpy as np
 from tqdm.auto import tqdm
 
-from .agent import PROPOSERS, Proposer
+from .agent import Proposer
 from .budget import Cost, bounds, feasible_range, InfeasibleBudget, solve
 from .data import Blocks
 from .elastic import ElasticModel, Weights
 from .evaluate import block_nll
 from .runs import RunDir
 from .schedule import Schedule
+from .searchers import SEARCHERS
 
 # %% ../nbs/10_search.ipynb #80ae6a06
 class Evaluator:
@@ -63,7 +64,7 @@ class Evaluator:
 class SearchConfig:
     "What a search depends on, besides the model, the text and the calibrator"
     sparsity: float  # target, share of the cost removed
-    method: str = 'ppo'  # a key of `PROPOSERS`
+    method: str = 'ppo'  # a key of `SEARCHERS`
     seed: int = 0
     episodes: int = 320
     batch: int = 16  # episodes of one update; they share target and text
@@ -82,8 +83,8 @@ class SearchConfig:
     agent: dict = field(default_factory=dict)  # settings of the proposer
 
     def __post_init__(self):
-        if self.method not in PROPOSERS:
-            raise ValueError(f'method {self.method!r}; expected one of {", ".join(PROPOSERS)}')
+        if self.method not in SEARCHERS:
+            raise ValueError(f'method {self.method!r}; expected one of {", ".join(SEARCHERS)}')
         if not 0 < self.sparsity < 1: raise ValueError(f'sparsity {self.sparsity}; expected a share above 0 and below 1')
         if self.seed < 0: raise ValueError(f'seed {self.seed}; expected 0 or more')
         for name in ('episodes', 'batch', 'blocks', 'final_blocks'):
@@ -146,7 +147,7 @@ class Search:
         lo, hi = feasible_range(cost, *bounds(cost, config.step, config.p_min))
         if not lo <= config.sparsity <= hi: raise InfeasibleBudget(config.sparsity, lo, hi, cost.name)
         self.evaluator, self.cost, self.config, self.run_dir = evaluator, cost, config, run
-        self.proposer = proposer or PROPOSERS[config.method](len(cost.full), seed=config.seed, **config.agent)
+        self.proposer = proposer or SEARCHERS[config.method](len(cost.full), seed=config.seed, **config.agent)
         self.sampler = TextSampler(len(evaluator.pool), config.seed)
         self.target, self.fidelity = config.schedules()
         self.update, self.log, self.updates, self.wall_s, self.broken, self.start = 0, [], [], 0.0, 0, None
@@ -168,6 +169,11 @@ class Search:
     def solve(self, scores, sparsity) -> np.ndarray:
         "Widths of a policy at a target"
         return solve(scores, self.cost, sparsity, self.config.step, self.config.p_min)
+
+    def guess(self) -> np.ndarray | None:  # (n_layers, 2) scores
+        "The policy that the proposer would give for the final target, if it has one"
+        scores = self.proposer.recommend(self.config.sparsity)
+        return None if scores is None else scores + np.array([self.start, 0.0])
 
 # %% ../nbs/10_search.ipynb #cc41c267
 def _balance(self: Search) -> float:
@@ -198,9 +204,11 @@ def _step(self: Search) -> None:
                  blocks=idx, forward_tokens=self.evaluator.forward_tokens, scores=s.round(6).tolist(), widths=w.tolist())
             for i, (s, w, r) in enumerate(zip(scores, widths, rewards))]
     self.log += rows
+    guess = self.guess()
     self.updates.append(dict(update=self.update, episode=t, target=sparsity, blocks=n_blocks, reward=float(rewards.mean()),
                              best=float(rewards.max()), spread=float(rewards.std()), wall_s=self.wall_s,
-                             forward_tokens=self.evaluator.forward_tokens, **self.proposer.stats()))
+                             forward_tokens=self.evaluator.forward_tokens, **self.proposer.stats(),
+                             guess=None if guess is None else self.solve(guess, c.sparsity).tolist()))
     self.update += 1
     if self.run_dir is not None:
         self.run_dir.log(rows)  # first the log, then the checkpoint that counts its rows
@@ -215,9 +223,7 @@ def _finish(self: Search) -> SearchResult:
     before = self.evaluator.state_dict()  # put back below: finishing twice gives the same result and the same count
     at_target = sorted((r for r in self.log if r['target'] == c.sparsity and r['reward'] > 0), key=lambda r: -r['reward'])
     found = {}
-    guess = self.proposer.recommend(c.sparsity)
-    if guess is not None:
-        guess = guess + np.array([self.start, 0.0])
+    if (guess := self.guess()) is not None:
         found[self.solve(guess, c.sparsity).tobytes()] = ('agent', guess)
     for r in at_target:
         if len(found) > c.candidates: break

@@ -1,0 +1,99 @@
+"Every searcher runs in the one loop, resumes bit for bit, and refuses what it cannot use"
+import sys
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from ffp_nb.budget import param_cost
+from ffp_nb.data import Blocks
+from ffp_nb.elastic import ElasticModel
+from ffp_nb.models import tiny_model
+from ffp_nb.runs import RunDir
+from ffp_nb.search import Evaluator, Search, SearchConfig
+from ffp_nb.searchers import SEARCHERS
+
+# small settings: every one is past its warm-up, and its model in use, before the search is cut
+RIVALS = dict(eas={}, cma={}, tpe=dict(startup=8), ddpg=dict(hidden=(16, 16), warmup=8, steps=2))
+CONFIG = SearchConfig(0.4, episodes=48, batch=8, blocks=1, step=(1, 4), final_blocks=4)
+
+
+@pytest.fixture(scope='module')
+def model(): return ElasticModel(tiny_model('llama', seed=1))
+
+
+def make(model, name, run=None, seed=3, config=CONFIG, **kw):
+    pool = Blocks(torch.randint(0, 211, (12, 32), generator=torch.Generator().manual_seed(0)), 31)
+    cost = param_cost(model.layout)
+    proposer = SEARCHERS[name](len(cost.full), seed=seed, **RIVALS.get(name, {}) | kw)
+    return Search(Evaluator(model, pool), cost, config, run, proposer=proposer)
+
+
+@pytest.mark.parametrize('name', SEARCHERS)
+def test_resume_is_bit_for_bit(model, name, tmp_path):
+    whole = make(model, name)
+    want = whole.run(progress=False)
+    for cut in (1, 3, 5):  # while the target moves, and after
+        search = make(model, name, RunDir(tmp_path / str(cut), asdict(CONFIG)))
+        for _ in range(cut): search.step()
+        search = make(model, name, RunDir(tmp_path / str(cut), asdict(CONFIG)), seed=99)  # all that counts is in the state
+        assert search.update == cut
+        got = search.run(progress=False)
+        assert got.log == want.log and got.reward == want.reward and got.source == want.source
+        assert np.array_equal(got.scores, want.scores) and got.forward_tokens == want.forward_tokens
+        assert [{k: v for k, v in u.items() if k != 'wall_s'} for u in got.updates] == \
+               [{k: v for k, v in u.items() if k != 'wall_s'} for u in want.updates]
+
+
+@pytest.mark.parametrize('name', RIVALS)
+def test_the_seed_decides(model, name):
+    first, again, other = (make(model, name, seed=s).run(progress=False).log for s in (3, 3, 4))
+    assert first == again and first != other
+
+
+@pytest.mark.parametrize('name', RIVALS)
+def test_a_model_that_breaks_is_survived(model, name):
+    "All rewards 0 at first, then good ones: scores stay finite and the search ends"
+    search = make(model, name)
+    class Broken(Evaluator):
+        def __call__(self, widths, idx): return super().__call__(widths, idx) * (np.nan if search.update < 4 else 1)
+    search.evaluator.__class__ = Broken
+    result = search.run(progress=False)
+    assert result.broken == 32 and result.reward > 0
+    assert all(np.isfinite(row['scores']).all() for row in result.log)
+
+
+@pytest.mark.parametrize('name', RIVALS)
+def test_a_configuration_names_it(model, name):
+    "The way a study goes: method and settings in the configuration, seed from it"
+    config = replace(CONFIG, method=name, seed=3, agent=RIVALS[name])
+    a = Search(make(model, name).evaluator, param_cost(model.layout), config)
+    a.step()
+    b = make(model, name, config=config); b.step()
+    assert type(a.proposer) is SEARCHERS[name] and a.log == b.log
+
+
+@pytest.mark.parametrize('name', ['eas', 'cma'])
+def test_a_batch_of_one_is_refused(model, name):
+    search = make(model, name, config=SearchConfig(0.4, episodes=4, batch=1, blocks=1, step=(1, 4)))
+    with pytest.raises(ValueError, match='batch 1: .* expected at least 2'): search.run(progress=False)
+
+
+@pytest.mark.parametrize('name, package', [('cma', 'cmaes'), ('tpe', 'optuna')])
+def test_a_missing_package_is_named(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f'pip install {package}'): SEARCHERS[name](4)
+
+
+@pytest.mark.parametrize('name, bad', [('eas', dict(mutate=2)), ('eas', dict(parents=0)), ('cma', dict(sigma=float('nan'))),
+                                       ('tpe', dict(startup=0)), ('ddpg', dict(share=[1, 2, 3])),
+                                       ('ddpg', dict(share=[[0, 0]] * 4))])
+def test_bad_settings_are_refused(name, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))): SEARCHERS[name](4, **bad)
+
+
+def test_no_library_is_imported_before_it_is_needed():
+    import subprocess
+    code = "import sys, ffp_nb.searchers; print(sorted({'optuna', 'cmaes', 'ffp_nb.search'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
