@@ -5,24 +5,22 @@
 # %% auto #0
 __all__ = ['PARTS', 'study_cells', 'run_study', 'with_selection', 'effects', 'findings']
 
-# %% ../../nbs/studies/ablation.ipynb #af7c22c8
-import os
+# %% ../../nbs/studies/ablation.ipynb #f357dd5d
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .cells import Cell, half_width, open_bench, paired_differences, read_cells, run_cells, selection_nll
-from .schedules import in_study
+from .cells import Cell, in_study, open_bench, paired_differences, read_cells, run_cells, selection_nll
 from .searchers import TOKENS
 
-# %% ../../nbs/studies/ablation.ipynb #bb195f55
+# %% ../../nbs/studies/ablation.ipynb #fe32c87c
 PARTS = dict(
     published='published agent: learning rate 1e-4, a learned value as baseline', fixed='exploration width stays at 1',
     narrow='exploration starts at 0.5', wide='exploration starts at 2', calm='no entropy bonus', curious='entropy bonus 0.05 instead of 0.01',
     blind='the agent does not see the target', rank='advantages from ranks', pairs='antithetic noise', fast='learning rate 3e-3',
     slow='learning rate 3e-4', batch8='8 episodes an update', batch32='32 episodes an update', warm='starts at the sensitivity table',
-    unbalanced='no line search of the head start', unrepaired='repair only after the search', clip='published mapping in place of the budget solver')
+    removable='whole modules may be removed', unbalanced='no line search of the head start', unrepaired='repair only after the search', clip='published mapping in place of the budget solver')
 
 
 def study_cells(models=('llama', 'opt'), sparsity: float = 0.5, seeds=(0, 1, 2), tokens: int | None = TOKENS) -> list[Cell]:
@@ -48,7 +46,7 @@ def with_selection(table: pd.DataFrame, records: str | Path = '../runs/main') ->
     for f in sorted(Path(records).glob('selection-*.json')): found |= json.loads(f.read_text())['result']
     return table.assign(selection=[np.mean(found.get(r['config_id'], np.nan)) for r in table.record])
 
-# %% ../../nbs/studies/ablation.ipynb #8b4f4217
+# %% ../../nbs/studies/ablation.ipynb #750fea67
 def effects(mine: pd.DataFrame) -> pd.DataFrame:
     "For each change: difference to the default in nats, in pairs of model and seed, on the selection and on the test split"
     test = paired_differences(mine).set_index('variant')

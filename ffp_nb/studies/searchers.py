@@ -6,18 +6,17 @@
 __all__ = ['METHODS', 'UNSCHEDULED', 'TOKENS', 'study_cells', 'run_study', 'read_traces', 'tokens_to_reach', 'cost_table',
            'label', 'findings', 'method_table']
 
-# %% ../../nbs/studies/searchers.ipynb #79a13a22
-import os
+# %% ../../nbs/studies/searchers.ipynb #fb0eead1
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..runs import load_records, read_json
-from .cells import Cell, half_width, mean_interval, open_bench, read_cells, run_cells, trace_cell
+from ..runs import read_json
+from .cells import Cell, half_width, in_study, mean_interval, read_cells, run_cells
 from .families import NAMES
 
-# %% ../../nbs/studies/searchers.ipynb #9ce15e12
+# %% ../../nbs/studies/searchers.ipynb #ed0aa8e4
 METHODS = ('ffp', 'random-search', 'eas', 'cma', 'tpe', 'ddpg')
 UNSCHEDULED = ('ffp', 'random-search', 'eas', 'cma', 'tpe')  # run without the progressive schedule, too
 TOKENS = 200_000  # of one search on a trained model
@@ -35,7 +34,7 @@ def run_study(records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/wo
     "All searches that have no record yet, with their traces"
     run_cells(cells or study_cells(), records, work, profile, models, traced=True)
 
-# %% ../../nbs/studies/searchers.ipynb #a9a225de
+# %% ../../nbs/studies/searchers.ipynb #65e8ecfd
 def read_traces(table: pd.DataFrame, records: str | Path = '../runs/main') -> pd.DataFrame:
     "Traces of the cells in a table of `read_cells`, a row each point"
     of = {r['config']['of']: r for f in sorted(Path(records).glob('trace-*.json')) for r in [read_json(f)]}
@@ -73,7 +72,7 @@ def cost_table(traces: pd.DataFrame, rival: str = 'eas', rival_variant: str = 'n
                              low=t.ratio.min(), high=t.ratio.max(),
                              behind=t.apply(lambda d: (d.nll - d.level).mean(), include_groups=False))).reset_index()
 
-# %% ../../nbs/studies/searchers.ipynb #72b2be24
+# %% ../../nbs/studies/searchers.ipynb #bc92bd02
 def label(policy: str, variant: str) -> str: return policy + (', no schedule' if variant == 'none' else '')
 
 
