@@ -6,7 +6,7 @@
 __all__ = ['study_cells', 'run_study', 'read_study', 'best_baseline', 'perplexity_table', 'findings', 'zero_shot_record',
            'run_zero_shot', 'read_zero_shot']
 
-# %% ../../nbs/studies/allocation.ipynb #92cf92e4
+# %% ../../nbs/studies/allocation.ipynb #19c245eb
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..runs import cached, read_json
 from . import families, spine
 from .cells import Cell, mean_interval, open_bench, read_cells, run_cells
 
-# %% ../../nbs/studies/allocation.ipynb #309fbba2
+# %% ../../nbs/studies/allocation.ipynb #5b49d3b2
 def study_cells(models=('smollm2', *families.NAMES), sparsities=spine.SPARSITIES) -> list[Cell]:
     "The cells of this study that the first studies don't have, model by model"
     modes = lambda method: spine.MODES + ('bias',) * (method == 'flap')
@@ -31,16 +31,16 @@ def run_study(records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/wo
     "All policies that have no record yet"
     run_cells(cells or study_cells(), records, work, profile, models)
 
-# %% ../../nbs/studies/allocation.ipynb #5d38ab92
+# %% ../../nbs/studies/allocation.ipynb #eccf3f45
 def read_study(runs: str | Path = '../runs', profile: str = 'cpu') -> pd.DataFrame:
     "Dense models, uniform, random and searched policies of the first studies, and the heuristics: a row each policy and repair"
     columns = ['model', 'sparsity', 'policy', 'seed', 'calibration', 'realised', 'nll', 'ppl']
     first = spine.read_study(Path(runs) / 'spine', profile)[0].assign(model='smollm2')
     trio = families.read_study(Path(runs) / 'families')[0].rename(columns=dict(family='model'))
-    keys = {(c.model, c.sparsity, c.method, c.seed) for c in study_cells()}
     own = read_cells(Path(runs) / 'main')
-    own = own[[k in keys for k in zip(own.model, own.sparsity, own.policy, own.seed)]]
-    return pd.concat([d[columns] for d in (first, trio, own[own.tokens.isna()]) if len(d)], ignore_index=True)
+    own = own[own.tokens.isna() & own.variant.eq('default')]
+    # a search that another study repeated is there twice, with the same figures
+    return pd.concat([d[columns] for d in (first, trio, own) if len(d)]).drop_duplicates(columns[:5], ignore_index=True)
 
 
 def best_baseline(table: pd.DataFrame, calibration: str) -> pd.DataFrame:
@@ -62,7 +62,7 @@ def perplexity_table(table: pd.DataFrame, model: str) -> pd.DataFrame:
     modes = [m for m in (*spine.MODES, 'bias') if m in out.columns.levels[1]]
     return out.reindex(order)[[(s, m) for s in sorted(t.sparsity.unique()) for m in modes if (s, m) in out.columns]].fillna('')
 
-# %% ../../nbs/studies/allocation.ipynb #a6582461
+# %% ../../nbs/studies/allocation.ipynb #c4be7d93
 def findings(table: pd.DataFrame) -> list[str]:
     "Markdown lines with the figures"
     lines = []
@@ -74,7 +74,7 @@ def findings(table: pd.DataFrame) -> list[str]:
                      f'Best baseline: ' + ', '.join(f'{n} {k}×' for n, k in b.rival.value_counts().items()) + '.')
     return lines
 
-# %% ../../nbs/studies/allocation.ipynb #3b8b2adc
+# %% ../../nbs/studies/allocation.ipynb #e9dc26d7
 def zero_shot_record(bench: Bench, name: str, widths: np.ndarray, source: str,  # name of the policy, its widths, the `config_id` of its record
                      records: str | Path, limit: int = 50) -> dict:  # the record
     "Zero-shot scores of a policy after sequential repair (the dense model: none), kept as a record"

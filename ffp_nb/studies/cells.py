@@ -7,7 +7,7 @@ __all__ = ['VARIANTS', 'Cell', 'clip_in_order', 'ClippedSearch', 'planned_tokens
            'run_cell', 'search_summary', 'test_nll', 'trace_cell', 'selection_nll', 'run_cells', 'read_cells',
            'in_study', 'half_width', 'mean_interval', 'paired_differences']
 
-# %% ../../nbs/studies/cells.ipynb #745cc658
+# %% ../../nbs/studies/cells.ipynb #e343dd1b
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..search import Evaluator, Search
 from .families import NAMES, SETUPS, cell_config, family_bench
 from .spine import MODES, save_policies, study_bench, study_config
 
-# %% ../../nbs/studies/cells.ipynb #1ee1f8d9
+# %% ../../nbs/studies/cells.ipynb #ba428286
 @dataclass(frozen=True)
 class Cell:
     "One policy: how it is found, and for which model"
@@ -49,7 +49,7 @@ class Cell:
         parts = Path(self.model).name, self.method, self.sparsity, self.seed, *(() if self.variant == 'default' else (self.variant,))
         return '-'.join(map(str, parts))
 
-# %% ../../nbs/studies/cells.ipynb #bce32281
+# %% ../../nbs/studies/cells.ipynb #13c88132
 _flat = dict(sparsity_shape='none', fidelity_shape='none')
 VARIANTS = dict(
     default={},
@@ -69,7 +69,7 @@ VARIANTS = dict(
     # the rest
     removable=dict(p_min=0.0), unbalanced=dict(search=dict(balance=(0,))), unrepaired=dict(repair='none'), clip=dict(solver='clip'))
 
-# %% ../../nbs/studies/cells.ipynb #3556ed43
+# %% ../../nbs/studies/cells.ipynb #5e36684d
 def clip_in_order(scores, cost, sparsity: float, step=(1, 32), p_min=0.1) -> np.ndarray:  # (n_layers, 2) widths
     "Widths by clipping in order of the modules: a baseline for `budget.solve`. Never over the budget, often below it"
     lower, upper = bounds(cost, step, p_min)
@@ -90,7 +90,7 @@ class ClippedSearch(Search):
     "A search with the published mapping"
     def solve(self, scores, sparsity): return clip_in_order(scores, self.cost, sparsity, self.config.step, self.config.p_min)
 
-# %% ../../nbs/studies/cells.ipynb #d9364757
+# %% ../../nbs/studies/cells.ipynb #8e880e92
 def planned_tokens(config: PruneConfig, pool: int) -> int:
     "Forward tokens of a search: balance, rewards, final, and the dense model on every block that it can meet"
     c = config.search_config()
@@ -110,7 +110,7 @@ def fit_episodes(config: PruneConfig, tokens: int, pool: int) -> PruneConfig:
     while planned_tokens(make(n + 1), pool) <= tokens: n += 1
     return make(n)
 
-# %% ../../nbs/studies/cells.ipynb #d75bf2ce
+# %% ../../nbs/studies/cells.ipynb #a86052a1
 def open_bench(model: str, profile: str = 'cpu',
                models: str | Path = 'runs/models',  # folder of those that are trained here
                text: str = 'wikitext2') -> Bench:  # of the others
@@ -130,7 +130,7 @@ def cell_settings(cell: Cell, bench: Bench) -> PruneConfig:
     config = replace(bench.config, sparsity=cell.sparsity, method=cell.method, seed=cell.seed, profile=p, search=search, p_min=p_min)
     return fit_episodes(config, cell.tokens, len(bench.search)) if cell.tokens and searched else config
 
-# %% ../../nbs/studies/cells.ipynb #2d9ac500
+# %% ../../nbs/studies/cells.ipynb #bd023235
 def _searched(bench, cell, run):
     "The result of a cell's search, and the forward tokens that came before it"
     v, c, before, search = VARIANTS[cell.variant], bench.config, 0, None
@@ -151,7 +151,7 @@ def _searched(bench, cell, run):
         search = make(evaluator, bench.cost, c.search_config(), run, first.proposer)
     return (search or make(evaluator, bench.cost, c.search_config(), run)).run(progress=False), before
 
-# %% ../../nbs/studies/cells.ipynb #982b1ed3
+# %% ../../nbs/studies/cells.ipynb #37f6a0ba
 def _configured(bench, config):
     "Run a function while the bench has another configuration: the next cell starts from the bench's own"
     def wrap(fn):
@@ -205,7 +205,7 @@ def test_nll(bench: Bench, widths, modes) -> dict:  # mode -> (blocks,) nats per
         out[mode] = bench.perplexity(widths, bench.test(), weights).nll.round(5)
     return out
 
-# %% ../../nbs/studies/cells.ipynb #58effa6f
+# %% ../../nbs/studies/cells.ipynb #97aaf238
 def trace_cell(bench: Bench, record: dict,  # of a searched cell
                records: str | Path, points: int = 10, blocks: int = 32) -> pd.DataFrame:  # see `report.trace`
     "The trace of a search, measured once and kept as a record"
@@ -220,7 +220,7 @@ def trace_cell(bench: Bench, record: dict,  # of a searched cell
         return dict(rows=trace(bench, log, updates, points, bench.selection[:blocks]).to_dict('records'))
     return pd.DataFrame(cached(records, key, measure)['result']['rows'])
 
-# %% ../../nbs/studies/cells.ipynb #744153f0
+# %% ../../nbs/studies/cells.ipynb #11eeea51
 def selection_nll(bench: Bench, found: list[dict],  # records of cells of the bench's model
                   records: str | Path) -> pd.Series:  # mean nats per token by `config_id`
     "What finished policies give on the selection split with static repair, kept as one record for all"
@@ -230,7 +230,7 @@ def selection_nll(bench: Bench, found: list[dict],  # records of cells of the be
         return {r['config_id']: bench.perplexity(np.array(r['result']['widths']), blocks, bench.static).nll.round(5) for r in found}
     return pd.Series({k: float(np.mean(v)) for k, v in cached(records, key, measure)['result'].items()}, name='selection')
 
-# %% ../../nbs/studies/cells.ipynb #b0f0ea3b
+# %% ../../nbs/studies/cells.ipynb #c8a41f81
 def run_cells(cells, records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/work', profile: str = 'cpu',
               models: str | Path = 'runs/models', traced: bool = False, text: str = 'wikitext2') -> None:
     "Compute all records that are missing, model by model in the order of the cells; with `traced` also the traces of searches"
@@ -242,7 +242,7 @@ def run_cells(cells, records: str | Path = 'nbs/runs/main', work: str | Path = '
         figures = ', '.join(f'{m} {np.exp(np.mean(v)):.2f}' for m, v in r['nll'].items())
         print(f'{i + 1}/{len(cells)} {cell.name}: {figures}; {r["forward_tokens"]:,} forward tokens', flush=True)
 
-# %% ../../nbs/studies/cells.ipynb #08745641
+# %% ../../nbs/studies/cells.ipynb #e37de9db
 def read_cells(records: str | Path = '../runs/main') -> pd.DataFrame:
     "A row for each record and repair: what the cell was, test perplexity, forward tokens, widths and the record itself"
     rows = []
