@@ -12,7 +12,7 @@ from ffp_nb.runs import RunDir
 from ffp_nb.studies import cells
 from ffp_nb.studies.cells import (VARIANTS, Cell, cell_settings, clip_in_order, fit_episodes, planned_tokens, read_cells, run_cell,
                                   run_cells, selection_nll, trace_cell)
-from ffp_nb.studies.searchers import cost_table, read_traces, study_cells
+from ffp_nb.studies.searchers import cost_runs, cost_table, read_traces, study_cells
 from tests.conftest import make_folder
 
 
@@ -100,7 +100,7 @@ def test_traces_and_selection(bench, tmp_path):
     assert trace_cell(bench, found[0], records, points=3, blocks=2).nll.iloc[-1] == pytest.approx(by_hand)
     table = read_cells(records)
     assert len(table) == len(found) and set(table.policy) == {'ffp', 'random-search', 'eas'}
-    cost = cost_table(read_traces(table, records))
+    cost = cost_table(cost_runs(read_traces(table, records)))
     own = cost.set_index(['policy', 'variant']).loc[('eas', 'none')]
     assert own.times_cheaper == own.low == own.high == 1 and own.behind == 0
     s = selection_nll(bench, found, records)

@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'UNSCHEDULED', 'TOKENS', 'study_cells', 'run_study', 'read_traces', 'tokens_to_reach', 'cost_runs',
            'cost_table', 'label', 'findings', 'method_table']
 
-# %% ../../nbs/studies/searchers.ipynb #0102693b
+# %% ../../nbs/studies/searchers.ipynb #6f79edc2
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..runs import read_json
 from .cells import Cell, half_width, in_study, mean_interval, read_cells, run_cells
 from .families import NAMES
 
-# %% ../../nbs/studies/searchers.ipynb #e16c6ea1
+# %% ../../nbs/studies/searchers.ipynb #d66b9576
 METHODS = ('ffp', 'random-search', 'eas', 'cma', 'tpe', 'ddpg')
 UNSCHEDULED = ('ffp', 'random-search', 'eas', 'cma', 'tpe')  # run without the progressive schedule, too
 TOKENS = 200_000  # of one search on a trained model
@@ -34,7 +34,7 @@ def run_study(records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/wo
     "All searches that have no record yet, with their traces"
     run_cells(cells or study_cells(), records, work, profile, models, traced=True)
 
-# %% ../../nbs/studies/searchers.ipynb #5cec2ab8
+# %% ../../nbs/studies/searchers.ipynb #478a82ce
 def read_traces(table: pd.DataFrame, records: str | Path = '../runs/main') -> pd.DataFrame:
     "Traces of the cells in a table of `read_cells`, a row each point"
     of = {r['config']['of']: r for f in sorted(Path(records).glob('trace-*.json')) for r in [read_json(f)]}
@@ -75,7 +75,7 @@ def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(dict(runs=g.size(), reached=g.times.agg(lambda r: int((r > 0).sum())), times_cheaper=g.times.median(), low=g.times.min(),
                              high=g.times.max(), behind=g.behind.mean())).reset_index().sort_values('behind', ignore_index=True)
 
-# %% ../../nbs/studies/searchers.ipynb #f0c23fb7
+# %% ../../nbs/studies/searchers.ipynb #84d0191f
 def label(policy: str, variant: str) -> str: return policy + (', no schedule' if variant == 'none' else '')
 
 
