@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'study_cells', 'run_study', 'with_selection', 'effects', 'findings']
 
-# %% ../../nbs/studies/ablation.ipynb #ac61c2d6
+# %% ../../nbs/studies/ablation.ipynb #6ac1fa24
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import pandas as pd
 from .cells import Cell, in_study, open_bench, paired_differences, read_cells, run_cells, selection_nll
 from .searchers import TOKENS
 
-# %% ../../nbs/studies/ablation.ipynb #8b3c90b3
+# %% ../../nbs/studies/ablation.ipynb #35e4bfdd
 PARTS = dict(
     published='published agent: learning rate 1e-4, a learned value as baseline', fixed='exploration width stays at 1',
     narrow='exploration starts at 0.5', wide='exploration starts at 2', calm='no entropy bonus', curious='entropy bonus 0.05 instead of 0.01',
@@ -46,7 +46,7 @@ def with_selection(table: pd.DataFrame, records: str | Path = '../runs/main') ->
     for f in sorted(Path(records).glob('selection-*.json')): found |= json.loads(f.read_text())['result']
     return table.assign(selection=[np.mean(found.get(r['config_id'], np.nan)) for r in table.record])
 
-# %% ../../nbs/studies/ablation.ipynb #66fbfd47
+# %% ../../nbs/studies/ablation.ipynb #8c86e3c0
 def effects(mine: pd.DataFrame) -> pd.DataFrame:
     "For each change: difference to the default in nats, in pairs of model and seed, on the selection and on the test split"
     test = paired_differences(mine).set_index('variant')

@@ -6,7 +6,7 @@
 __all__ = ['study_cells', 'run_study', 'read_study', 'best_baseline', 'cost_of_policies', 'perplexity_table', 'findings',
            'zero_shot_record', 'run_zero_shot', 'read_zero_shot']
 
-# %% ../../nbs/studies/allocation.ipynb #663d6f23
+# %% ../../nbs/studies/allocation.ipynb #61a57f9f
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..runs import cached, read_json
 from . import families, spine
 from .cells import Cell, mean_interval, open_bench, read_cells, run_cells
 
-# %% ../../nbs/studies/allocation.ipynb #5b5b2452
+# %% ../../nbs/studies/allocation.ipynb #d61f347a
 def study_cells(models=('smollm2', *families.NAMES), sparsities=spine.SPARSITIES) -> list[Cell]:
     "The cells of this study that the first studies don't have, model by model"
     modes = lambda method: spine.MODES + ('bias',) * (method == 'flap')
@@ -31,7 +31,7 @@ def run_study(records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/wo
     "All policies that have no record yet"
     run_cells(cells or study_cells(), records, work, profile, models)
 
-# %% ../../nbs/studies/allocation.ipynb #be3f717e
+# %% ../../nbs/studies/allocation.ipynb #155622ba
 def read_study(runs: str | Path = '../runs', profile: str = 'cpu') -> pd.DataFrame:
     "Dense models, uniform, random and searched policies of the first studies, and the heuristics: a row each policy and repair"
     columns = ['model', 'sparsity', 'policy', 'seed', 'calibration', 'realised', 'nll', 'ppl']
@@ -73,7 +73,7 @@ def perplexity_table(table: pd.DataFrame, model: str) -> pd.DataFrame:
     modes = [m for m in (*spine.MODES, 'bias') if m in out.columns.levels[1]]
     return out.reindex(order)[[(s, m) for s in sorted(t.sparsity.unique()) for m in modes if (s, m) in out.columns]].fillna('')
 
-# %% ../../nbs/studies/allocation.ipynb #6dbc27d2
+# %% ../../nbs/studies/allocation.ipynb #d128a5c7
 def findings(table: pd.DataFrame) -> list[str]:
     "Markdown lines with the figures"
     lines = []
@@ -85,7 +85,7 @@ def findings(table: pd.DataFrame) -> list[str]:
                      f'Best baseline: ' + ', '.join(f'{n} {k}×' for n, k in b.rival.value_counts().items()) + '.')
     return lines
 
-# %% ../../nbs/studies/allocation.ipynb #42300209
+# %% ../../nbs/studies/allocation.ipynb #1704432c
 def zero_shot_record(bench: Bench, name: str, widths: np.ndarray, source: str,  # name of the policy, its widths, the `config_id` of its record
                      records: str | Path, limit: int = 50) -> dict:  # the record
     "Zero-shot scores of a policy after sequential repair (the dense model: none), kept as a record"

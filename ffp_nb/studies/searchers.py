@@ -103,6 +103,6 @@ def method_table(table: pd.DataFrame) -> pd.DataFrame:
     out = t.pivot_table(index='searcher', columns=['sparsity', 'model'], values='ppl', aggfunc=mean_interval)
     wide = t.pivot_table(index=['model', 'sparsity', 'seed'], columns='searcher', values='nll')
     diff = wide.sub(wide['ffp'], axis=0)
-    out['nats'] = [f'{diff[s].mean():+.4f} ± {half_width(diff[s].dropna()):.4f}' for s in out.index]
-    out['minutes'] = (t.groupby('searcher').search_s.mean() / 60).round(2)
+    out['nats', ''] = [f'{diff[s].mean():+.4f} ± {half_width(diff[s].dropna()):.4f}' for s in out.index]
+    out['minutes', ''] = (t.groupby('searcher').search_s.mean() / 60).round(2)
     return out.loc[wide.mean().sort_values().index]
