@@ -151,7 +151,7 @@ def output_biases(elastic: ElasticModel):
 
 
 class BiasCompensation:
-    "FLAP's repair, for `ElasticModel.set` and `at`: plain slices, with the mean of what was removed in the bias"
+    "FLAP's repair, to set an elastic model with: plain slices, with the mean of what was removed in the bias"
     def __init__(self, elastic: ElasticModel,
                  stats: GramStats):  # in the elastic order
         self.elastic, self.stats = elastic, stats
