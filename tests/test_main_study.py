@@ -1,8 +1,6 @@
 "Cells of the main study: every method and variant runs, keeps the budget, and is measured once; the tables read what is there"
-from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from ffp_nb.budget import InfeasibleBudget

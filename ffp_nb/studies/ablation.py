@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..runs import read_json
 from .cells import Cell, in_study, open_bench, paired_differences, read_cells, run_cells, selection_nll
 from .searchers import TOKENS
 
@@ -41,9 +42,8 @@ def run_study(records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/wo
 
 def with_selection(table: pd.DataFrame, records: str | Path = '../runs/main') -> pd.DataFrame:
     "The table with a column `selection`, where it was measured"
-    import json
     found = {}
-    for f in sorted(Path(records).glob('selection-*.json')): found |= json.loads(f.read_text())['result']
+    for f in sorted(Path(records).glob('selection-*.json')): found |= read_json(f)['result']
     return table.assign(selection=[np.mean(found.get(r['config_id'], np.nan)) for r in table.record])
 
 # %% ../../nbs/studies/ablation.ipynb #8c86e3c0

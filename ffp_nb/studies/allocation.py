@@ -48,8 +48,9 @@ def best_baseline(table: pd.DataFrame, calibration: str) -> pd.DataFrame:
     for (m, s), d in table[(table.calibration == calibration) & (table.policy != 'dense')].groupby(['model', 'sparsity']):
         rivals, ffp = d[d.policy != 'ffp'].groupby('policy').ppl.mean().sort_values(), d[d.policy == 'ffp'].ppl
         if not len(ffp) or not len(rivals): continue
-        rows.append(dict(model=m, sparsity=s, ffp=mean_interval(ffp), rival=rivals.index[0], of_rival=rivals.iloc[0], second=rivals.index[1],
-                         of_second=rivals.iloc[1], below=f'{(ffp < rivals.iloc[0]).sum()} of {len(ffp)}', gain=np.log(rivals.iloc[0]) - np.log(ffp).mean()))
+        (name, best), (second, of_second), *_ = [*rivals.items(), ('', np.nan)]
+        rows.append(dict(model=m, sparsity=s, ffp=mean_interval(ffp), rival=name, of_rival=best, second=second, of_second=of_second,
+                         below=f'{(ffp < best).sum()} of {len(ffp)}', gain=np.log(best) - np.log(ffp).mean()))
     return pd.DataFrame(rows)
 
 

@@ -8,7 +8,6 @@ __all__ = ['VARIANTS', 'Cell', 'clip_in_order', 'ClippedSearch', 'planned_tokens
            'in_study', 'half_width', 'mean_interval', 'paired_differences']
 
 # %% ../../nbs/studies/cells.ipynb #e343dd1b
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,13 +17,12 @@ from scipy import stats
 
 from ..agent import PUBLISHED
 from ..budget import InfeasibleBudget, bounds, feasible_range
-from ..calibrate import dense_goals
 from ..heuristics import BiasCompensation, HEURISTICS, output_biases, retention_scores
 from ..prune import Bench, PruneConfig, find_widths, run_config
 from ..report import trace
 from ..runs import RunDir, cached, config_id, read_json
 from ..search import Evaluator, Search
-from .families import NAMES, SETUPS, cell_config, family_bench
+from .families import NAMES, SETUPS, family_bench, repairs
 from .spine import MODES, save_policies, study_bench, study_config
 
 # %% ../../nbs/studies/cells.ipynb #ba428286
@@ -191,18 +189,11 @@ def search_summary(search) -> dict:
 
 def test_nll(bench: Bench, widths, modes) -> dict:  # mode -> (blocks,) nats per token
     "Test figures of a policy with each repair"
-    p, out = bench.config.profile, {}
-    for mode in modes:
-        if mode == 'bias':  # FLAP's own repair
-            with output_biases(bench.elastic):
-                out[mode] = bench.perplexity(widths, bench.test(), BiasCompensation(bench.elastic, bench.stats)).nll.round(5)
-            continue
-        weights = None if mode == 'none' else bench.static
-        if mode == 'sequential':
-            if getattr(bench, 'goals', None) is None:  # the dense half is the same for all policies
-                bench.goals = dense_goals(bench.elastic, bench.calibration[:p.sequential_blocks], bench.config.sequential_target, p.forward_batch)
-            weights = bench.sequential(widths, goals=bench.goals, progress=False)
-        out[mode] = bench.perplexity(widths, bench.test(), weights).nll.round(5)
+    weights = repairs(bench, widths) if 'sequential' in modes else dict(none=None, static=bench.static)
+    out = {mode: bench.perplexity(widths, bench.test(), weights[mode]).nll.round(5) for mode in modes if mode != 'bias'}
+    if 'bias' in modes:  # FLAP's own repair
+        with output_biases(bench.elastic):
+            out['bias'] = bench.perplexity(widths, bench.test(), BiasCompensation(bench.elastic, bench.stats)).nll.round(5)
     return out
 
 # %% ../../nbs/studies/cells.ipynb #97aaf238

@@ -272,7 +272,7 @@ def _key(bench, name, config=None):
 def repairs(bench: Bench, widths) -> dict:  # by name: what `Bench.perplexity` takes as weights
     "No repair, the static and the sequential one"
     p, target = bench.config.profile, bench.config.sequential_target
-    if bench.goals is None:  # the dense half of sequential calibration is the same for all policies
+    if getattr(bench, 'goals', None) is None:  # the dense half of sequential calibration is the same for all policies
         bench.goals = dense_goals(bench.elastic, bench.calibration[:p.sequential_blocks], target, p.forward_batch)
     return dict(zip(MODES, (None, bench.static, bench.sequential(widths, goals=bench.goals, progress=False))))
 
