@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .criteria import CRITERIA
+from .criteria import CRITERION_NAMES
 from .data import Convention, load_corpus, token_blocks
 from .gguf_export import QUANTS
 from .models import KINDS
@@ -29,7 +29,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
                   help='Structured pruning of causal language models, with a searched width for every layer.')
 Methods = Enum('Methods', {m: m for m in METHODS})
 Profiles = Enum('Profiles', {p: p for p in PROFILES})
-Criteria = Enum('Criteria', {c: c for c in CRITERIA})
+Criteria = Enum('Criteria', {c: c for c in CRITERION_NAMES})
 Calibrations = Enum('Calibrations', {c: c for c in ('none', 'static', 'sequential')})
 Kinds = Enum('Kinds', {k: k for k in KINDS})
 Quants = Enum('Quants', {q: q for q in QUANTS})

@@ -15,11 +15,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .budget import Cost, InfeasibleBudget, _RTOL, _admit, _whole, bounds, feasible_range, solve
-from .criteria import GramStats, fluctuation
+from .criteria import GramStats, block_loss, fluctuation
 from .data import Blocks
 from .elastic import ElasticModel
 from .models import KINDS, Layout, Module
@@ -87,7 +86,7 @@ def gate_saliency(model: nn.Module,  # a dense causal LM
     total = np.zeros(gates.shape)
     try:
         for ids in tqdm(blocks.ids.split(1), desc='gates', disable=not progress):
-            grad, = torch.autograd.grad(_loss(model, ids.clone().to(model.device), blocks.scored), gates)
+            grad, = torch.autograd.grad(block_loss(model, ids.clone().to(model.device), blocks.scored), gates)
             total += grad.abs().double().cpu().numpy()
     finally:
         for h in hooks: h.remove()
@@ -95,12 +94,6 @@ def gate_saliency(model: nn.Module,  # a dense causal LM
                                                       'Load the model in another dtype (bfloat16 or float32).')
     return total / len(blocks)
 
-
-def _loss(model, ids, scored):
-    "Mean nats per scored token, as `block_nll` counts them, with gradients"
-    hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, -scored - 1:-1]
-    logits = model.get_output_embeddings()(hidden)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1), ids[:, -scored:].flatten())
 
 # %% ../nbs/06_heuristics.ipynb #5037851d
 def flap_scores(module: Module,  # at its full width

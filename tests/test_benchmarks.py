@@ -77,3 +77,26 @@ def test_column_solves_equal_module_solve():
         torch.testing.assert_close(published.fit_column(X[:, :c], X[:, j], one_by_one, W[:, j], 0.1), coef[:, j - c],
                                    rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(one_by_one, all_at_once, rtol=1e-3, atol=1e-4)
+
+
+def test_scaling_measures_and_projects(tmp_path):
+    import scaling
+    done = subprocess.run([sys.executable, FOLDER / 'scaling.py', '--quick', '--threads', '1', '--out', tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {r['model']: r for r in load_records(tmp_path)['result.rows'][0]}
+    assert [r['how'] for r in rows.values()] == ['measured', 'measured', 'projected']
+    # memory has no noise: a projection of the larger shape counts what is really there
+    big, size = scaling.SMALL['c'], scaling.Size(block_len=32, turns=2)
+    real = scaling.totals(scaling.fit(big, size), big, size)
+    for part in ('gram_GB', 'factors_GB'): assert rows['c'][part] == pytest.approx(real[part], rel=0.05), part
+    weights = sum(p.numel() for p in tiny_model('llama', big.layers, big.hidden, big.heads, big.kv_heads, big.ffn, big.vocab).parameters()) * 2 / 1e9
+    assert real['weights_GB'] == pytest.approx(weights, rel=1e-6)
+
+
+def test_scaling_counts_the_work():
+    import scaling
+    s = scaling.Shape(1, 8, 4, 2, 24)
+    params = sum(m.out.in_features * m.out.out_features + sum(l.in_features * l.out_features for l, _ in m.rows)
+                 for m in Layout(tiny_model('llama', 1, 8, 4, 2, 24)).modules.values())
+    assert s.layer_params == params and scaling.work('forward', s, 10) == params * 10 / 2
+    assert scaling.work('factors', s, 10) == 8**3 + 24**3 + 8 * (8**2 + 24**2)

@@ -111,10 +111,11 @@ def fit_episodes(config: PruneConfig, tokens: int, pool: int) -> PruneConfig:
 # %% ../../nbs/studies/cells.ipynb #a86052a1
 def open_bench(model: str, profile: str = 'cpu',
                models: str | Path = 'runs/models',  # folder of those that are trained here
-               text: str = 'wikitext2') -> Bench:  # of the others
-    "The bench that all cells of a model share"
-    if model in NAMES: return family_bench(model, models, SETUPS[profile])
-    return study_bench(replace(study_config(profile=profile, text=text), model=model))
+               text: str = 'wikitext2',  # of the others
+               criterion: str = 'wanda') -> Bench:
+    "The bench that all cells of a model and a criterion share"
+    if model in NAMES: return family_bench(model, models, SETUPS[profile], criterion=criterion)
+    return study_bench(replace(study_config(profile=profile, text=text), model=model, criterion=criterion))
 
 
 def cell_settings(cell: Cell, bench: Bench) -> PruneConfig:

@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -252,13 +252,13 @@ def cell_config(model: str,  # name of a folder of `small_model`
     return PruneConfig(model, text, sparsity, method, seed, dtype='float32', step=setup.step, profile=setup.profile)
 
 
-def family_bench(family: str, folder: str | Path, setup: Setup = SETUPS['cpu'], progress: bool = False) -> Bench:
+def family_bench(family: str, folder: str | Path, setup: Setup = SETUPS['cpu'], progress: bool = False, criterion: str = 'wanda') -> Bench:
     "The bench of one family; its model is trained if it is not there. `bench.texts` holds the training documents"
     path = small_model(family, folder, progress, **setup.training)
     text = setup.training.get('text', 'django')
     train_docs, held_docs = split_documents(documents(text, folder))
     bench = Bench(*load_model(str(path), 'float32', 'cpu'), study_corpus(train_docs, held_docs, Path(text).name),
-                  cell_config(path.name, setup=setup), progress=progress)
+                  replace(cell_config(path.name, setup=setup), criterion=criterion), progress=progress)
     bench.family, bench.folder, bench.texts, bench.goals = family, path, list(train_docs.values()), None
     return bench
 
