@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .budget import Cost, InfeasibleBudget, _RTOL, _admit, _whole, bounds, feasible_range, solve
+from .budget import Cost, bounds, fill, solve, spendable
 from .criteria import GramStats, block_loss, fluctuation
 from .data import Blocks
 from .elastic import ElasticModel
@@ -63,10 +63,7 @@ def _room(cost, sparsity, step, p_min):
     "Bounds (lower, upper), whole unit costs, and what may be spent above `lower`; the budget is that of `solve`"
     if not 0 <= sparsity < 1: raise ValueError(f'sparsity is {sparsity}; it must be in [0, 1)')
     lower, upper = bounds(cost, step, p_min)
-    unit, fixed, dense = _whole(cost)
-    room = int((1 - sparsity + _RTOL) * dense) - fixed - int((unit * lower).sum())
-    if room < 0: raise InfeasibleBudget(sparsity, *feasible_range(cost, lower, upper), cost.name)
-    return lower, upper, unit, room
+    return lower, upper, *spendable(cost, sparsity, lower, upper)
 
 # %% ../nbs/06_heuristics.ipynb #d78e94e1
 @torch.inference_mode(False)
@@ -119,8 +116,7 @@ def flap_widths(layout: Layout,  # of the dense model
         value += [s[a:b].mean() for a, b in zip(options, options[1:])]
     order = np.argsort(-np.array(value), kind='stable')
     module, size = np.array(module, int)[order], np.array(size, int)[order]
-    take = _admit(module, unit.ravel()[module] * size, room)
-    return lower + np.bincount(module[take], size[take], lower.size).astype(np.int64).reshape(lower.shape)
+    return fill(module, size, unit, room, lower)
 
 
 def _options(lower, upper, step):

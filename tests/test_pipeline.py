@@ -10,6 +10,7 @@ from conftest import make_folder
 
 from ffp_nb import agent, calibrate, prune, search
 from ffp_nb.budget import bounds, param_cost
+from ffp_nb.criteria import taylor_scores
 from ffp_nb.data import Convention, load_corpus, token_blocks
 from ffp_nb.evaluate import perplexity
 from ffp_nb.export import load_pruned
@@ -147,6 +148,21 @@ def test_static_intercept_keeps_the_mean_output(family_folder):
         mean = bench.stats.mean((i, kind))
         Wk, bk = bench.static(i, kind, m.units // 2)
         torch.testing.assert_close(Wk @ mean[:Wk.shape[1]] + bk, W @ mean + b, rtol=1e-3, atol=1e-4)
+
+
+def test_taylor_order_comes_from_gradients(family_folder, ffp, tmp_path):
+    "The bench sorts by gradients of the dense model, and the command line has the criterion"
+    folder = family_folder('llama')
+    load = lambda criterion: prune.Bench.load(PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), method='uniform', criterion=criterion, **SMALL_UNITS), progress=False)
+    bench, other = load('taylor'), load('wanda')
+    model = load_model(str(folder / 'dense'), 'float32')[0]
+    scores = taylor_scores(model, layout := Layout(model), bench.calibration[:prune.TAYLOR_BLOCKS], progress=False)
+    for key, m in layout.modules.items():
+        sorted_units = bench.elastic.columns[key][::m.cols] // m.cols
+        assert torch.equal(sorted_units, scores[key].argsort(descending=True, stable=True))
+    assert any(not torch.equal(c, other.elastic.columns[k]) for k, c in bench.elastic.columns.items())
+    worked(ffp('prune', *base(folder, method='uniform', criterion='taylor'), '--out', tmp_path / 'out', pictures=False))
+    assert record(tmp_path / 'out')['config']['criterion'] == 'taylor'
 
 
 @pytest.mark.parametrize('method', ['ffp', 'random-search', 'random'])

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SPARSITY', 'SEEDS', 'TOKENS', 'AGENT_STD', 'REPAIRS', 'SEARCH_BLOCKS', 'BASES', 'POLICIES', 'TRAINED', 'RECOVERIES',
            'LR_GRID', 'PASSES', 'SequentialEvaluator', 'search_config', 'own_key', 'policy', 'recovered', 'nll_of',
-           'best_lr', 'cell', 'round_trip', 'run_study', 'dense_record']
+           'best_lr', 'cell', 'round_trip', 'run_study', 'dense_record', 'read_study', 'leads', 'shift', 'nll_table',
+           'survival', 'bias', 'findings', 'cost_table', 'lr_table']
 
-# %% ../../nbs/studies/recovery.ipynb #8f0a068d
+# %% ../../nbs/studies/recovery.ipynb #a8e91cf5
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..runs import cached, read_json
 from ..search import Evaluator, Search, SearchConfig
 from .cells import Cell, cell_settings, half_width, open_bench
 
-# %% ../../nbs/studies/recovery.ipynb #dac898fb
+# %% ../../nbs/studies/recovery.ipynb #9ee2ccdb
 SPARSITY = 0.5
 SEEDS = 0, 1, 2
 TOKENS = 200_000  # forward tokens that set the number of episodes
@@ -53,7 +54,7 @@ class SequentialEvaluator(Evaluator):
         self.forward_tokens += 3 * self.text.n_tokens
         with self.elastic.at(widths, weights): return self._measure(idx)
 
-# %% ../../nbs/studies/recovery.ipynb #f01ebff6
+# %% ../../nbs/studies/recovery.ipynb #ed14e4a9
 def search_config(bench, seed: int, sparsity: float = SPARSITY, tokens: int = TOKENS) -> SearchConfig:
     "The settings that all three searches share"
     c = cell_settings(Cell(bench.family, sparsity, 'ffp', seed, tokens=tokens), bench).search_config()
@@ -83,7 +84,7 @@ def policy(bench, name: str, seed: int, records, sparsity: float = SPARSITY, tok
     suffix = '' if name in BASES else f'-{seed}'
     return cached(records, own_key(bench, f'{name}{suffix}') | dict(policy=name) | key, measure)
 
-# %% ../../nbs/studies/recovery.ipynb #720a4eaa
+# %% ../../nbs/studies/recovery.ipynb #207cddaa
 LR_GRID = dict(adapter=(3e-3, 1e-2, 3e-2), lora=(3e-3, 1e-2, 3e-2), finetune=(3e-4, 1e-3, 3e-3))
 PASSES = 1  # over the calibration text, of a trained recovery
 
@@ -105,7 +106,7 @@ def nll_of(bench, widths, name, seed, lr, blocks) -> dict:
     p = perplexity(found.model if name in TRAINED else found, blocks, bench.config.profile.forward_batch)
     return dict(nll=p.nll.round(5)) | told
 
-# %% ../../nbs/studies/recovery.ipynb #e4a5d4b0
+# %% ../../nbs/studies/recovery.ipynb #7a2f7e00
 def best_lr(bench, method: str, records, sparsity: float = SPARSITY) -> float:
     "The learning rate with the least nats a token on the selection split, for the policy `uniform`"
     widths = np.array(policy(bench, 'uniform', 0, records, sparsity)['result']['widths'])
@@ -125,7 +126,7 @@ def cell(bench, name: str, recovery: str, seed: int, lr: float | None, records, 
     if recovery in TRAINED: key |= asdict(Recipe(recovery, lr, PASSES * bench.calibration.n_tokens, seed=seed))
     return cached(records, key, lambda _: nll_of(bench, np.array(widths), recovery, seed, lr, bench.test()))
 
-# %% ../../nbs/studies/recovery.ipynb #0b8bd394
+# %% ../../nbs/studies/recovery.ipynb #3ec9194c
 def round_trip(bench, name: str, recovery: str, lr: float, records, sparsity: float = SPARSITY, tokens: int = TOKENS) -> dict:
     "Save a recovered policy of seed 0, load it as a folder and in llama.cpp, and compare"
     widths = np.array(policy(bench, name, 0, records, sparsity, tokens)['result']['widths'])
@@ -164,3 +165,118 @@ def dense_record(bench, records) -> dict:
     "The dense model on the test blocks"
     return cached(records, own_key(bench, 'dense') | dict(policy='dense'),
                   lambda _: dict(nll=bench.perplexity(bench.elastic.layout.full, bench.test()).nll.round(5)))
+
+# %% ../../nbs/studies/recovery.ipynb #ac50f216
+def read_study(records: str | Path = '../runs/recovery') -> pd.DataFrame:  # a row per model, policy, recovery and seed; mean nats a token on the test split
+    "All records of recovered policies. ValueError where two are of the same cell"
+    rows = []
+    for f in sorted(Path(records).glob('*.json')):
+        r = read_json(f)
+        c, nll = r['config'], r['result'].get('nll')
+        if nll is None or 'policy' not in c: continue
+        own = dict(model=c['model'].split('-')[0], policy=c['policy'], recovery=c.get('recovery', 'none'), nll=float(np.mean(nll)), wall_s=r['wall_s'])
+        fixed = c['policy'] == 'dense' or c['policy'] in BASES and c['recovery'] not in TRAINED
+        rows += [own | dict(seed=s) for s in (SEEDS if fixed else (c['seed'],))]
+    t = pd.DataFrame(rows, columns=['model', 'policy', 'recovery', 'seed', 'nll', 'wall_s'])
+    if (twice := t[t.duplicated(['model', 'policy', 'recovery', 'seed'])]).size:
+        raise ValueError(f'{records}: two records of {", ".join(map(str, twice.iloc[0, :4]))}. Remove the one of an old configuration.')
+    return t
+
+
+def leads(table: pd.DataFrame, base: str) -> pd.DataFrame:  # a row per model, recovery and policy
+    "Nats a token that each policy is below `base` under the same recovery: mean over seeds, its 95 % interval, in how many it is below"
+    wide = table[table.policy != 'dense'].pivot_table(index=['model', 'recovery', 'seed'], columns='policy', values='nll')
+    if base not in wide: return pd.DataFrame(columns=['model', 'recovery', 'policy', 'lead', 'interval', 'below', 'seeds'])
+    d = wide.drop(columns=base).rsub(wide[base], axis=0).stack().rename('lead').reset_index()
+    out = d.groupby(['model', 'recovery', 'policy'])['lead'].agg(lead='mean', interval=half_width, below=lambda x: int((x > 0).sum()), seeds='size').reset_index()
+    return out.sort_values(['model', 'recovery', 'policy'], key=lambda c: c.map(RECOVERIES.index) if c.name == 'recovery' else c).reset_index(drop=True)
+
+# %% ../../nbs/studies/recovery.ipynb #d1e89e98
+def shift(table: pd.DataFrame, policy: str, base: str, recovery: str, at: str) -> np.ndarray:  # (seeds,)
+    "For each seed: the lead of a policy over a base under `at` less its lead under `recovery`; above 0: the lead is larger under `at`"
+    wide = table.pivot_table(index='seed', columns=['recovery', 'policy'], values='nll')
+    try: lead = {r: wide[r, base] - wide[r, policy] for r in (recovery, at)}
+    except KeyError: return np.array([])
+    return (lead[at] - lead[recovery]).dropna().to_numpy()
+
+
+def nll_table(table: pd.DataFrame, model: str) -> pd.DataFrame:
+    "Mean ± half of the 95 % interval over seeds, policies down, recoveries across"
+    t = table[(table.model == model) & (table.policy != 'dense')]
+    say = lambda v: f'{np.mean(v):.3f}' + (f' ± {half_width(v):.3f}' if len(v) > 1 and np.ptp(v) else '')
+    found = t.pivot_table(index='policy', columns='recovery', values='nll', aggfunc=say)
+    return found.reindex([p for p in POLICIES if p in found.index])[[r for r in RECOVERIES if r in found]]
+
+# %% ../../nbs/studies/recovery.ipynb #3bb345b2
+def _verdict(lead, interval): return 'not told apart' if not abs(lead) > interval else 'below' if lead > 0 else 'above'
+
+
+def survival(table: pd.DataFrame, model: str) -> list[str]:
+    "A markdown line per search: under which recoveries its winners are below the better even cut"
+    t = table[table.model == model]
+    even = t[t.policy.isin(BASES)].groupby(['recovery', 'policy']).nll.mean().unstack().idxmin(axis=1)  # the better one of each recovery
+    lines = []
+    for policy in POLICIES[:len(REPAIRS)]:
+        parts = {}
+        for recovery in RECOVERIES:
+            if recovery not in even: continue
+            x = leads(t[t.recovery == recovery], even[recovery]).query('policy == @policy')
+            if len(x): parts.setdefault(_verdict(x['lead'].iloc[0], x['interval'].iloc[0]), []).append(
+                f'{recovery} ({x["lead"].iloc[0]:+.3f} ± {x["interval"].iloc[0]:.3f})')
+        if parts: lines.append(f'- **{policy}** against the better even cut of each recovery: ' + '; '.join(
+            f'{what} with {", ".join(parts[what])}' for what in ('below', 'not told apart', 'above') if what in parts) + '.')
+    return lines
+
+
+def bias(table: pd.DataFrame, model: str) -> list[str]:
+    "Markdown lines: the lead of searches with ridge over the one without, by recovery, and whether it is larger under their own ridge"
+    t, lines = table[table.model == model], []
+    for repair in REPAIRS[1:]:
+        x = leads(t, 'search-none').query('policy == @policy', local_dict=dict(policy=f'search-{repair}'))
+        if x.empty: continue
+        lines.append(f'- Lead of **search-{repair}** over search-none by recovery: ' + ', '.join(
+            f'{r.recovery} {r.lead:+.3f} ± {r.interval:.3f}' for r in x.itertuples()) + '.')
+        own = {r: shift(t, f'search-{repair}', 'search-none', r, repair) for r in RECOVERIES if r != repair}
+        own = {r: (d.mean(), half_width(d)) for r, d in own.items() if len(d)}
+        larger = [r for r, (m, h) in own.items() if _verdict(m, h) == 'below']
+        smaller = [r for r, (m, h) in own.items() if _verdict(m, h) == 'above']
+        lines.append(f'  - Against its lead under {repair} ridge itself: smaller with {", ".join(larger) or "none"}, larger with {", ".join(smaller) or "none"}, '
+                     f'not told apart with {", ".join(r for r in own if r not in larger + smaller) or "none"} (differences '
+                     + ', '.join(f'{r} {-m:+.3f} ± {h:.3f}' for r, (m, h) in own.items()) + ').')
+    return lines
+
+# %% ../../nbs/studies/recovery.ipynb #4ebe3d02
+def findings(table: pd.DataFrame, records: str | Path = '../runs/recovery') -> list[str]:
+    "Markdown lines with the figures of all models"
+    lines = []
+    for model in table.model.unique():
+        t = table[(table.model == model) & (table.policy != 'dense')]
+        n = t[t.policy.str.startswith('search')].groupby('recovery').seed.nunique()
+        mean = t.groupby(['policy', 'recovery']).nll.mean().unstack()
+        dense = table[(table.model == model) & (table.policy == 'dense')].nll.mean()
+        best = ', '.join(f'{r}: {mean[r].idxmin()} ({mean[r].min():.3f})' for r in RECOVERIES if r in mean)
+        lost = ', '.join(f'{r} {mean[r].min() - dense:.3f}' for r in RECOVERIES if r in mean)
+        lines += [f'\n**{model}**, σ = {SPARSITY}, {int(n.max()) if len(n) else 0} seeds, nats a token on the test split; dense {dense:.3f}\n',
+                  *survival(table, model), *bias(table, model), f'- Lowest mean under each recovery: {best}.',
+                  f'- Nats above the dense model of the best policy: {lost}.']
+    for f in sorted(Path(records).glob('*-export-*.json')):
+        c, x = (r := read_json(f))['config'], r['result']
+        lines.append(f'- {c["policy"]} after {c["recovery"]}, saved and loaded: logits differ by {x["difference"]:g}; as GGUF in llama.cpp '
+                     f'nats of {x["tokens"]} tokens differ by at most {x["gguf_difference"]:.1g}.')
+    return lines
+
+# %% ../../nbs/studies/recovery.ipynb #87d42925
+def cost_table(records: str | Path = '../runs/recovery') -> pd.DataFrame:
+    "Forward tokens and seconds of each search, mean over seeds; seconds are of a machine that did other work too"
+    found = [r for f in sorted(Path(records).glob('*-search-*.json')) for r in [read_json(f)] if 'search' in r['config']]
+    rows = [dict(model=r['config']['model'].split('-')[0], policy=r['config']['policy'], episodes=r['config']['search']['episodes'],
+                 forward_tokens=r['result']['forward_tokens'], wall_s=r['result']['wall_s']) for r in found]
+    return pd.DataFrame(rows).groupby(['model', 'policy']).agg('mean').round(0).astype(int).reset_index() if rows else pd.DataFrame()
+
+# %% ../../nbs/studies/recovery.ipynb #3ff5cd46
+def lr_table(records: str | Path = '../runs/recovery') -> pd.DataFrame:
+    "Nats a token on the selection split by method and learning rate; NaN where training broke down"
+    found = [r for f in sorted(Path(records).glob('*-lr-*.json')) for r in [read_json(f)]]
+    rows = [dict(model=r['config']['model'].split('-')[0], method=r['config']['method'], lr=r['config']['lr'],
+                 nll=np.nan if r['result']['nll'] is None else np.mean(r['result']['nll'])) for r in found]
+    return pd.DataFrame(rows).pivot_table(index=['model', 'method'], columns='lr', values='nll').round(4) if rows else pd.DataFrame()
