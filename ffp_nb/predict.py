@@ -19,7 +19,7 @@ from scipy import stats
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 from sklearn.linear_model import BayesianRidge
 from sklearn.model_selection import KFold
 from sklearn.pipeline import make_pipeline
@@ -54,34 +54,40 @@ class Predictor(Protocol):
 
 
 class Probabilistic:
-    "A scikit-learn model that gives its own standard deviation, on standardised columns"
+    "A scikit-learn model that gives its own standard deviation, on standardised columns and the logarithm of the target above a floor"
     def __init__(self, make: Callable,  # (columns) -> model
-                 *before):  # transformers of the columns
-        self.make, self.before = make, before
+                 *before,  # transformers of the columns
+                 log: bool = True):  # False: the target as it is
+        self.make, self.before, self.log = make, before, log
 
     def fit(self, X, y):
-        self.scale = make_pipeline(*self.before, StandardScaler()).fit(X)
+        self.scale, self.floor = make_pipeline(*self.before, StandardScaler()).fit(X), float(np.min(y)) - 0.1
         Z = self.scale.transform(X)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', ConvergenceWarning)  # a length at the end of its range: a column that does not matter
-            self.model = self.make(Z.shape[1]).fit(Z, y)
+            self.model = self.make(Z.shape[1]).fit(Z, np.log(y - self.floor) if self.log else y)
         return self
 
-    def predict(self, X): return self.model.predict(self.scale.transform(X), return_std=True)
+    def predict(self, X):
+        mean, std = self.model.predict(self.scale.transform(X), return_std=True)
+        if not self.log: return mean, std
+        mean, std = mean.clip(max=5), std.clip(max=2)  # far outside of the data an exponential knows no bounds
+        return self.floor + np.exp(mean), np.exp(mean) * std  # the median, and the spread of small errors around it
 
 
-def _kernel(columns): return ConstantKernel(10.0, (1e-2, 1e5)) * RBF(np.full(columns, 5.0), (0.3, 1e3)) + WhiteKernel(1e-2, (1e-6, 1.0))
-def _process(columns): return GaussianProcessRegressor(_kernel(columns), normalize_y=True)
+def _process(columns):
+    kernel = ConstantKernel(10.0, (1e-2, 1e5)) * Matern(np.full(columns, 5.0), (0.3, 1e3), nu=2.5) + WhiteKernel(1e-2, (1e-5, 1.0))
+    return GaussianProcessRegressor(kernel, normalize_y=True)
 def _bayes(columns): return BayesianRidge()
 def _by_calibration(B): return np.hstack([B[:, :-1] * B[:, -1:], B])  # every column once for all, once for the calibrated
 def _splines(X):
-    B = SplineTransformer(3, knots=np.linspace(0, 1, 5)[:, None].repeat(X.shape[1] - 1, 1), include_bias=False)
+    B = SplineTransformer(degree=3, knots=np.linspace(0, 1, 5)[:, None].repeat(X.shape[1] - 1, 1), include_bias=False)
     return _by_calibration(np.column_stack([B.fit_transform(X[:, :-1]), X[:, -1]]))
 
 # %% ../nbs/16_predict.ipynb #b9cb04f3
 class GridCNN:
     "Two convolutions over the layers and two dense layers"
-    def __init__(self, seed: int = 0, channels: int = 16, epochs: int = 200, batch: int = 32, lr: float = 4e-3):
+    def __init__(self, seed: int = 0, channels: int = 16, epochs: int = 200, batch: int = 64, lr: float = 4e-3):
         self.seed, self.channels, self.epochs, self.batch, self.lr = seed, channels, epochs, batch, lr
 
     @staticmethod
@@ -161,13 +167,14 @@ class Prediction:
     "How a search uses a predictor"
     predictor: str = 'gp'  # a key of `PREDICTORS`
     warmup: int = 4  # updates whose policies are all measured before the first prediction
-    inner: int = 20  # batches of predicted rewards that the agent learns from in each later update
+    inner: int = 10  # batches of predicted rewards that the agent learns from in each later update
+    batch: int = 32  # policies of such a batch
     explore: float = 0.25  # share of an update's measured policies that is chosen by uncertainty
     pool: int = 256  # policies to choose from
 
     def __post_init__(self):
         if self.predictor not in PREDICTORS: raise ValueError(f'predictor {self.predictor!r}; expected one of {", ".join(PREDICTORS)}')
-        for name, least in (('warmup', 1), ('inner', 0), ('pool', 1)):
+        for name, least in (('warmup', 1), ('inner', 0), ('batch', 1), ('pool', 1)):
             if getattr(self, name) < least: raise ValueError(f'{name} {getattr(self, name)}; expected at least {least}')
         if not 0 <= self.explore <= 1: raise ValueError(f'explore {self.explore}; expected a share between 0 and 1')
 
@@ -184,7 +191,7 @@ class Predicted:
         if self.told < self.config.warmup: return self.agent.ask(sparsity, n)
         model = PREDICTORS[self.config.predictor](seed=self.seed).fit(np.array(self.X), np.array(self.y))
         for _ in range(self.config.inner):
-            tried = self.agent.ask(sparsity, n)
+            tried = self.agent.ask(sparsity, self.config.batch)
             self.agent.tell(sparsity, tried, np.exp(-model.predict(self.describe(tried, sparsity))[0].clip(max=WORST)))
         return self.choose(model, sparsity, n)
 

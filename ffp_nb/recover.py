@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LR', 'Recipe', 'Adapted', 'Recovered', 'recover', 'save_recovered']
 
-# %% ../nbs/17_recover.ipynb #bd38e057
+# %% ../nbs/17_recover.ipynb #1b2a0d5c
 import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from .models import Layout
 from .prune import check_blocks
 from .runs import RunDir
 
-# %% ../nbs/17_recover.ipynb #b9eb75b8
+# %% ../nbs/17_recover.ipynb #4a0ac804
 LR = dict(adapter=1e-2, lora=1e-2, finetune=1e-3)
 
 
@@ -46,7 +46,8 @@ class Recipe:
         if self.method not in LR: raise ValueError(f'method {self.method!r}; expected one of {", ".join(LR)}')
         if self.lr is None: object.__setattr__(self, 'lr', LR[self.method])
         for name in ('lr', 'clip'):
-            if not 0 < getattr(self, name) < float('inf'): raise ValueError(f'{name} {getattr(self, name)}; expected a finite number above 0')
+            if not 0 < getattr(self, name) < float('inf'):
+                raise ValueError(f'{name} {getattr(self, name)}; expected a finite number above 0')
         for name in ('tokens', 'batch', 'rank'):
             if getattr(self, name) < 1: raise ValueError(f'{name} {getattr(self, name)}; expected at least 1')
         if not 0 <= self.warmup < 1: raise ValueError(f'warmup {self.warmup}; expected a share in [0, 1)')
@@ -62,7 +63,7 @@ class Recipe:
                              'Give more tokens, or a smaller batch.')
         return self.tokens // per_step
 
-# %% ../nbs/17_recover.ipynb #a77840e3
+# %% ../nbs/17_recover.ipynb #468ece88
 class Adapted(nn.Module):
     "An output projection with a non-linear path beside it: W x + B gelu(A x + a) + b, B and b zero at first"
     def __init__(self, lin: nn.Linear, rank: int):
@@ -97,7 +98,7 @@ def _finetune(model, projections, outputs, recipe):
 
 _PREPARE = dict(adapter=_adapter, lora=_lora, finetune=_finetune)
 
-# %% ../nbs/17_recover.ipynb #63b8c43d
+# %% ../nbs/17_recover.ipynb #ffbe79c8
 def _pruned_copy(elastic, widths, weights):
     "A copy at these widths, the names of the projections that are left in it, and those of the output projections among them"
     with elastic.at(widths, weights):
@@ -107,11 +108,12 @@ def _pruned_copy(elastic, widths, weights):
         named = [(name, lin) for name, lin in elastic.model.named_modules() if lin in left]
         return elastic.sliced(), [n for n, _ in named], [n for n, lin in named if lin in outs]
 
-# %% ../nbs/17_recover.ipynb #04f69efb
+# %% ../nbs/17_recover.ipynb #4fbd3d2f
 def _train(model, blocks, recipe, half, run, every, progress):
     "Train what needs a gradient, in place, from the newest checkpoint on; the loss of every step"
     c, steps, device = recipe, recipe.steps(blocks), model.device
-    order = np.concatenate([np.random.default_rng([c.seed, e]).permutation(len(blocks)) for e in range(-(-steps * c.batch // len(blocks)))])
+    passes = -(-steps * c.batch // len(blocks))
+    order = np.concatenate([np.random.default_rng([c.seed, e]).permutation(len(blocks)) for e in range(passes)])
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     opt = torch.optim.AdamW(params.values(), c.lr, weight_decay=c.weight_decay)
     schedule, losses = get_scheduler('cosine', opt, int(c.warmup * steps), steps), []
@@ -137,7 +139,7 @@ def _train(model, blocks, recipe, half, run, every, progress):
     check(steps - 1, all(torch.isfinite(p).all() for p in params.values()))
     return losses
 
-# %% ../nbs/17_recover.ipynb #da4ad61a
+# %% ../nbs/17_recover.ipynb #bf62963d
 @dataclass
 class Recovered:
     "A pruned model after training. `save_recovered` writes it like any other"
@@ -171,13 +173,15 @@ def recover(elastic: ElasticModel,
             progress: bool = True) -> Recovered:
     """Train a copy of the model at these widths; the elastic model stays as it is.
 
-    Takes about three forward passes' work a token, and the memory of the pruned model with, for all that is trained, 16 bytes a parameter.
+    Takes the work of about three forward passes a token, and 16 bytes for each parameter that is trained.
     ValueError for settings, text or a learning rate with which it cannot be done."""
     check_blocks(blocks, elastic.model)
-    if elastic.dtype == torch.float16: raise ValueError('a float16 model cannot be trained here: its gradients underflow. Load it in bfloat16 or float32.')
+    if elastic.dtype == torch.float16:
+        raise ValueError('a float16 model cannot be trained here: its gradients underflow. Load it in bfloat16 or float32.')
     steps = recipe.steps(blocks)
     own, projections, outputs = _pruned_copy(elastic, widths, weights)
-    if recipe.method != 'finetune' and not outputs: raise ValueError(f'no unit is left in any module: {recipe.method} has nothing to train')
+    if recipe.method != 'finetune' and not outputs:
+        raise ValueError(f'no unit is left in any module: {recipe.method} has nothing to train')
     with torch.random.fork_rng([]):
         torch.manual_seed(recipe.seed)
         finish = _PREPARE[recipe.method](own.requires_grad_(False), projections, outputs, recipe)
@@ -187,7 +191,7 @@ def recover(elastic: ElasticModel,
     return Recovered(finish().requires_grad_(False), np.array(widths), elastic.layout, recipe, losses,
                      sum(p.numel() for p in trained), steps * recipe.batch * blocks.ids.shape[1])
 
-# %% ../nbs/17_recover.ipynb #2ab0ab83
+# %% ../nbs/17_recover.ipynb #d1af54b6
 def save_recovered(found: Recovered, tokenizer, folder: str | Path,
                    overwrite: bool = False,
                    files: dict[str, str | bytes] | None = None,  # more files for the folder, by name

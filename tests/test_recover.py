@@ -133,6 +133,15 @@ def test_scored_tokens_alone_are_trained_on(method, text):
     assert found.losses[0] == pytest.approx(want, abs=1e-4)
 
 
+def test_every_setting_is_used(text):
+    em, static, widths = pruned('llama', text)
+    make = lambda **kw: recover(em, widths, text, small('lora', **dict(lr=1e-2) | kw), static, progress=False).losses
+    base = make()
+    for kw in (dict(lr=2e-2), dict(rank=2), dict(batch=2), dict(warmup=0.6), dict(clip=1e-3), dict(weight_decay=5.0), dict(seed=3)):
+        assert make(**kw) != base, kw
+    assert make(tokens=256) != base[:2]  # the learning rate falls over the tokens that there are
+
+
 def test_a_blow_up_names_the_step_and_breaks_nothing(text, tmp_path):
     em, static, widths = pruned('llama', text)
     em.set(widths, static)

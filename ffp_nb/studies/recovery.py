@@ -8,7 +8,7 @@ __all__ = ['SPARSITY', 'SEEDS', 'TOKENS', 'AGENT_STD', 'REPAIRS', 'SEARCH_BLOCKS
            'best_lr', 'cell', 'round_trip', 'run_study', 'dense_record', 'read_study', 'leads', 'shift', 'nll_table',
            'survival', 'bias', 'findings', 'cost_table', 'lr_table']
 
-# %% ../../nbs/studies/recovery.ipynb #a8e91cf5
+# %% ../../nbs/studies/recovery.ipynb #ea7c39d2
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..runs import cached, read_json
 from ..search import Evaluator, Search, SearchConfig
 from .cells import Cell, cell_settings, half_width, open_bench
 
-# %% ../../nbs/studies/recovery.ipynb #9ee2ccdb
+# %% ../../nbs/studies/recovery.ipynb #96a062fa
 SPARSITY = 0.5
 SEEDS = 0, 1, 2
 TOKENS = 200_000  # forward tokens that set the number of episodes
@@ -50,11 +50,12 @@ class SequentialEvaluator(Evaluator):
         self.forward_tokens += self.text.n_tokens
 
     def __call__(self, widths, idx):
-        weights = sequential_calibrate(self.elastic, widths, self.text, base=self.weights, goals=self.goals, progress=False, **self.how)
+        weights = sequential_calibrate(self.elastic, widths, self.text, base=self.weights, goals=self.goals, progress=False,
+                                       **self.how)
         self.forward_tokens += 3 * self.text.n_tokens
         with self.elastic.at(widths, weights): return self._measure(idx)
 
-# %% ../../nbs/studies/recovery.ipynb #ed14e4a9
+# %% ../../nbs/studies/recovery.ipynb #0cf2da55
 def search_config(bench, seed: int, sparsity: float = SPARSITY, tokens: int = TOKENS) -> SearchConfig:
     "The settings that all three searches share"
     c = cell_settings(Cell(bench.family, sparsity, 'ffp', seed, tokens=tokens), bench).search_config()
@@ -63,9 +64,9 @@ def search_config(bench, seed: int, sparsity: float = SPARSITY, tokens: int = TO
 
 def own_key(bench, name: str) -> dict:
     "What all records of this study name: the model with the hash of its training, its weights, text and sizes"
-    p = bench.config.profile
-    return dict(name=f'{bench.family}-{name}', study='recovery', model=bench.config.model, weights=bench.fingerprint, text_sha256=bench.corpus.sha256,
-                profile=asdict(p), alpha=bench.config.alpha, sequential=[bench.config.sequential_alpha, bench.config.sequential_target])
+    c = bench.config
+    return dict(name=f'{bench.family}-{name}', study='recovery', model=c.model, weights=bench.fingerprint, profile=asdict(c.profile),
+                text_sha256=bench.corpus.sha256, alpha=c.alpha, sequential=[c.sequential_alpha, c.sequential_target])
 
 
 def policy(bench, name: str, seed: int, records, sparsity: float = SPARSITY, tokens: int = TOKENS) -> dict:  # the record
@@ -75,22 +76,25 @@ def policy(bench, name: str, seed: int, records, sparsity: float = SPARSITY, tok
     else: key = dict(search=asdict(c)) | (dict(blocks=SEARCH_BLOCKS) if repair == 'sequential' else {})
     def measure(_):
         kw = dict(step=bench.config.step, p_min=bench.config.p_min)
-        if name in BASES: return dict(widths=uniform(bench.cost, sparsity, **kw, **(dict(kinds=('ffn',)) if name == 'uniform-ffn' else {})), forward_tokens=0)
+        if name in BASES:
+            kinds = dict(kinds=('ffn',)) if name == 'uniform-ffn' else {}
+            return dict(widths=uniform(bench.cost, sparsity, **kw, **kinds), forward_tokens=0)
         plain = lambda w: Evaluator(bench.elastic, bench.search, w, bench.config.profile.forward_batch)
-        evaluator = SequentialEvaluator(bench, SEARCH_BLOCKS) if repair == 'sequential' else plain(dict(none=None, static=bench.static)[repair])
+        if repair == 'sequential': evaluator = SequentialEvaluator(bench, SEARCH_BLOCKS)
+        else: evaluator = plain(dict(none=None, static=bench.static)[repair])
         found = Search(evaluator, bench.cost, c).run(progress=False)
         return dict(widths=found.widths, forward_tokens=found.forward_tokens, wall_s=round(found.wall_s, 1), reward=found.reward,
                     source=found.source, start=found.start, broken=found.broken, rewards=[round(u['reward'], 4) for u in found.updates])
     suffix = '' if name in BASES else f'-{seed}'
     return cached(records, own_key(bench, f'{name}{suffix}') | dict(policy=name) | key, measure)
 
-# %% ../../nbs/studies/recovery.ipynb #207cddaa
+# %% ../../nbs/studies/recovery.ipynb #d8e0d584
 LR_GRID = dict(adapter=(3e-3, 1e-2, 3e-2), lora=(3e-3, 1e-2, 3e-2), finetune=(3e-4, 1e-3, 3e-3))
 PASSES = 1  # over the calibration text, of a trained recovery
 
 
 def recovered(bench, widths, name: str, seed: int = 0, lr: float | None = None):
-    "The model of a policy after a recovery of `RECOVERIES` and what training tells; elastic at these widths if nothing was trained"
+    "A policy after a recovery of `RECOVERIES`: a `Recovered` and what its training tells, or a plain model where nothing is trained"
     text, p, c = bench.calibration, bench.config.profile, bench.config
     if name in TRAINED:
         found = recover(bench.elastic, widths, text, Recipe(name, lr, PASSES * text.n_tokens, seed=seed), bench.static, progress=False)
@@ -106,7 +110,7 @@ def nll_of(bench, widths, name, seed, lr, blocks) -> dict:
     p = perplexity(found.model if name in TRAINED else found, blocks, bench.config.profile.forward_batch)
     return dict(nll=p.nll.round(5)) | told
 
-# %% ../../nbs/studies/recovery.ipynb #7a2f7e00
+# %% ../../nbs/studies/recovery.ipynb #39a51cfc
 def best_lr(bench, method: str, records, sparsity: float = SPARSITY) -> float:
     "The learning rate with the least nats a token on the selection split, for the policy `uniform`"
     widths = np.array(policy(bench, 'uniform', 0, records, sparsity)['result']['widths'])
@@ -119,15 +123,18 @@ def best_lr(bench, method: str, records, sparsity: float = SPARSITY) -> float:
     return min(LR_GRID[method], key=lambda lr: np.inf if nll[lr] is None else np.mean(nll[lr]))
 
 
-def cell(bench, name: str, recovery: str, seed: int, lr: float | None, records, sparsity: float = SPARSITY, tokens: int = TOKENS) -> dict:
+def cell(bench, name: str, recovery: str, seed: int, lr: float | None, records, sparsity: float = SPARSITY,
+         tokens: int = TOKENS) -> dict:
     "The record of one policy, recovery and seed: test figures"
     widths = policy(bench, name, seed, records, sparsity, tokens)['result']['widths']
-    key = own_key(bench, f'{name}-{recovery}-{seed}') | dict(policy=name, recovery=recovery, seed=seed, widths=widths, sparsity=sparsity)
+    own = dict(policy=name, recovery=recovery, seed=seed, widths=widths, sparsity=sparsity)
+    key = own_key(bench, f'{name}-{recovery}-{seed}') | own
     if recovery in TRAINED: key |= asdict(Recipe(recovery, lr, PASSES * bench.calibration.n_tokens, seed=seed))
     return cached(records, key, lambda _: nll_of(bench, np.array(widths), recovery, seed, lr, bench.test()))
 
-# %% ../../nbs/studies/recovery.ipynb #3ec9194c
-def round_trip(bench, name: str, recovery: str, lr: float, records, sparsity: float = SPARSITY, tokens: int = TOKENS) -> dict:
+# %% ../../nbs/studies/recovery.ipynb #ff883004
+def round_trip(bench, name: str, recovery: str, lr: float, records, sparsity: float = SPARSITY,
+               tokens: int = TOKENS) -> dict:
     "Save a recovered policy of seed 0, load it as a folder and in llama.cpp, and compare"
     widths = np.array(policy(bench, name, 0, records, sparsity, tokens)['result']['widths'])
     def measure(_):
@@ -138,10 +145,10 @@ def round_trip(bench, name: str, recovery: str, lr: float, records, sparsity: fl
             logits, again = found.model(ids).logits, load_pruned(saved)[0](ids).logits
             served = LlamaCpp(export_gguf(saved, Path(folder) / 'model.gguf', 'f32')).nll(ids[0].tolist())
             want = -logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].numpy()
-            return dict(difference=float((logits - again).abs().max()), gguf_difference=float(np.abs(served - want).max()), tokens=len(want),
-                        bytes=(saved / 'model.safetensors').stat().st_size)
-    key = own_key(bench, f'export-{name}-{recovery}') | dict(policy=name, recovery=recovery, widths=widths.tolist(), lr=lr, passes=PASSES, sparsity=sparsity)
-    return cached(records, key, measure)
+            return dict(difference=float((logits - again).abs().max()), gguf_difference=float(np.abs(served - want).max()),
+                        tokens=len(want), bytes=(saved / 'model.safetensors').stat().st_size)
+    own = dict(policy=name, recovery=recovery, widths=widths.tolist(), lr=lr, passes=PASSES, sparsity=sparsity)
+    return cached(records, own_key(bench, f'export-{name}-{recovery}') | own, measure)
 
 
 def run_study(records: str | Path = 'nbs/runs/recovery', models: str | Path = 'runs/models', profile: str = 'cpu', names=('llama',),
@@ -166,18 +173,18 @@ def dense_record(bench, records) -> dict:
     return cached(records, own_key(bench, 'dense') | dict(policy='dense'),
                   lambda _: dict(nll=bench.perplexity(bench.elastic.layout.full, bench.test()).nll.round(5)))
 
-# %% ../../nbs/studies/recovery.ipynb #ac50f216
-def read_study(records: str | Path = '../runs/recovery') -> pd.DataFrame:  # a row per model, policy, recovery and seed; mean nats a token on the test split
-    "All records of recovered policies. ValueError where two are of the same cell"
+# %% ../../nbs/studies/recovery.ipynb #60e000cc
+def read_study(records: str | Path = '../runs/recovery') -> pd.DataFrame:
+    "A row per model, policy, recovery and seed: mean nats a token on the test split. ValueError where two records are of one cell"
     rows = []
     for f in sorted(Path(records).glob('*.json')):
         r = read_json(f)
         c, nll = r['config'], r['result'].get('nll')
         if nll is None or 'policy' not in c: continue
-        own = dict(model=c['model'].split('-')[0], policy=c['policy'], recovery=c.get('recovery', 'none'), nll=float(np.mean(nll)), wall_s=r['wall_s'])
+        own = dict(model=c['model'].split('-')[0], policy=c['policy'], recovery=c.get('recovery', 'none'), nll=float(np.mean(nll)))
         fixed = c['policy'] == 'dense' or c['policy'] in BASES and c['recovery'] not in TRAINED
         rows += [own | dict(seed=s) for s in (SEEDS if fixed else (c['seed'],))]
-    t = pd.DataFrame(rows, columns=['model', 'policy', 'recovery', 'seed', 'nll', 'wall_s'])
+    t = pd.DataFrame(rows, columns=['model', 'policy', 'recovery', 'seed', 'nll'])
     if (twice := t[t.duplicated(['model', 'policy', 'recovery', 'seed'])]).size:
         raise ValueError(f'{records}: two records of {", ".join(map(str, twice.iloc[0, :4]))}. Remove the one of an old configuration.')
     return t
@@ -185,13 +192,15 @@ def read_study(records: str | Path = '../runs/recovery') -> pd.DataFrame:  # a r
 
 def leads(table: pd.DataFrame, base: str) -> pd.DataFrame:  # a row per model, recovery and policy
     "Nats a token that each policy is below `base` under the same recovery: mean over seeds, its 95 % interval, in how many it is below"
+    keys = ['model', 'recovery', 'policy']
     wide = table[table.policy != 'dense'].pivot_table(index=['model', 'recovery', 'seed'], columns='policy', values='nll')
-    if base not in wide: return pd.DataFrame(columns=['model', 'recovery', 'policy', 'lead', 'interval', 'below', 'seeds'])
-    d = wide.drop(columns=base).rsub(wide[base], axis=0).stack().rename('lead').reset_index()
-    out = d.groupby(['model', 'recovery', 'policy'])['lead'].agg(lead='mean', interval=half_width, below=lambda x: int((x > 0).sum()), seeds='size').reset_index()
-    return out.sort_values(['model', 'recovery', 'policy'], key=lambda c: c.map(RECOVERIES.index) if c.name == 'recovery' else c).reset_index(drop=True)
+    if base not in wide: return pd.DataFrame(columns=[*keys, 'lead', 'interval', 'below', 'seeds'])
+    d = wide.drop(columns=base).rsub(wide[base], axis=0).stack().dropna().rename('lead').reset_index()
+    out = d.groupby(keys)['lead'].agg(lead='mean', interval=half_width, below=lambda x: int((x > 0).sum()), seeds='size').reset_index()
+    in_order = lambda c: c.map(RECOVERIES.index) if c.name == 'recovery' else c
+    return out.sort_values(keys, key=in_order).reset_index(drop=True)
 
-# %% ../../nbs/studies/recovery.ipynb #d1e89e98
+# %% ../../nbs/studies/recovery.ipynb #52ab2a35
 def shift(table: pd.DataFrame, policy: str, base: str, recovery: str, at: str) -> np.ndarray:  # (seeds,)
     "For each seed: the lead of a policy over a base under `at` less its lead under `recovery`; above 0: the lead is larger under `at`"
     wide = table.pivot_table(index='seed', columns=['recovery', 'policy'], values='nll')
@@ -207,8 +216,11 @@ def nll_table(table: pd.DataFrame, model: str) -> pd.DataFrame:
     found = t.pivot_table(index='policy', columns='recovery', values='nll', aggfunc=say)
     return found.reindex([p for p in POLICIES if p in found.index])[[r for r in RECOVERIES if r in found]]
 
-# %% ../../nbs/studies/recovery.ipynb #3bb345b2
+# %% ../../nbs/studies/recovery.ipynb #1a697a4d
 def _verdict(lead, interval): return 'not told apart' if not abs(lead) > interval else 'below' if lead > 0 else 'above'
+
+
+def _pm(x): return f'{x["lead"].iloc[0]:+.3f} ± {x["interval"].iloc[0]:.3f}'
 
 
 def survival(table: pd.DataFrame, model: str) -> list[str]:
@@ -221,8 +233,7 @@ def survival(table: pd.DataFrame, model: str) -> list[str]:
         for recovery in RECOVERIES:
             if recovery not in even: continue
             x = leads(t[t.recovery == recovery], even[recovery]).query('policy == @policy')
-            if len(x): parts.setdefault(_verdict(x['lead'].iloc[0], x['interval'].iloc[0]), []).append(
-                f'{recovery} ({x["lead"].iloc[0]:+.3f} ± {x["interval"].iloc[0]:.3f})')
+            if len(x): parts.setdefault(_verdict(x['lead'].iloc[0], x['interval'].iloc[0]), []).append(f'{recovery} ({_pm(x)})')
         if parts: lines.append(f'- **{policy}** against the better even cut of each recovery: ' + '; '.join(
             f'{what} with {", ".join(parts[what])}' for what in ('below', 'not told apart', 'above') if what in parts) + '.')
     return lines
@@ -240,12 +251,13 @@ def bias(table: pd.DataFrame, model: str) -> list[str]:
         own = {r: (d.mean(), half_width(d)) for r, d in own.items() if len(d)}
         larger = [r for r, (m, h) in own.items() if _verdict(m, h) == 'below']
         smaller = [r for r, (m, h) in own.items() if _verdict(m, h) == 'above']
-        lines.append(f'  - Against its lead under {repair} ridge itself: smaller with {", ".join(larger) or "none"}, larger with {", ".join(smaller) or "none"}, '
-                     f'not told apart with {", ".join(r for r in own if r not in larger + smaller) or "none"} (differences '
+        names = lambda v: ', '.join(v) or 'no other'
+        lines.append(f'  - Against its lead under {repair} ridge itself: smaller with {names(larger)}, larger with {names(smaller)}, '
+                     f'not told apart with {names([r for r in own if r not in larger + smaller])} (differences '
                      + ', '.join(f'{r} {-m:+.3f} ± {h:.3f}' for r, (m, h) in own.items()) + ').')
     return lines
 
-# %% ../../nbs/studies/recovery.ipynb #4ebe3d02
+# %% ../../nbs/studies/recovery.ipynb #eb07fc2e
 def findings(table: pd.DataFrame, records: str | Path = '../runs/recovery') -> list[str]:
     "Markdown lines with the figures of all models"
     lines = []
@@ -265,7 +277,7 @@ def findings(table: pd.DataFrame, records: str | Path = '../runs/recovery') -> l
                      f'nats of {x["tokens"]} tokens differ by at most {x["gguf_difference"]:.1g}.')
     return lines
 
-# %% ../../nbs/studies/recovery.ipynb #87d42925
+# %% ../../nbs/studies/recovery.ipynb #6a6abc58
 def cost_table(records: str | Path = '../runs/recovery') -> pd.DataFrame:
     "Forward tokens and seconds of each search, mean over seeds; seconds are of a machine that did other work too"
     found = [r for f in sorted(Path(records).glob('*-search-*.json')) for r in [read_json(f)] if 'search' in r['config']]
@@ -273,7 +285,7 @@ def cost_table(records: str | Path = '../runs/recovery') -> pd.DataFrame:
                  forward_tokens=r['result']['forward_tokens'], wall_s=r['result']['wall_s']) for r in found]
     return pd.DataFrame(rows).groupby(['model', 'policy']).agg('mean').round(0).astype(int).reset_index() if rows else pd.DataFrame()
 
-# %% ../../nbs/studies/recovery.ipynb #3ff5cd46
+# %% ../../nbs/studies/recovery.ipynb #0acff516
 def lr_table(records: str | Path = '../runs/recovery') -> pd.DataFrame:
     "Nats a token on the selection split by method and learning rate; NaN where training broke down"
     found = [r for f in sorted(Path(records).glob('*-lr-*.json')) for r in [read_json(f)]]

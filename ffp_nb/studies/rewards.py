@@ -24,7 +24,7 @@ from ..prune import Bench, run_config
 from ..runs import RunDir, cached, config_id, read_json
 from ..search import Evaluator, Search
 from .cells import half_width, open_bench, search_summary
-from ..tasks import SEVEN, _LM, _quiet, load_tasks
+from ..tasks import SEVEN, TaskLM, quiet, load_tasks
 
 # %% ../../nbs/studies/rewards.ipynb #0bda08ad
 class TaskGroups:
@@ -37,7 +37,7 @@ class TaskGroups:
         loaded = load_tasks(tasks, groups, part, seed, data)
         columns = {}
         for name, task in loaded.tasks.items():
-            with _quiet(): task.build_all_requests()
+            with quiet(): task.build_all_requests()
             columns[name] = _documents(task)
         n = min(len(c) for c in columns.values())
         if groups and n < groups:
@@ -47,10 +47,10 @@ class TaskGroups:
 
     def __len__(self): return len(self.groups)
 
-    def lm(self, model) -> _LM:
+    def lm(self, model) -> TaskLM:
         "lm-eval's wrapper of a model, made once: it copies the tokenizer"
         if self._lm is None or self._lm.model is not model:
-            with _quiet(): self._lm = _LM(model, self.tokenizer, 1, tqdm(disable=True))
+            with quiet(): self._lm = TaskLM(model, self.tokenizer, 1, tqdm(disable=True))
         return self._lm
 
 

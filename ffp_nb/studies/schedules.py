@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .cells import Cell, half_width, in_study, paired_differences, read_cells, run_cells
-from .searchers import TOKENS, read_traces, tokens_to_reach
+from .searchers import TOKENS, reached, read_traces, tokens_to_reach
 
 # %% ../../nbs/studies/schedules.ipynb #96543e53
 VARIANTS = ('default', 'none', 'sparsity', 'fidelity', 'linear', 'staircase', 'early', 'late', 'near')
@@ -55,8 +55,8 @@ def findings(mine: pd.DataFrame, traces: pd.DataFrame) -> list[str]:
         r = s.loc[v]
         name = dict(sparsity='growing sparsity alone', fidelity='growing fidelity alone', default='both')[v]
         sure = 'inside' if abs(r.behind) <= r.interval else 'outside'
-        lines.append(f'- {name}: at the best quality of the unscheduled search {r.times_cheaper:.2g} times fewer tokens in the median ({int(r.reached)} of '
-                     f'{int(r.runs)} runs get there); best quality {r.behind:+.4f} ± {r.interval:.4f} nats against it, zero {sure} the interval.')
+        lines.append(f'- {name}: {reached(r, "reaches the best quality of the unscheduled search")[:-1]}; best quality {r.behind:+.4f} ± {r.interval:.4f} nats against it, '
+                     f'zero {sure} the interval.')
     return lines
 
 # %% ../../nbs/studies/schedules.ipynb #2e6b2752

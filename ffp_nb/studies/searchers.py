@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'UNSCHEDULED', 'TOKENS', 'study_cells', 'run_study', 'read_traces', 'tokens_to_reach', 'cost_runs',
-           'cost_table', 'label', 'findings', 'method_table']
+           'cost_table', 'label', 'reached', 'findings', 'method_table']
 
 # %% ../../nbs/studies/searchers.ipynb #6f79edc2
 from pathlib import Path
@@ -79,6 +79,14 @@ def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
 def label(policy: str, variant: str) -> str: return policy + (', no schedule' if variant == 'none' else '')
 
 
+def reached(row, what: str) -> str:  # a row with runs, reached, times_cheaper, low, high
+    "In how many runs a level was reached, and with how many times fewer tokens where it was"
+    if not row.reached: return f'never {what} in {int(row.runs)} runs.'
+    times = f'with {row.times_cheaper:.2g} times fewer forward tokens in the median' if row.times_cheaper else 'in the median never'
+    span = f'{row.low:.2g} to {row.high:.2g}' if row.low else f'at most {row.high:.2g}'
+    return f'{what} in {int(row.reached)} of {int(row.runs)} runs, {times} ({span}).'
+
+
 def findings(traces: pd.DataFrame, paper: float = 3.4, goal: float = 10.0) -> list[str]:
     "Markdown lines: the claim of the paper and the goal, with the figures"
     runs = cost_runs(traces) if len(traces) else traces
@@ -87,8 +95,7 @@ def findings(traces: pd.DataFrame, paper: float = 3.4, goal: float = 10.0) -> li
     for key in (('ffp', 'default'), ('cma', 'default'), ('eas', 'default'), ('tpe', 'default'), ('random-search', 'none')):
         if key not in c.index: continue
         r = c.loc[key]
-        lines.append(f'- {label(*key)}: reaches the best quality of EAS without schedule in {int(r.reached)} of {int(r.runs)} runs, with '
-                     f'{r.times_cheaper:.2g} times fewer forward tokens in the median ({r.low:.2g} to {r.high:.2g}; 0: never).')
+        lines.append(f'- {label(*key)}: ' + reached(r, 'reaches the best quality of EAS without schedule'))
     x = runs[(runs.policy == 'ffp') & (runs.variant == 'default')].times
     if len(x):
         verdict = 'reproduced' if x.median() >= paper else 'reproduced in part' if (x > 1).all() else 'not reproduced'
