@@ -61,7 +61,7 @@ class Probabilistic:
         self.make, self.before, self.log = make, before, log
 
     def fit(self, X, y):
-        self.scale, self.floor = make_pipeline(*self.before, StandardScaler()).fit(X), float(np.min(y)) - 0.1
+        self.scale, self.floor = make_pipeline(*self.before, StandardScaler()).fit(X), float(np.min(y)) - 1.0
         Z = self.scale.transform(X)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', ConvergenceWarning)  # a length at the end of its range: a column that does not matter

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LR', 'Recipe', 'Adapted', 'Recovered', 'recover', 'save_recovered']
 
-# %% ../nbs/17_recover.ipynb #1b2a0d5c
+# %% ../nbs/17_recover.ipynb #6c421345
 import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from .models import Layout
 from .prune import check_blocks
 from .runs import RunDir
 
-# %% ../nbs/17_recover.ipynb #4a0ac804
+# %% ../nbs/17_recover.ipynb #88ab15ac
 LR = dict(adapter=1e-2, lora=1e-2, finetune=1e-3)
 
 
@@ -63,7 +63,7 @@ class Recipe:
                              'Give more tokens, or a smaller batch.')
         return self.tokens // per_step
 
-# %% ../nbs/17_recover.ipynb #468ece88
+# %% ../nbs/17_recover.ipynb #cd7a955e
 class Adapted(nn.Module):
     "An output projection with a non-linear path beside it: W x + B gelu(A x + a) + b, B and b zero at first"
     def __init__(self, lin: nn.Linear, rank: int):
@@ -98,7 +98,7 @@ def _finetune(model, projections, outputs, recipe):
 
 _PREPARE = dict(adapter=_adapter, lora=_lora, finetune=_finetune)
 
-# %% ../nbs/17_recover.ipynb #ffbe79c8
+# %% ../nbs/17_recover.ipynb #cd52a85f
 def _pruned_copy(elastic, widths, weights):
     "A copy at these widths, the names of the projections that are left in it, and those of the output projections among them"
     with elastic.at(widths, weights):
@@ -108,7 +108,7 @@ def _pruned_copy(elastic, widths, weights):
         named = [(name, lin) for name, lin in elastic.model.named_modules() if lin in left]
         return elastic.sliced(), [n for n, _ in named], [n for n, lin in named if lin in outs]
 
-# %% ../nbs/17_recover.ipynb #4fbd3d2f
+# %% ../nbs/17_recover.ipynb #cadacf08
 def _train(model, blocks, recipe, half, run, every, progress):
     "Train what needs a gradient, in place, from the newest checkpoint on; the loss of every step"
     c, steps, device = recipe, recipe.steps(blocks), model.device
@@ -120,26 +120,28 @@ def _train(model, blocks, recipe, half, run, every, progress):
     if run is not None and (state := run.load_checkpoint()):
         model.load_state_dict(state['params'], strict=False)
         opt.load_state_dict(state['opt']); schedule.load_state_dict(state['schedule']); losses = state['losses']
-    def check(step, ok):
-        if not ok:
-            raise ValueError(f'{c.method} broke down at step {step + 1} of {steps}: loss {losses[-1]}. The pruned model is as it was. '
-                             f'Use a lr below {c.lr:g}, or a lower sparsity.')
+    def loss_of(step):
+        ids = blocks.ids[order[step * c.batch:(step + 1) * c.batch]].to(device)
+        with torch.autocast(device.type, torch.bfloat16, half): return block_loss(model, ids, blocks.scored)
+    def check(step, loss, norm=0.0):
+        if not np.isfinite([loss, norm]).all():
+            raise ValueError(f'{c.method} broke down at step {step + 1} of {steps}: loss {loss}, norm of the gradient {norm}. The '
+                             f'pruned model is as it was. Use a lr below {c.lr:g}, or a lower sparsity.')
     bar = tqdm(range(len(losses), steps), initial=len(losses), total=steps, desc=f'recover {c.method}', disable=not progress)
     for step in bar:
-        ids = blocks.ids[order[step * c.batch:(step + 1) * c.batch]].to(device)
-        with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, half): loss = block_loss(model, ids, blocks.scored)
+        with torch.enable_grad(): loss = loss_of(step)
         loss.backward()
         losses.append(loss.item())
-        check(step, torch.isfinite(nn.utils.clip_grad_norm_(params.values(), c.clip)) and np.isfinite(losses[-1]))
+        check(step, losses[-1], float(nn.utils.clip_grad_norm_(params.values(), c.clip)))
         opt.step(); schedule.step(); opt.zero_grad()
         bar.set_postfix(loss=f'{losses[-1]:.3f}')
         if run is not None and ((step + 1) % every == 0 or step + 1 == steps):
             run.save_checkpoint(dict(params={n: p.detach() for n, p in params.items()}, opt=opt.state_dict(),
                                      schedule=schedule.state_dict(), losses=losses))
-    check(steps - 1, all(torch.isfinite(p).all() for p in params.values()))
+    with torch.no_grad(): check(steps - 1, float(loss_of(steps - 1)))  # the last step, too, may have broken it
     return losses
 
-# %% ../nbs/17_recover.ipynb #bf62963d
+# %% ../nbs/17_recover.ipynb #586b5499
 @dataclass
 class Recovered:
     "A pruned model after training. `save_recovered` writes it like any other"
@@ -175,10 +177,10 @@ def recover(elastic: ElasticModel,
 
     Takes the work of about three forward passes a token, and 16 bytes for each parameter that is trained.
     ValueError for settings, text or a learning rate with which it cannot be done."""
+    steps = recipe.steps(blocks)
     check_blocks(blocks, elastic.model)
     if elastic.dtype == torch.float16:
         raise ValueError('a float16 model cannot be trained here: its gradients underflow. Load it in bfloat16 or float32.')
-    steps = recipe.steps(blocks)
     own, projections, outputs = _pruned_copy(elastic, widths, weights)
     if recipe.method != 'finetune' and not outputs:
         raise ValueError(f'no unit is left in any module: {recipe.method} has nothing to train')
@@ -191,7 +193,7 @@ def recover(elastic: ElasticModel,
     return Recovered(finish().requires_grad_(False), np.array(widths), elastic.layout, recipe, losses,
                      sum(p.numel() for p in trained), steps * recipe.batch * blocks.ids.shape[1])
 
-# %% ../nbs/17_recover.ipynb #d1af54b6
+# %% ../nbs/17_recover.ipynb #c7f012a0
 def save_recovered(found: Recovered, tokenizer, folder: str | Path,
                    overwrite: bool = False,
                    files: dict[str, str | bytes] | None = None,  # more files for the folder, by name

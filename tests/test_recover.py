@@ -118,6 +118,7 @@ def test_equal_tokens_for_all(method, text):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(em.model.base_model.__class__, 'forward', lambda self, ids, *a, **kw: (seen.append(ids.clone()), forward(self, ids, *a, **kw))[1])
         found = recover(em, widths, text, small(method, tokens=700, batch=3), static, progress=False)
+    seen = seen[:-1]  # the last pass sees whether the last step has broken the model
     assert found.tokens == 672 == sum(o.numel() for o in seen) and len(found.losses) == 7
     # blocks come once each before any comes again
     first = torch.cat(seen)[:8]
@@ -139,7 +140,7 @@ def test_every_setting_is_used(text):
     base = make()
     for kw in (dict(lr=2e-2), dict(rank=2), dict(batch=2), dict(warmup=0.6), dict(clip=1e-3), dict(weight_decay=5.0), dict(seed=3)):
         assert make(**kw) != base, kw
-    assert make(tokens=256) != base[:2]  # the learning rate falls over the tokens that there are
+    assert make(tokens=384) != base[:3]  # the learning rate falls over the tokens that there are
 
 
 def test_a_blow_up_names_the_step_and_breaks_nothing(text, tmp_path):
@@ -151,7 +152,7 @@ def test_a_blow_up_names_the_step_and_breaks_nothing(text, tmp_path):
     assert (em.widths == widths).all() and all(torch.equal(before[n], p) for n, p in em.model.state_dict().items())
     # the last step, too: it has no loss behind it
     with pytest.raises(ValueError, match='broke down at step 1 of 1'):
-        recover(em, widths, text, small('finetune', lr=1e39, tokens=128, warmup=0.0), static, progress=False)
+        recover(em, widths, text, small('finetune', lr=1e30, tokens=128, warmup=0.0), static, progress=False)
 
 
 def test_bad_input(text):
