@@ -230,7 +230,7 @@ class PredictedSearch(Search):
     "A `Search` whose agent learns on predictions: `config.batch` policies an update are measured. Counts, logs and resumes as `Search` does"
     def __init__(self, evaluator: Evaluator, cost: Cost, config: SearchConfig, prediction: Prediction = Prediction(),
                  run: RunDir | None = None,  # where to log; None: in memory
-                 proposer: Proposer | None = None):  # the agent; None: made from the configuration
+                 proposer: Proposer | None = None):  # the agent, for batches of any size; None: made from the configuration
         agent = proposer or SEARCHERS[config.method](len(cost.full), seed=config.seed, **config.agent)
         super().__init__(evaluator, cost, config, run, Predicted(agent, prediction, self.describe, config.seed))
 
