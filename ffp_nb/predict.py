@@ -82,7 +82,8 @@ def _bayes(columns): return BayesianRidge()
 def _by_calibration(B): return np.hstack([B[:, :-1] * B[:, -1:], B])  # every column once for all, once for the calibrated
 def _splines(X):
     B = SplineTransformer(degree=3, knots=np.linspace(0, 1, 5)[:, None].repeat(X.shape[1] - 1, 1), include_bias=False)
-    return _by_calibration(np.column_stack([B.fit_transform(X[:, :-1]), X[:, -1]]))
+    B.fit(np.zeros((2, X.shape[1] - 1)))  # the knots are given: nothing is learned from data
+    return _by_calibration(np.column_stack([B.transform(X[:, :-1]), X[:, -1]]))
 
 # %% ../nbs/16_predict.ipynb #b9cb04f3
 class GridCNN:
@@ -165,7 +166,7 @@ WORST = 10.0  # nats: the gap of a policy that broke the model
 @dataclass(frozen=True)
 class Prediction:
     "How a search uses a predictor"
-    predictor: str = 'gp'  # a key of `PREDICTORS`
+    predictor: str = 'spline'  # a key of `PREDICTORS`
     warmup: int = 4  # updates whose policies are all measured before the first prediction
     inner: int = 10  # batches of predicted rewards that the agent learns from in each later update
     batch: int = 32  # policies of such a batch
@@ -185,11 +186,21 @@ class Predicted:
                  describe: Callable,  # (scores (n, L, 2), sparsity) -> rows of `features`
                  seed: int = 0):
         self.agent, self.config, self.describe, self.seed = agent, config, describe, seed
-        self.X, self.y, self.told, self.guessed, self.last = [], [], 0, None, {}
+        self.X, self.y, self.text, self.guessed, self.last = [], [], [], None, {}  # rows, gaps, the update of each
+
+    @property
+    def told(self): return len(set(self.text))
+
+    def fit(self) -> Predictor:
+        "The predictor of this moment. What all policies of an update have above the prediction is due to its text, and taken off"
+        X, y, text = np.array(self.X), np.array(self.y), np.array(self.text)
+        make = partial(PREDICTORS[self.config.predictor], seed=self.seed)
+        above = y - make().fit(X, y).predict(X)[0]
+        return make().fit(X, y - np.array([above[text == t].mean() for t in text]))
 
     def ask(self, sparsity, n):
         if self.told < self.config.warmup: return self.agent.ask(sparsity, n)
-        model = PREDICTORS[self.config.predictor](seed=self.seed).fit(np.array(self.X), np.array(self.y))
+        model = self.fit()
         for _ in range(self.config.inner):
             tried = self.agent.ask(sparsity, self.config.batch)
             self.agent.tell(sparsity, tried, np.exp(-model.predict(self.describe(tried, sparsity))[0].clip(max=WORST)))
@@ -214,16 +225,15 @@ class Predicted:
         gap = -np.log(np.maximum(rewards, np.exp(-WORST)))
         if self.told < self.config.warmup: self.agent.tell(sparsity, scores, rewards)
         else: self.last = dict(error=float(np.sqrt(np.mean((self.guessed - gap)**2))))
-        self.X += self.describe(scores, sparsity).tolist(); self.y += gap.tolist()
-        self.told += 1
+        self.X += self.describe(scores, sparsity).tolist(); self.y += gap.tolist(); self.text += [self.told] * len(gap)
 
     def recommend(self, sparsity): return self.agent.recommend(sparsity)
     def stats(self): return self.agent.stats() | self.last  # `error`: nats, of the predictions for the policies measured last
     def state_dict(self):
-        return dict(agent=self.agent.state_dict(), X=np.array(self.X), y=np.array(self.y), told=self.told, last=dict(self.last))
+        return dict(agent=self.agent.state_dict(), X=np.array(self.X), y=np.array(self.y), text=np.array(self.text, int), last=dict(self.last))
     def load_state_dict(self, state):
         self.agent.load_state_dict(state['agent'])
-        self.X, self.y, self.told, self.last = state['X'].tolist(), state['y'].tolist(), state['told'], dict(state['last'])
+        self.X, self.y, self.text, self.last = state['X'].tolist(), state['y'].tolist(), state['text'].tolist(), dict(state['last'])
 
 # %% ../nbs/16_predict.ipynb #f5081176
 class PredictedSearch(Search):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LR', 'Recipe', 'Adapted', 'Recovered', 'recover', 'save_recovered']
 
-# %% ../nbs/17_recover.ipynb #19663824
+# %% ../nbs/17_recover.ipynb #0feb8c80
 import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from .models import Layout
 from .prune import check_blocks
 from .runs import RunDir
 
-# %% ../nbs/17_recover.ipynb #c1eb18ef
+# %% ../nbs/17_recover.ipynb #d00628ce
 LR = dict(adapter=1e-2, lora=3e-3, finetune=1e-4)  # chosen on a small model, see the study of recoveries
 
 
@@ -63,7 +63,7 @@ class Recipe:
                              'Give more tokens, or a smaller batch.')
         return self.tokens // per_step
 
-# %% ../nbs/17_recover.ipynb #a1e8c881
+# %% ../nbs/17_recover.ipynb #b9abe3f0
 class Adapted(nn.Module):
     "An output projection with a non-linear path beside it: W x + B gelu(A x + a) + b, B and b zero at first"
     def __init__(self, lin: nn.Linear, rank: int):
@@ -77,14 +77,15 @@ class Adapted(nn.Module):
 
 def _adapter(model, projections, outputs, recipe):
     for name in outputs:
-        model.set_submodule(name, Adapted(model.get_submodule(name), recipe.rank))
+        parent, _, leaf = name.rpartition('.')
+        setattr(model.get_submodule(parent), leaf, Adapted(model.get_submodule(name), recipe.rank))
         for new in ('down', 'up'): model.get_submodule(f'{name}.{new}').requires_grad_(True)
     return lambda: model
 
 
 def _lora(model, projections, outputs, recipe):
     try: from peft import LoraConfig, LoraModel
-    except ImportError as e: raise ImportError("LoRA needs the package peft. Run: pip install 'peft>=0.17'") from e
+    except ImportError as e: raise ImportError("LoRA needs the package peft. Run: pip install 'peft>=0.21'") from e
     # names in full: peft would take a short one for every layer, also where nothing is left to adapt
     config = LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=projections)
     return LoraModel(model, config, 'default').merge_and_unload
@@ -98,7 +99,7 @@ def _finetune(model, projections, outputs, recipe):
 
 _PREPARE = dict(adapter=_adapter, lora=_lora, finetune=_finetune)
 
-# %% ../nbs/17_recover.ipynb #58c4803f
+# %% ../nbs/17_recover.ipynb #dbd2d173
 def _pruned_copy(elastic, widths, weights):
     "A copy at these widths, the names of the projections that are left in it, and those of the output projections among them"
     with elastic.at(widths, weights):
@@ -108,7 +109,7 @@ def _pruned_copy(elastic, widths, weights):
         named = [(name, lin) for name, lin in elastic.model.named_modules() if lin in left]
         return elastic.sliced(), [n for n, _ in named], [n for n, lin in named if lin in outs]
 
-# %% ../nbs/17_recover.ipynb #52a41d82
+# %% ../nbs/17_recover.ipynb #76e231f0
 def _train(model, blocks, recipe, half, run, every, progress):
     "Train what needs a gradient, in place, from the newest checkpoint on; the loss of every step"
     c, steps, device = recipe, recipe.steps(blocks), model.device
@@ -141,7 +142,7 @@ def _train(model, blocks, recipe, half, run, every, progress):
     with torch.no_grad(): check(steps - 1, float(loss_of(steps - 1)))  # the last step, too, may have broken it
     return losses
 
-# %% ../nbs/17_recover.ipynb #7df6ea38
+# %% ../nbs/17_recover.ipynb #fdd37c58
 @dataclass
 class Recovered:
     "A pruned model after training. `save_recovered` writes it like any other"
@@ -193,7 +194,7 @@ def recover(elastic: ElasticModel,
     return Recovered(finish().requires_grad_(False), np.array(widths), elastic.layout, recipe, losses,
                      sum(p.numel() for p in trained), steps * recipe.batch * blocks.ids.shape[1])
 
-# %% ../nbs/17_recover.ipynb #137d07ce
+# %% ../nbs/17_recover.ipynb #276a9373
 def save_recovered(found: Recovered, tokenizer, folder: str | Path,
                    overwrite: bool = False,
                    files: dict[str, str | bytes] | None = None,  # more files for the folder, by name

@@ -116,6 +116,9 @@ def test_what_is_measured_promises_most_or_is_known_least(monkeypatch):
     x = s.describe(chosen, 0.4)
     assert len(np.unique(x, axis=0)) == 6, 'no policy twice while there are others'
     assert (np.diff(x[:4, 1]) <= 0).all() and x[:4, 1].min() >= np.quantile(pool[:, 1], 0.8)
+    s.proposer.agent.log_std.data.fill_(np.log(0.03))  # a pool of few different policies
+    assert all(len(np.unique(s.describe(s.proposer.choose(Known(), 0.4, 6), 0.4), axis=0)) == 6 for _ in range(5))
+    s.proposer.agent.log_std.data.fill_(0)
     # explored alone, the order is that of the uncertainty
     s.proposer.config = Prediction('known', 1, 0, pool=64, explore=1.0)
     assert (s.describe(s.proposer.choose(Known(), 0.4, 6), 0.4)[:, 1] >= np.quantile(pool[:, 1], 0.8)).all()
@@ -182,6 +185,8 @@ def test_study_records(bench, data, monkeypatch):
     records = data['folder'] / 'records'
     prediction.judge_predictor(data, 'ridge', records, seeds=(0, 1), growth=(10, None))
     prediction.measure_timing(bench, data, records, 3, 4)
+    noisy = prediction.judge_noisy(data | dict(y=data['X'][:, 1], source=np.array(['ffp'] * 46), target=np.full(46, 0.5)), records, ('ridge',), (0, 1), 4, 0.1, 0.0)
+    assert len(noisy) == 4 and (noisy.spearman > 0.7).all(), 'one column decides, and a line follows it through the noise'
     monkeypatch.setattr(prediction, 'read_data', lambda *a, **kw: data)
     judged = prediction.read_judged(records)
     assert set(judged.split) == {'random', 'middle', 'highest', 'visited', 'final'} and len(judged) == 12

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODEL', 'DESIGN', 'VISITED', 'BLOCKS', 'SPLITS', 'GROWTH', 'AGENT', 'KINDS', 'MEASURED', 'PPF', 'GOALS', 'designed',
            'visited', 'setting', 'measure_policies', 'measure_data', 'read_data', 'split', 'judge_predictor',
-           'predict_us', 'measure_timing', 'read_results', 'read_judged', 'search_config', 'run_search',
+           'predict_us', 'measure_timing', 'read_results', 'read_judged', 'judge_noisy', 'search_config', 'run_search',
            'read_searches', 'run_study', 'at_full', 'judged_findings', 'search_findings', 'findings']
 
 # %% ../../nbs/studies/prediction.ipynb #6d149aa4
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ..budget import random_scores, solve
-from ..predict import PREDICTORS, PredictedSearch, Prediction, features, judge
+from ..predict import PREDICTORS, Predicted, PredictedSearch, Prediction, features, judge
 from ..prune import Bench, PruneConfig, run_config
 from ..runs import RunDir, atomic_write, cached, config_id, read_json
 from ..search import Search
@@ -129,23 +129,23 @@ def judge_predictor(data: dict, name: str, records: str | Path, seeds=(0, 1, 2),
     "All judgements of one predictor as one record"
     key = dict(name=f'judge-{name}', study='prediction', data=data['id'], predictor=name, seeds=seeds, growth=growth, splits=list(SPLITS))
     def measure(_):
-        rows, example = [], None
-        for kind in SPLITS:
-            for seed in seeds:
-                train, test = split(data, kind, seed)
-                for n in growth if kind == 'random' else (None,):
-                    if len(test) < 3: continue
-                    start = time.process_time()
-                    model = PREDICTORS[name](seed=seed).fit(data['X'][train[:n]], data['y'][train[:n]])
-                    fit_s, y = time.process_time() - start, data['y'][test]
-                    mean, std = model.predict(data['X'][test])
-                    j = judge(y, mean, std)
-                    rows.append(dict(split=kind, seed=seed, train=len(train[:n]), fit_s=round(fit_s, 3), **j, minmax=j['mse'] / np.ptp(y)**2,
-                                     median=float(np.median(np.abs(mean - y)))))
-                    if kind == 'random' and n is None and example is None:
-                        example = dict(y=y.round(4), mean=mean.round(4), std=std.round(4))
-                        us = predict_us(model, data['X'])
-        return dict(rows=rows, example=example, **us)
+        rows, example, trained = [], {}, {}  # several splits train on the same policies
+        for kind, seed in ((k, s) for k in SPLITS for s in seeds):
+            train, test = split(data, kind, seed)
+            if len(test) < 3: continue
+            for n in growth if kind == 'random' else (None,):
+                part, y, start = train[:n], data['y'][test], time.process_time()
+                if part.tobytes() not in trained:
+                    model = PREDICTORS[name](seed=seed).fit(data['X'][part], data['y'][part])
+                    trained[part.tobytes()] = model, round(time.process_time() - start, 3)
+                model, fit_s = trained[part.tobytes()]
+                mean, std = model.predict(data['X'][test])
+                j = judge(y, mean, std)
+                rows.append(dict(split=kind, seed=seed, train=len(part), fit_s=fit_s, **j, minmax=j['mse'] / np.ptp(y)**2,
+                                 median=float(np.median(np.abs(mean - y)))))
+                if kind == 'random' and n is None and not example:
+                    example = dict(y=y.round(4), mean=mean.round(4), std=std.round(4)) | predict_us(model, data['X'])
+        return dict(rows=rows, example=example)
     return cached(records, key, measure)
 
 
@@ -179,13 +179,35 @@ def read_results(records: str | Path, start: str) -> list[dict]:
 def read_judged(records: str | Path) -> pd.DataFrame:
     "A row for each predictor, split, seed and number of training policies, of the present data"
     data = read_data(records)
-    rows = [row | dict(predictor=r['config']['predictor'], us=r['us'], us_alone=r['us_alone'])
+    rows = [row | dict(predictor=r['config']['predictor'], us=r['example']['us'], us_alone=r['example']['us_alone'])
             for r in read_results(records, 'judge') if data and r['config']['data'] == data['id'] for row in r['rows']]
     return pd.DataFrame(rows)
 
+# %% ../../nbs/studies/prediction.ipynb #dbce8bef
+def judge_noisy(data: dict, records: str | Path, names=('ridge', 'spline', 'gp'), seeds=(0, 1, 2, 3, 4), batch: int = 8, shared: float = 0.1,
+                own: float = 0.02) -> pd.DataFrame:  # `spearman` by predictor, seed, and whether the effect of the text is taken off
+    "Rankings of unseen policies by predictors that learn from rewards as noisy as those of a search, as one record"
+    key = dict(name='noisy', study='prediction', data=data['id'], predictors=names, seeds=seeds, batch=batch, shared=shared, own=own)
+    def measure(_):
+        rows, final = [], (data['source'] != 'designed') & (data['target'] == VISITED['sparsity'])
+        X, gap = data['X'][final], data['y'][final] - data['dense']
+        for seed in seeds:
+            rng = np.random.default_rng([seed, 6])
+            test = rng.permutation(len(gap))[:len(gap) // 5]
+            train = np.setdiff1d(np.arange(len(gap)), test)
+            text = np.arange(len(train)) // batch
+            noisy = gap[train] + rng.normal(0, shared, text[-1] + 1)[text] + rng.normal(0, own, len(train))
+            for name in names:
+                p = Predicted(None, Prediction(name), None, seed)
+                p.X, p.y, p.text = X[train].tolist(), noisy.tolist(), text.tolist()
+                for off, model in ((True, p.fit()), (False, PREDICTORS[name](seed=seed).fit(X[train], noisy))):
+                    rows.append(dict(predictor=name, seed=seed, text_off=off, spearman=judge(gap[test], *model.predict(X[test]))['spearman']))
+        return dict(rows=rows)
+    return pd.DataFrame(cached(records, key, measure)['result']['rows'])
+
 # %% ../../nbs/studies/prediction.ipynb #ecdb876f
 AGENT = dict(std=0.5)  # said here, so that a change of the agent's defaults changes no record of this study
-KINDS = dict(model=None, predicted=Prediction('gp', warmup=8, inner=10, batch=32, explore=0.25, pool=256))
+KINDS = dict(model=None, predicted=Prediction('spline', warmup=8, inner=10, batch=32, explore=0.25, pool=256))
 MEASURED = 8  # policies an update of a search on predictions
 
 
@@ -230,6 +252,7 @@ def run_study(records: str | Path = 'nbs/runs/prediction', work: str | Path = 'r
     measure_data(bench, records, work, searches)
     data = read_data(records)
     measure_timing(bench, data, records)
+    judge_noisy(data, records)
     for name in predictors:
         judge_predictor(data, name, records, seeds); print('judged', name, flush=True)
     for seed in seeds:

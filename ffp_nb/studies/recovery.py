@@ -8,7 +8,7 @@ __all__ = ['SPARSITY', 'SEEDS', 'TOKENS', 'AGENT_STD', 'REPAIRS', 'SEARCH_BLOCKS
            'best_lr', 'cell', 'round_trip', 'run_study', 'dense_record', 'read_study', 'leads', 'shift', 'nll_table',
            'survival', 'bias', 'findings', 'cost_table', 'lr_table']
 
-# %% ../../nbs/studies/recovery.ipynb #98790433
+# %% ../../nbs/studies/recovery.ipynb #626b4ce5
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..runs import cached, read_json
 from ..search import Evaluator, Search, SearchConfig
 from .cells import Cell, cell_settings, half_width, open_bench
 
-# %% ../../nbs/studies/recovery.ipynb #087b9488
+# %% ../../nbs/studies/recovery.ipynb #1efd3534
 SPARSITY = 0.5
 SEEDS = 0, 1, 2
 TOKENS = 200_000  # forward tokens that set the number of episodes
@@ -55,7 +55,7 @@ class SequentialEvaluator(Evaluator):
         self.forward_tokens += 3 * self.text.n_tokens
         with self.elastic.at(widths, weights): return self._measure(idx)
 
-# %% ../../nbs/studies/recovery.ipynb #9836c067
+# %% ../../nbs/studies/recovery.ipynb #f4f5f29e
 def search_config(bench, seed: int, sparsity: float = SPARSITY, tokens: int = TOKENS) -> SearchConfig:
     "The settings that all three searches share"
     c = cell_settings(Cell(bench.family, sparsity, 'ffp', seed, tokens=tokens), bench).search_config()
@@ -88,7 +88,7 @@ def policy(bench, name: str, seed: int, records, sparsity: float = SPARSITY, tok
     suffix = '' if name in BASES else f'-{seed}'
     return cached(records, own_key(bench, f'{name}{suffix}') | dict(policy=name) | key, measure)
 
-# %% ../../nbs/studies/recovery.ipynb #ed8e4852
+# %% ../../nbs/studies/recovery.ipynb #0715f1f5
 LR_GRID = dict(adapter=(3e-3, 1e-2, 3e-2), lora=(1e-3, 3e-3, 1e-2, 3e-2), finetune=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3))
 PASSES = 1  # over the calibration text, of a trained recovery
 
@@ -110,7 +110,7 @@ def nll_of(bench, widths, name, seed, lr, blocks) -> dict:
     p = perplexity(found.model if name in TRAINED else found, blocks, bench.config.profile.forward_batch)
     return dict(nll=p.nll.round(5)) | told
 
-# %% ../../nbs/studies/recovery.ipynb #cacdebbe
+# %% ../../nbs/studies/recovery.ipynb #90dfbaf9
 def best_lr(bench, method: str, records, sparsity: float = SPARSITY) -> float:
     "The learning rate with the least nats a token on the selection split, for the policy `uniform`"
     widths = np.array(policy(bench, 'uniform', 0, records, sparsity)['result']['widths'])
@@ -132,7 +132,7 @@ def cell(bench, name: str, recovery: str, seed: int, lr: float | None, records, 
     if recovery in TRAINED: key |= asdict(Recipe(recovery, lr, PASSES * bench.calibration.n_tokens, seed=seed))
     return cached(records, key, lambda _: nll_of(bench, np.array(widths), recovery, seed, lr, bench.test()))
 
-# %% ../../nbs/studies/recovery.ipynb #45fb8b83
+# %% ../../nbs/studies/recovery.ipynb #a591ca3c
 def round_trip(bench, name: str, recovery: str, lr: float, records, sparsity: float = SPARSITY,
                tokens: int = TOKENS) -> dict:
     "Save a recovered policy of seed 0, load it as a folder and in llama.cpp, and compare"
@@ -173,7 +173,7 @@ def dense_record(bench, records) -> dict:
     return cached(records, own_key(bench, 'dense') | dict(policy='dense'),
                   lambda _: dict(nll=bench.perplexity(bench.elastic.layout.full, bench.test()).nll.round(5)))
 
-# %% ../../nbs/studies/recovery.ipynb #b5f01239
+# %% ../../nbs/studies/recovery.ipynb #51639eb4
 def read_study(records: str | Path = '../runs/recovery') -> pd.DataFrame:
     "A row per model, policy, recovery and seed: mean nats a token on the test split. ValueError where two records are of one cell"
     rows = []
@@ -200,7 +200,7 @@ def leads(table: pd.DataFrame, base: str) -> pd.DataFrame:  # a row per model, r
     in_order = lambda c: c.map(RECOVERIES.index) if c.name == 'recovery' else c
     return out.sort_values(keys, key=in_order).reset_index(drop=True)
 
-# %% ../../nbs/studies/recovery.ipynb #4857e418
+# %% ../../nbs/studies/recovery.ipynb #418266cd
 def shift(table: pd.DataFrame, policy: str, base: str, recovery: str, at: str) -> np.ndarray:  # (seeds,)
     "For each seed: the lead of a policy over a base under `at` less its lead under `recovery`; above 0: the lead is larger under `at`"
     wide = table.pivot_table(index='seed', columns=['recovery', 'policy'], values='nll')
@@ -216,7 +216,7 @@ def nll_table(table: pd.DataFrame, model: str) -> pd.DataFrame:
     found = t.pivot_table(index='policy', columns='recovery', values='nll', aggfunc=say)
     return found.reindex([p for p in POLICIES if p in found.index])[[r for r in RECOVERIES if r in found]]
 
-# %% ../../nbs/studies/recovery.ipynb #5ae85c0e
+# %% ../../nbs/studies/recovery.ipynb #72a1d2b0
 def _verdict(lead, interval): return 'not told apart' if not abs(lead) > interval else 'below' if lead > 0 else 'above'
 
 
@@ -257,7 +257,7 @@ def bias(table: pd.DataFrame, model: str) -> list[str]:
                      + ', '.join(f'{r} {_pm(-m, h)}' for r, (m, h) in own.items()) + ').')
     return lines
 
-# %% ../../nbs/studies/recovery.ipynb #25136704
+# %% ../../nbs/studies/recovery.ipynb #9dfea3e7
 def findings(table: pd.DataFrame, records: str | Path = '../runs/recovery') -> list[str]:
     "Markdown lines with the figures of all models"
     lines = []
@@ -278,7 +278,7 @@ def findings(table: pd.DataFrame, records: str | Path = '../runs/recovery') -> l
                      f'nats of {x["tokens"]} tokens differ by at most {x["gguf_difference"]:.1g}.')
     return lines
 
-# %% ../../nbs/studies/recovery.ipynb #db30904b
+# %% ../../nbs/studies/recovery.ipynb #9026f923
 def cost_table(records: str | Path = '../runs/recovery') -> pd.DataFrame:
     "Forward tokens and seconds of each search, mean over seeds; seconds are of a machine that did other work too"
     found = [r for f in sorted(Path(records).glob('*-search-*.json')) for r in [read_json(f)] if 'search' in r['config']]
@@ -286,7 +286,7 @@ def cost_table(records: str | Path = '../runs/recovery') -> pd.DataFrame:
                  forward_tokens=r['result']['forward_tokens'], wall_s=r['result']['wall_s']) for r in found]
     return pd.DataFrame(rows).groupby(['model', 'policy']).agg('mean').round(0).astype(int).reset_index() if rows else pd.DataFrame()
 
-# %% ../../nbs/studies/recovery.ipynb #d0ab28b1
+# %% ../../nbs/studies/recovery.ipynb #5408b513
 def lr_table(records: str | Path = '../runs/recovery') -> pd.DataFrame:
     "Nats a token on the selection split by method and learning rate; NaN where training broke down"
     found = [r for f in sorted(Path(records).glob('*-lr-*.json')) for r in [read_json(f)]]
