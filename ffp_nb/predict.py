@@ -54,7 +54,7 @@ class Predictor(Protocol):
 
 
 class Probabilistic:
-    "A scikit-learn model that gives its own standard deviation, on standardised columns and the logarithm of the target above a floor"
+    "A scikit-learn model that knows its standard deviation, of the logarithm of the target above a floor, on standardised columns"
     def __init__(self, make: Callable,  # (columns) -> model
                  *before,  # transformers of the columns
                  log: bool = True):  # False: the target as it is
@@ -62,22 +62,23 @@ class Probabilistic:
 
     def fit(self, X, y):
         self.scale, self.floor = make_pipeline(*self.before, StandardScaler()).fit(X), float(np.min(y)) - 1.0
-        Z = self.scale.transform(X)
+        Z, z = self.scale.transform(X), np.log(y - self.floor) if self.log else np.asarray(y)
+        self.top = z.max() + 0.5  # far outside of the data an exponential knows no bounds
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', ConvergenceWarning)  # a length at the end of its range: a column that does not matter
-            self.model = self.make(Z.shape[1]).fit(Z, np.log(y - self.floor) if self.log else y)
+            self.model = self.make(Z.shape[1]).fit(Z, z)
         return self
 
     def predict(self, X):
         mean, std = self.model.predict(self.scale.transform(X), return_std=True)
         if not self.log: return mean, std
-        mean, std = mean.clip(max=5), std.clip(max=2)  # far outside of the data an exponential knows no bounds
-        return self.floor + np.exp(mean), np.exp(mean) * std  # the median, and the spread of small errors around it
+        scale = np.exp(mean.clip(max=self.top))
+        return self.floor + scale, scale * std  # the median, and the spread of small errors around it
 
 
 def _process(columns):
-    kernel = ConstantKernel(10.0, (1e-2, 1e5)) * Matern(np.full(columns, 5.0), (0.3, 1e3), nu=2.5) + WhiteKernel(1e-2, (1e-5, 1.0))
-    return GaussianProcessRegressor(kernel, normalize_y=True)
+    smooth = ConstantKernel(10.0, (1e-2, 1e5)) * Matern(np.full(columns, 5.0), (0.3, 1e3), nu=2.5)
+    return GaussianProcessRegressor(smooth + WhiteKernel(1e-2, (1e-5, 1.0)), normalize_y=True)
 def _bayes(columns): return BayesianRidge()
 def _by_calibration(B): return np.hstack([B[:, :-1] * B[:, -1:], B])  # every column once for all, once for the calibrated
 def _splines(X):
@@ -125,7 +126,7 @@ class Folds:
 
     def fit(self, X, y):
         X, y = np.asarray(X), np.asarray(y)
-        if len(y) < self.k: raise ValueError(f'{len(y)} policies; at least {self.k} are needed to train {self.k} models on different parts')
+        if len(y) < self.k: raise ValueError(f'{len(y)} policies; at least {self.k} are needed to train as many models on different parts')
         self.models, error = [], np.zeros(len(y))
         for i, (train, out) in enumerate(KFold(self.k, shuffle=True, random_state=self.seed).split(X)):
             self.models.append(self.make(self.seed + i).fit(X[train], y[train]))
@@ -138,7 +139,8 @@ class Folds:
         return means.mean(0), np.sqrt(means.var(0, ddof=1) + self.noise)
 
 # %% ../nbs/16_predict.ipynb #e2aa1a19
-def _trees(seed): return HistGradientBoostingRegressor(learning_rate=0.1, max_iter=300, max_leaf_nodes=8, min_samples_leaf=5, random_state=seed)
+def _trees(seed):
+    return HistGradientBoostingRegressor(learning_rate=0.1, max_iter=300, max_leaf_nodes=8, min_samples_leaf=5, random_state=seed)
 
 PREDICTORS = dict(  # name -> predictor of a seed
     cnn=partial(Folds, GridCNN),
@@ -174,7 +176,8 @@ class Prediction:
     pool: int = 256  # policies to choose from
 
     def __post_init__(self):
-        if self.predictor not in PREDICTORS: raise ValueError(f'predictor {self.predictor!r}; expected one of {", ".join(PREDICTORS)}')
+        if self.predictor not in PREDICTORS:
+            raise ValueError(f'predictor {self.predictor!r}; expected one of {", ".join(PREDICTORS)}')
         for name, least in (('warmup', 1), ('inner', 0), ('batch', 1), ('pool', 1)):
             if getattr(self, name) < least: raise ValueError(f'{name} {getattr(self, name)}; expected at least {least}')
         if not 0 <= self.explore <= 1: raise ValueError(f'explore {self.explore}; expected a share between 0 and 1')
@@ -230,14 +233,16 @@ class Predicted:
     def recommend(self, sparsity): return self.agent.recommend(sparsity)
     def stats(self): return self.agent.stats() | self.last  # `error`: nats, of the predictions for the policies measured last
     def state_dict(self):
-        return dict(agent=self.agent.state_dict(), X=np.array(self.X), y=np.array(self.y), text=np.array(self.text, int), last=dict(self.last))
+        return dict(agent=self.agent.state_dict(), X=np.array(self.X), y=np.array(self.y), text=np.array(self.text, int),
+                    last=dict(self.last))
     def load_state_dict(self, state):
         self.agent.load_state_dict(state['agent'])
-        self.X, self.y, self.text, self.last = state['X'].tolist(), state['y'].tolist(), state['text'].tolist(), dict(state['last'])
+        self.X, self.y, self.text = (state[k].tolist() for k in ('X', 'y', 'text'))
+        self.last = dict(state['last'])
 
 # %% ../nbs/16_predict.ipynb #f5081176
 class PredictedSearch(Search):
-    "A `Search` whose agent learns on predictions: `config.batch` policies an update are measured. Counts, logs and resumes as `Search` does"
+    "A `Search` whose agent learns on predictions; `config.batch` policies an update are measured. It counts, logs and resumes as any"
     def __init__(self, evaluator: Evaluator, cost: Cost, config: SearchConfig, prediction: Prediction = Prediction(),
                  run: RunDir | None = None,  # where to log; None: in memory
                  proposer: Proposer | None = None):  # the agent, for batches of any size; None: made from the configuration
