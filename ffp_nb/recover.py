@@ -155,7 +155,7 @@ class Recovered:
     tokens: int  # that training read
 
     def sliced(self) -> nn.Module:
-        "A copy, as `ElasticModel.sliced` gives one. ValueError where there are adapters in it"
+        "A copy, as `sliced` of `ElasticModel` gives one. ValueError where there are adapters in it"
         self.check_mergeable()
         return copy.deepcopy(self.model)
 
