@@ -62,10 +62,11 @@ def findings(mine: pd.DataFrame) -> list[str]:
     e = effects(mine)
     if 'selection_difference' not in e: return ['- no record yet']
     sure = e.selection_difference.abs() > e.selection_interval
+    pairs = ' or '.join(str(n) for n in sorted(set(e.pairs)))
     say = lambda d: ', '.join(f'{PARTS[v]} ({r.selection_difference:+.4f} ± {r.selection_interval:.4f})' for v, r in d.iterrows()) or 'none'
     return [f'- Better than the default, zero outside the 95 % interval: {say(e[sure & (e.selection_difference < 0)])}.',
             f'- Worse, likewise: {say(e[sure & (e.selection_difference > 0)])}.',
-            f'- Not told apart by {int(e.pairs.max())} pairs: {say(e[~sure])}.']
+            f'- Not told apart by {pairs} pairs: {say(e[~sure])}.']
 
 # %% ../../nbs/studies/ablation.ipynb #e49d7613
 def against_first(runs: str | Path = '../runs') -> pd.DataFrame:
