@@ -72,3 +72,13 @@ def ffp():
                 m.setattr(prune, 'save_figure', lambda fig, path: prune.atomic_write(path, b'picture'))
             return CliRunner().invoke(cli.app, [str(a) for a in args])
     return run
+
+
+@pytest.fixture(scope='module')
+def bench(tmp_path_factory):
+    "A tiny LLaMA with its text, elastic and with statistics: what studies are made of"
+    from ffp_nb.prune import Bench, Profile, PruneConfig
+    folder = make_folder(tmp_path_factory.mktemp('study'))
+    profile = Profile(block_len=32, calibration_blocks=8, sequential_blocks=4, episodes=8, batch=4, blocks=2, final_blocks=3, test_blocks=4)
+    config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), dtype='float32', step=(1, 8), profile=profile)
+    return Bench.load(config, progress=False)

@@ -5,21 +5,11 @@ import pytest
 
 from ffp_nb.budget import InfeasibleBudget
 from ffp_nb.heuristics import HEURISTICS
-from ffp_nb.prune import Bench, Profile, PruneConfig
 from ffp_nb.runs import RunDir
 from ffp_nb.studies import cells
 from ffp_nb.studies.cells import (VARIANTS, Cell, cell_settings, clip_in_order, fit_episodes, planned_tokens, read_cells, run_cell,
                                   run_cells, selection_nll, trace_cell)
 from ffp_nb.studies.searchers import cost_runs, cost_table, read_traces, study_cells
-from tests.conftest import make_folder
-
-
-@pytest.fixture(scope='module')
-def bench(tmp_path_factory):
-    folder = make_folder(tmp_path_factory.mktemp('study'))
-    profile = Profile(block_len=32, calibration_blocks=8, sequential_blocks=4, episodes=8, batch=4, blocks=2, final_blocks=3, test_blocks=4)
-    config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), dtype='float32', step=(1, 8), profile=profile)
-    return Bench.load(config, progress=False)
 
 
 def run(bench, folder, *a, **kw):

@@ -11,11 +11,9 @@ from ffp_nb.data import Blocks
 from ffp_nb.elastic import ElasticModel
 from ffp_nb.models import tiny_model
 from ffp_nb.predict import PREDICTORS, Folds, GridCNN, PredictedSearch, Prediction, features
-from ffp_nb.prune import Bench, Profile, PruneConfig
 from ffp_nb.runs import RunDir
 from ffp_nb.search import Evaluator, Search, SearchConfig
 from ffp_nb.studies import cells, prediction
-from tests.conftest import make_folder
 
 CONFIG = SearchConfig(0.4, episodes=24, batch=6, step=(1, 4), final_blocks=6)
 SMALL = Prediction('ridge', warmup=2, inner=2, batch=8, pool=16)
@@ -133,14 +131,6 @@ def test_other_searchers_can_learn_on_predictions():
         assert len(r.log) == 18 and r.reward > 0
     with pytest.raises(ValueError, match='keep the batch constant'):  # CMA-ES cannot: its batches have one size
         search(config=SearchConfig(0.4, 'cma', episodes=18, batch=6, step=(1, 4), final_blocks=6)).run(progress=False)
-
-
-@pytest.fixture(scope='module')
-def bench(tmp_path_factory):
-    folder = make_folder(tmp_path_factory.mktemp('study'))
-    profile = Profile(block_len=32, calibration_blocks=8, sequential_blocks=4, episodes=8, batch=4, blocks=2, final_blocks=3, test_blocks=4)
-    config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), dtype='float32', step=(1, 8), profile=profile)
-    return Bench.load(config, progress=False)
 
 
 DESIGN = dict(targets=[0.2, 0.3, 0.5, 0.6], each=10, head_starts=[0, 2], scale=1.5, seed=0)

@@ -125,7 +125,7 @@ def correlation_record(bench: Bench, records: str | Path, policies: int = 24, gr
         return dict(tasks=pool.tasks, rows=rows, forward_tokens=sum(r['tokens'] for r in rows))
     return cached(records, key, measure)
 
-
+# %% ../../nbs/studies/rewards.ipynb #a644ce53
 def search_record(bench: Bench, reward: str, seed: int, records: str | Path, work: str | Path) -> dict:  # the record
     "A search with one of `REWARDS` and as many episodes as the profile gives"
     config = replace(bench.config, sparsity=SIGMA, method='ffp', seed=seed)
@@ -155,7 +155,7 @@ def report_record(bench: Bench, name: str, widths, records: str | Path, groups: 
         return dict(tasks=pool.tasks, nll=nll, loss=loss.round(3), right=right.astype(int), forward_tokens=tokens)
     return cached(records, key, measure)
 
-
+# %% ../../nbs/studies/rewards.ipynb #e145f42c
 def run_study(records: str | Path = 'nbs/runs/rewards', work: str | Path = 'runs/work', seeds=(0, 1, 2), profile: str = 'cpu', model: str = 'smollm2') -> None:
     "All records that are missing"
     bench = open_bench(model, profile)
