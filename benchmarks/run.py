@@ -7,7 +7,8 @@
 What is measured, and the goals:
 
 a   Setting a policy and restoring the dense model: views of the elastic model against clone, slice, restore of all
-    prunable weights; and as a share of the forward pass of the same episode (goal: under 1 %).
+    prunable weights; and as a share of the forward pass of the same episode (goal: under 1 %). Beside them what a model
+    that follows a changing budget waits for: the agent's answer to a target and the widths of the budget solver.
 b   Calibrated weights of the whole model at widths that are new (nothing cached): two factors a module, made once,
     against one ridge solve a pruned column that forms X^T X again (goal: 1,000 times faster), and against one solve a
     module with a given Gram matrix. The factorisation is reported on its own, and as part of a second ratio. The
@@ -40,6 +41,7 @@ import pandas as pd
 import torch
 
 import published
+from ffp_nb.agent import PPOAgent
 from ffp_nb.budget import bounds, random_scores, solve, uniform
 from ffp_nb.calibrate import Calibrator
 from ffp_nb.data import Convention, load_corpus, token_blocks
@@ -154,7 +156,9 @@ def part_a(size, out, bench, widths):
     slow = take_turns(dict(copies=copies), size.turns)
     e.restore()  # the views of the elastic model, not the last clones
     scores = random_scores(0, widths.shape)
-    budget = take_turns(dict(solve=lambda: solve(scores, bench.cost, size.sparsity, size.step)), size.turns, size.inner)
+    agent = PPOAgent(len(widths))
+    budget = take_turns(dict(solve=lambda: solve(scores, bench.cost, size.sparsity, size.step),
+                             answer=lambda: agent.recommend(size.sparsity)), size.turns, size.inner)
     blocks = bench.search[:size.blocks]
     with e.at(widths, cached):
         forward = take_turns(dict(forward=lambda: block_nll(e.model, blocks)), size.turns)
@@ -166,7 +170,9 @@ def part_a(size, out, bench, widths):
     out.add('a', 'views, share of the forward', 100 * quick.views / forward.forward, '%', 1)
     out.add('a', 'views with calibrated weights, share of the forward', 100 * quick.calibrated / forward.forward,
             '%', 1)
-    out.add('a', 'budget solver (scores to widths), share of the forward', 100 * budget.solve / forward.forward, '%')
+    out.add('a', 'answer of the agent (target to scores)', 1e3 * budget.answer, 'ms')
+    out.add('a', 'budget solver (scores to widths)', 1e3 * budget.solve, 'ms')
+    out.add('a', 'budget solver, share of the forward', 100 * budget.solve / forward.forward, '%')
 
 
 # ------------------------------------------------------------------------------------------------------- b: calibration

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REWARDS', 'SIGMA', 'TaskGroups', 'group_scores', 'TaskEvaluator', 'MixedEvaluator', 'correlation_record',
-           'search_record', 'report_record', 'run_study', 'policy_table', 'reliability', 'correlations', 'read_reports',
-           'reward_differences', 'findings']
+           'same_search', 'search_record', 'report_record', 'run_study', 'policy_table', 'reliability', 'correlations',
+           'read_reports', 'reward_differences', 'findings']
 
 # %% ../../nbs/studies/rewards.ipynb #4d995d54
 from dataclasses import replace
@@ -126,9 +126,17 @@ def correlation_record(bench: Bench, records: str | Path, policies: int = 24, gr
     return cached(records, key, measure)
 
 # %% ../../nbs/studies/rewards.ipynb #a644ce53
+def same_search(config: dict, folder: str | Path) -> dict | None:
+    "A record in a folder that differs from a configuration in nothing but its name and its study"
+    rest = lambda r: {k: v for k, v in r['config'].items() if k not in ('name', 'study')}
+    return next((r for r in map(read_json, sorted(Path(folder).glob('*.json'))) if config_id(rest(r)) == config_id(config)), None)
+
+
 def search_record(bench: Bench, reward: str, seed: int, records: str | Path, work: str | Path) -> dict:  # the record
-    "A search with one of `REWARDS` and as many episodes as the profile gives"
+    "A search with one of `REWARDS` and as many episodes as the profile gives; one on perplexity that the first study has is taken from there"
     config = replace(bench.config, sparsity=SIGMA, method='ffp', seed=seed)
+    known = same_search(run_config(config, bench.corpus), Path(records).parent / 'spine') if reward == 'ppl' else None
+    if known: return known
     key = dict(name=f'search-{reward}-{SIGMA}-{seed}', study='rewards', reward=reward, groups=1) | run_config(config, bench.corpus)
     def measure(_):
         groups = lambda: TaskGroups(bench.tokenizer, part='dev')
