@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['study_cells', 'run_study', 'read_study', 'best_baseline', 'cost_of_policies', 'perplexity_table', 'findings',
-           'zero_shot_record', 'run_zero_shot', 'read_zero_shot']
+           'conclusions', 'zero_shot_record', 'run_zero_shot', 'read_zero_shot']
 
 # %% ../../nbs/studies/allocation.ipynb #61a57f9f
 from pathlib import Path
@@ -86,22 +86,27 @@ def findings(table: pd.DataFrame) -> list[str]:
                      f'Best baseline: ' + ', '.join(f'{n} {k}×' for n, k in b.rival.value_counts().items()) + '.')
     return lines
 
+
+def conclusions(runs: str | Path = '../runs') -> list[str]:
+    "`findings` of the records there are"
+    return findings(read_study(runs))
+
 # %% ../../nbs/studies/allocation.ipynb #1704432c
 def zero_shot_record(bench: Bench, name: str, widths: np.ndarray, source: str,  # name of the policy, its widths, the `config_id` of its record
-                     records: str | Path, limit: int = 50) -> dict:  # the record
-    "Zero-shot scores of a policy after sequential repair (the dense model: none), kept as a record"
+                     records: str | Path, limit: int = 50, calibration: str = 'sequential') -> dict:  # the record
+    "Zero-shot scores of a policy after sequential repair or none (the dense model: none), kept as a record"
     from ffp_nb.tasks import TASKS, zero_shot
-    key = dict(name=f'zero-shot-{name}', study='main', of=source, tasks=list(TASKS), limit=limit, seed=0, calibration='sequential')
+    key = dict(name=f'zero-shot-{name}', study='main', of=source, tasks=list(TASKS), limit=limit, seed=0, calibration=calibration)
     def measure(_):
-        dense = np.array_equal(widths, bench.cost.full)
-        with bench.elastic.at(widths, None if dense else bench.sequential(widths, progress=False)):
+        plain = calibration == 'none' or np.array_equal(widths, bench.cost.full)
+        with bench.elastic.at(widths, None if plain else bench.sequential(widths, progress=False)):
             t = zero_shot(bench.elastic.model, bench.tokenizer, key['tasks'], limit=limit, progress=False)
         return dict(t.attrs, forward_tokens=t.attrs['about']['forward_tokens'])
     return cached(records, key, measure)
 
 
-def run_zero_shot(runs: str | Path = 'nbs/runs', sparsities=(0.5, 0.3), policies=('ffp', 'uniform-ffn', 'sensitivity', 'flap', 'uniform'),
-                  profile: str = 'cpu') -> None:
+def run_zero_shot(runs: str | Path = 'nbs/runs', sparsities=spine.SPARSITIES, policies=('ffp', 'uniform-ffn', 'sensitivity', 'flap', 'uniform'),
+                  profile: str = 'cpu', calibration: str = 'sequential') -> None:
     "Zero-shot records that are missing, of SmolLM2: the dense model, then policies (seed 0) by target"
     bench = open_bench('smollm2', profile)
     zero_shot_record(bench, 'dense', bench.cost.full, 'dense', Path(runs) / 'main')
@@ -110,24 +115,24 @@ def run_zero_shot(runs: str | Path = 'nbs/runs', sparsities=(0.5, 0.3), policies
             files = [*Path(runs).glob(f'spine/spine-{policy}-{s}-0-*.json'), *Path(runs).glob(f'main/smollm2-{policy}-{s}-0-*.json')]
             r = next((r for r in map(read_json, files) if 'sequential' in r['result'].get('nll', {})), None)
             if r is None: print(f'{policy} {s}: no record of its widths yet'); continue
-            zero_shot_record(bench, f'{policy}-{s}', np.array(r['result']['widths']), r['config_id'], Path(runs) / 'main')
-            print(f'zero-shot {policy} {s}', flush=True)
+            zero_shot_record(bench, f'{policy}-{s}', np.array(r['result']['widths']), r['config_id'], Path(runs) / 'main', calibration=calibration)
+            print(f'zero-shot {policy} {s} {calibration}', flush=True)
 
 
 def read_zero_shot(records: str | Path = '../runs/main') -> pd.DataFrame:
     "Average of the seven tasks and LAMBADA's log-likelihood of each policy, and what they differ from the dense model in pairs"
     from ffp_nb.tasks import paired, score_table
-    found = {r['config']['name'].removeprefix('zero-shot-'): score_table(r['result']['scores'], r['result']['about'])
+    found = {(r['config']['name'].removeprefix('zero-shot-'), r['config']['calibration']): score_table(r['result']['scores'], r['result']['about'])
              for f in sorted(Path(records).glob('zero-shot-*.json')) for r in [read_json(f)]}
-    if 'dense' not in found: return pd.DataFrame()
+    if (dense := found.pop(('dense', 'sequential'), None)) is None: return pd.DataFrame()
     rows = []
-    for name, t in found.items():
+    for (name, mode), t in [(('dense', ''), dense), *found.items()]:
         policy, _, s = name.rpartition('-')
-        row = dict(sparsity=float(s), policy=policy) if policy else dict(sparsity=0.0, policy='dense')
+        row = dict(sparsity=float(s) if policy else 0.0, policy=policy or 'dense', repair=mode)
         row['average'] = f'{t.value.iloc[-1]:.3f} ± {1.96 * t.stderr.iloc[-1]:.3f}'
         if policy:
-            d = paired(found['dense'], t)
+            d = paired(dense, t)
             for label, r in (('average to dense', d.iloc[-1]), ('LAMBADA nats to dense', d[d.metric == 'loglikelihood'].iloc[0])):
                 row[label] = f'{r.difference:+.3f} ± {r.interval:.3f}'
         rows.append(row)
-    return pd.DataFrame(rows).sort_values(['sparsity', 'policy']).fillna('').reset_index(drop=True)
+    return pd.DataFrame(rows).sort_values(['sparsity', 'repair', 'policy']).fillna('').reset_index(drop=True)

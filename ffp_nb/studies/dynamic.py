@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'KINDS_OF_AGENT', 'FINE', 'RandomTargets', 'RangeSearch', 'range_record', 'measure_policies', 'even_record',
-           'run_study', 'read_study', 'differences', 'findings', 'follow']
+           'run_study', 'read_study', 'differences', 'findings', 'conclusions', 'follow']
 
 # %% ../../nbs/studies/dynamic.ipynb #e995340b
 import time
@@ -133,6 +133,12 @@ def findings(table: pd.DataFrame) -> list[str]:
     total, one = per_seed(fixed).sum().mean(), per_seed(table[table.agent == 'range']).first().mean()
     return lines + [f'- Against the better even cut of each target the agent for all gains {-gain.mean():.4f} nats on average ({-gain.max():.4f} to {-gain.min():.4f}).',
                     f'- Forward tokens for all eleven targets: {one:,.0f} for the one agent, {total:,.0f} for eleven ({total / one:.1f} times as many).']
+
+
+def conclusions(runs: str | Path = '../runs') -> list[str]:
+    "`findings` of the records there are"
+    table = read_study(Path(runs) / 'dynamic')
+    return findings(table) if len(table) else ['- no record yet']
 
 # %% ../../nbs/studies/dynamic.ipynb #5b164d5b
 def follow(bench: Bench, answer: Callable[[float], np.ndarray],  # target -> (n_layers, 2) scores

@@ -6,7 +6,7 @@
 __all__ = ['SPARSITY', 'SEEDS', 'TOKENS', 'AGENT_STD', 'REPAIRS', 'SEARCH_BLOCKS', 'BASES', 'POLICIES', 'TRAINED', 'RECOVERIES',
            'LR_GRID', 'PASSES', 'SequentialEvaluator', 'search_config', 'own_key', 'policy', 'recovered', 'nll_of',
            'best_lr', 'cell', 'round_trip', 'run_study', 'dense_record', 'read_study', 'leads', 'shift', 'nll_table',
-           'survival', 'bias', 'findings', 'cost_table', 'lr_table']
+           'survival', 'bias', 'findings', 'conclusions', 'cost_table', 'lr_table']
 
 # %% ../../nbs/studies/recovery.ipynb #626b4ce5
 import tempfile
@@ -277,6 +277,12 @@ def findings(table: pd.DataFrame, records: str | Path = '../runs/recovery') -> l
         lines.append(f'- {c["policy"]} after {c["recovery"]}, saved and loaded: logits differ by {x["difference"]:g}; as GGUF in llama.cpp '
                      f'nats of {x["tokens"]} tokens differ by at most {x["gguf_difference"]:.1g}.')
     return lines
+
+
+def conclusions(runs: str | Path = '../runs') -> list[str]:
+    "`findings` of the records there are"
+    table = read_study(Path(runs) / 'recovery')
+    return findings(table, Path(runs) / 'recovery') if len(table) else ['- no record yet']
 
 # %% ../../nbs/studies/recovery.ipynb #9026f923
 def cost_table(records: str | Path = '../runs/recovery') -> pd.DataFrame:

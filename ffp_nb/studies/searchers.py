@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'UNSCHEDULED', 'EASIER', 'TOKENS', 'study_cells', 'easier_cells', 'run_study', 'read_traces',
-           'tokens_to_reach', 'cost_runs', 'cost_table', 'label', 'reached', 'findings', 'method_table']
+           'tokens_to_reach', 'cost_runs', 'cost_table', 'label', 'reached', 'findings', 'method_table', 'read_study',
+           'conclusions']
 
 # %% ../../nbs/studies/searchers.ipynb #6f79edc2
 from pathlib import Path
@@ -119,3 +120,15 @@ def method_table(table: pd.DataFrame) -> pd.DataFrame:
     out['nats', ''] = [f'{diff[s].mean():+.4f} ± {half_width(diff[s].dropna()):.4f}' for s in out.index]
     out['minutes', ''] = (t.groupby('searcher').search_s.mean() / 60).round(2)
     return out.loc[wide.mean().sort_values().index]
+
+
+def read_study(runs: str | Path = '../runs') -> tuple[pd.DataFrame, pd.DataFrame]:  # a row each search (static repair), a row each point of their traces
+    "The searches of `study_cells` that have a record"
+    table = read_cells(Path(runs) / 'main')
+    mine = in_study(table[table.calibration == 'static'], study_cells())
+    return mine, read_traces(mine, Path(runs) / 'main')
+
+
+def conclusions(runs: str | Path = '../runs') -> list[str]:
+    "`findings` of the records there are"
+    return findings(read_study(runs)[1])
