@@ -26,7 +26,6 @@ benchmarks/results/ (with --quick under runs/, which git ignores) with versions,
 programs first: the load of the machine at the start is recorded, and a busy one gives wrong ratios.
 """
 import argparse
-import json
 import os
 import resource
 import subprocess

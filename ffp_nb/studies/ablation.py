@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..runs import read_json
 from . import spine
-from .cells import Cell, half_width, in_study, open_bench, paired_differences, read_cells, run_cells, selection_nll
+from .cells import Cell, in_study, open_bench, paired_differences, read_cells, run_cells, selection_nll
 from .searchers import TOKENS
 
 # %% ../../nbs/studies/ablation.ipynb #35e4bfdd

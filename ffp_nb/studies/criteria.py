@@ -18,7 +18,7 @@ from ..criteria import CRITERION_NAMES
 from ..prune import Bench
 from ..runs import cached, read_json
 from .cells import Cell, half_width, open_bench, read_cells, run_cell, trace_cell
-from .searchers import TOKENS, read_traces, tokens_to_reach
+from .searchers import TOKENS
 
 # %% ../../nbs/studies/criteria.ipynb #d4b30bff
 def run_study(models=('llama',), sparsity: float = 0.5, seeds=(0, 1, 2), criteria=CRITERION_NAMES, tokens: int | None = TOKENS,

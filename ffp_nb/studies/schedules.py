@@ -8,10 +8,9 @@ __all__ = ['VARIANTS', 'study_cells', 'run_study', 'savings', 'findings', 'read_
 # %% ../../nbs/studies/schedules.ipynb #28847002
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from .cells import Cell, half_width, in_study, paired_differences, read_cells, run_cells
+from .cells import Cell, half_width, in_study, read_cells, run_cells
 from .searchers import TOKENS, reached, read_traces, tokens_to_reach
 
 # %% ../../nbs/studies/schedules.ipynb #96543e53

@@ -8,7 +8,6 @@ __all__ = ['STEPS', 'read_speed', 'read_rounding', 'with_speed', 'summary', 'hea
 
 # %% ../../nbs/studies/speed.ipynb #c729376f
 import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -74,8 +73,9 @@ def headline(speed: pd.DataFrame, engines=('PyTorch bf16', 'llama.cpp F16')) -> 
     return '\n'.join(head + [f'| {what} | {engine} | ' + ' | '.join(f'{x:.2f} ×' for x in row) + ' |' for (what, engine), row in zip(t.index, t.values)])
 
 # %% ../../nbs/studies/speed.ipynb #5ca0aa03
-def explain(speed: pd.DataFrame, record: dict) -> list[str]:
+def explain(speed: pd.DataFrame, record: dict | None) -> list[str]:
     "Goal, and where the time of prefill in PyTorch goes, as Markdown lines"
+    if record is None: return ['- no record yet']
     goals = speed[speed.met.notna()]
     lines = ['- Prefill reaches 95 % of the promise in ' + ', '.join(
         f'{t.met.sum():.0f} of {len(t)} cases with {engine}' for engine, t in goals.groupby('engine', sort=False)) + '.']

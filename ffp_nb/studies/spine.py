@@ -11,16 +11,16 @@ import io
 import json
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..budget import random_scores, solve, uniform
+from ..budget import uniform
 from ..calibrate import dense_goals
 from ..evaluate import paired_interval
-from ..prune import PROFILES, Bench, Profile, PruneConfig, find_widths, open_run, run_config
+from ..prune import PROFILES, Bench, PruneConfig, find_widths, open_run, run_config
 from ..runs import atomic_write, find_record, read_json, save_record
 
 # %% ../../nbs/studies/spine.ipynb #b50af87a
