@@ -1,0 +1,90 @@
+"The pages that gather others name all of them: sidebar, reading order, results, references"
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / 'nbs'
+ARXIV = re.compile(r'arxiv(?:\.org/abs/|[ :])\s*(\d{4}\.\d{4,5})', re.I)
+
+
+def cells(page): return json.loads((NBS / page).read_text(encoding='utf-8'))['cells']
+
+
+def source(page, kinds=('markdown', 'code')): return '\n'.join(''.join(c['source']) for c in cells(page) if c['cell_type'] in kinds)
+
+
+def shown(page): return '\n'.join(''.join(o['data'].get('text/markdown', '')) for c in cells(page) for o in c.get('outputs', []) if 'data' in o)
+
+
+def sidebar():
+    "Pages in reading order, and the names of the sections"
+    found = yaml.safe_load((ROOT / '_quarto.yml').read_text())['website']['sidebar']['contents']
+    pages = [p for x in found for p in (x['contents'] if isinstance(x, dict) else [x])]
+    return pages, [x['section'] for x in found if isinstance(x, dict)]
+
+
+@pytest.fixture(scope='module')
+def bib():
+    "{key: arXiv id or ''}"
+    text = (NBS / 'references.bib').read_text()
+    return {k: (re.search(r'eprint = \{([\d.]+)\}', body) or ['', ''])[1] for k, body in re.findall(r'^@\w+\{(\w+),(.*?)\n(?=\n|\Z)', text, re.M | re.S)}
+
+
+def test_sidebar_has_every_page_once_in_reading_order():
+    pages, sections = sidebar()
+    assert sorted(pages) == sorted(f.relative_to(NBS).as_posix() for f in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts)
+    assert len(set(pages)) == len(pages)
+    assert pages[:2] == ['index.ipynb', 'results.ipynb'] and pages[-1] == 'references.ipynb'
+    assert sections == ['Components', 'Studies', 'Open questions', 'Reference']
+
+
+def test_reading_order_of_the_first_page():
+    "Its table names every page but itself, in the order of the sidebar"
+    table = source('index.ipynb')
+    table = table[table.index('## Reading order'):]
+    linked = re.findall(r'^\| \[[^]]+\]\(([\w/]+\.ipynb)\)', table, re.M)
+    assert linked == [p for p in sidebar()[0] if p != 'index.ipynb']
+
+
+def test_readme_has_what_a_newcomer_looks_for():
+    text = (ROOT / 'README.md').read_text()
+    heads = re.findall(r'^## (.+)$', text, re.M)
+    wanted = ['Two commands', 'What comes out', 'From a shell', 'Your own model and text', 'From Python', 'Hardware and time to expect', 'Limits', 'Citation']
+    assert [h for h in heads if h in wanted] == wanted
+    assert text.index('![') < text.index('## Two commands')  # a picture first
+    assert all(f'ffp {c}' in text for c in ('prune', 'search', 'eval', 'export', 'report', 'study'))
+
+
+def test_every_study_is_among_the_results():
+    from ffp_nb.study import STUDIES
+    pages = [p for p in sidebar()[0] if p.startswith('studies/')]
+    assert pages == [f'studies/{s}.ipynb' for s in ('spine', 'families', 'speed', 'cells', *list(STUDIES)[3:])]  # cells: the unit, no study
+    heads = re.findall(r'^## \[[^]]+\]\((studies/\w+\.ipynb)\)$', source('results.ipynb', ['markdown']), re.M)
+    assert heads == [f'studies/{s}.ipynb' for s in STUDIES]
+    code = source('results.ipynb', ['code'])
+    assert all(f"said('{s}')" in code for s in STUDIES)
+
+
+def test_results_hold_no_figure_that_was_typed_in():
+    text = re.sub(r'SmolLM2-135M|From 135 million to 70 billion|0\.01 nats are 1 %|\w+\.ipynb', '', source('results.ipynb', ['markdown']))
+    assert not re.search(r'\d', text), re.search(r'.*\d.*', text)[0]
+    claims = shown('results.ipynb')
+    assert all(v in claims for v in ('**reproduced**', '**in part**', '**not testable here**'))
+
+
+def test_every_arxiv_id_has_an_entry(bib):
+    named = {i: p for p in sidebar()[0] for i in ARXIV.findall(source(p))}
+    assert len(named) >= 15 and not {i: p for i, p in named.items() if i not in bib.values()}
+
+
+def test_every_entry_is_on_the_page_with_a_page_that_uses_it(bib):
+    lines = dict(re.findall(r'^- <a id="(\w+)"></a>(.*)$', shown('references.ipynb'), re.M))
+    assert len(bib) > 50 and lines.keys() == bib.keys()
+    for key, line in lines.items():
+        pages = re.findall(r'\]\(([\w/]+\.ipynb)\)', line[line.index('Used in '):])
+        assert pages and all((NBS / p).exists() for p in pages), key
+        if bib[key]: assert bib[key].replace('.', '\\.') in line, key
