@@ -175,9 +175,9 @@ def sequential_calibrate(elastic: ElasticModel,
     first, calls = _first_inputs(elastic, blocks, batch)
     pruned, width = first, lambda i, kind: int(widths[i, KINDS.index(kind)])
     with elastic.at(elastic.layout.full):  # layers behind the present one stay dense until their turn
-        goals = iter(goals or _goals_by_layer(elastic, first, calls, target))
+        todo = iter(goals or _goals_by_layer(elastic, first, calls, target))
         for i, layer in enumerate(tqdm(elastic.layout.layers, desc='sequential calibration', disable=not progress)):
-            goal = next(goals)
+            goal = next(todo)
             for kind in KINDS:
                 elastic.set_module((i, kind), width(i, kind), base(i, kind, width(i, kind)) if base else None)
             for kind in KINDS:
@@ -193,7 +193,7 @@ def _goals_by_layer(elastic, hidden, calls, target):
         goals, following = {kind: [] for kind in KINDS}, []
         taps = [elastic.layout.modules[i, kind].out for kind in KINDS]
         for h, (out, ((_, attn), (_, ffn))) in zip(hidden, _run(layer, calls, hidden, taps)):
-            goals['attn'].append(attn if target == 'module' else h + attn)
+            goals['attn'].append(attn if target == 'module' else h.to(attn.device) + attn)
             goals['ffn'].append(ffn if target == 'module' else out)
             following.append(out)
         yield goals
@@ -204,21 +204,24 @@ def _goals_by_layer(elastic, hidden, calls, target):
 def dense_goals(elastic: ElasticModel, blocks: Blocks, target: str = 'module', batch: int = 1) -> list:
     "The dense half of `sequential_calibrate`, for many policies on the same blocks: holds two hidden states a layer"
     with elastic.at(elastic.layout.full):
-        return list(_goals_by_layer(elastic, *_first_inputs(elastic, blocks, batch), target))
+        hidden, calls = _first_inputs(elastic, blocks, batch)
+        return list(_goals_by_layer(elastic, hidden, calls, target))
 
 
 def _fit_module(elastic, key, layer, calls, pruned, goals, alpha, target):
     "Refit one module's output projection, starting from the one that is set"
     i, kind = key
     taps = [elastic.layout.modules[i, k].out for k in KINDS[:KINDS.index(kind) + 1]]
-    W0, b0 = taps[-1].weight.data.float(), None if taps[-1].bias is None else taps[-1].bias.data.float()
+    home, W0 = taps[-1].weight.device, taps[-1].weight.data.float()
+    b0 = None if taps[-1].bias is None else taps[-1].bias.data.float()
     xs, errors = [], []
     for h, goal, (_, seen) in zip(pruned, goals, _run(layer, calls, pruned, taps, stop=True)):
         x = seen[-1][0]
-        if target == 'residual': goal = goal - (h if kind == 'attn' else h + seen[0][1])
+        W0, b0 = W0.to(x.device), None if b0 is None else b0.to(x.device)  # weights may live elsewhere
+        if target == 'residual': goal = goal - (h.to(x.device) if kind == 'attn' else h.to(x.device) + seen[0][1])
         xs.append(x); errors.append(goal.float() - torch.nn.functional.linear(x.float(), W0, b0))
     W, b = _refit(xs, errors, W0, b0, alpha)
-    return W.to(elastic.dtype), None if b is None else b.to(elastic.dtype)
+    return W.to(home, elastic.dtype), None if b is None else b.to(home, elastic.dtype)
 
 
 class _Fitted:

