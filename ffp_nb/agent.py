@@ -96,7 +96,8 @@ class PPOAgent:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             self.net = nn.ModuleDict(dict(mean=_mlp((1, *hidden, 2 * n_layers), 0.01), value=_mlp((1, *hidden, 1), 1.0)))
-        if mean is not None: self.net['mean'][-1].bias.data += torch.tensor(_check_mean(mean, n_layers), dtype=torch.float32).flatten()
+        *_, bias = self.net['mean'].parameters()  # of the last layer
+        if mean is not None: bias.data += torch.tensor(_check_mean(mean, n_layers), dtype=torch.float32).flatten()
         self.log_std = nn.Parameter(torch.full((2 * n_layers,), float(np.log(std))), requires_grad=learn_std)
         self.opt = torch.optim.Adam([*self.net.parameters(), self.log_std], lr=lr, eps=1e-5)
         self.last = {}

@@ -88,7 +88,8 @@ _EPS = 1e-9  # 0.1 * 30 is 3.0000000000000004: shares of whole numbers are compa
 
 def _check_step(step) -> tuple[int, int]:
     "`step` as two ints >= 1"
-    steps = tuple(int(o) for o in np.broadcast_to(step, 2))
+    heads, channels = (int(o) for o in np.broadcast_to(step, 2))
+    steps = heads, channels
     if min(steps) < 1 or not np.array_equal(np.broadcast_to(step, 2), steps):
         raise ValueError(f"step is {step}; give two integers >= 1 (KV groups, FFN channels)")
     return steps
@@ -286,13 +287,13 @@ def uniform(
         pinned = int('attn' in kinds)  # the column that stays whole
         lower[:, pinned] = upper[:, pinned] = cost.full[:, pinned]
         return solve(zero, cost, sparsity, step, lower=lower, upper=upper)
-    share, first_error = (1 - sparsity) * cost.full[:, 0] / steps[0], None
+    share, errors = (1 - sparsity) * cost.full[:, 0] / steps[0], []
     for whole in np.floor(share + 0.5), np.ceil(share - _EPS), np.floor(share + _EPS):
         groups = np.clip(whole.astype(np.int64) * steps[0], lower[:, 0], upper[:, 0])
         lo, hi = (np.stack([groups, o[:, 1]], 1) for o in (lower, upper))
         try: return solve(zero, cost, sparsity, step, lower=lo, upper=hi)
-        except InfeasibleBudget as e: first_error = first_error or e
-    raise first_error
+        except InfeasibleBudget as e: errors.append(e)
+    raise errors[0]
 
 # %% ../nbs/04_budget.ipynb #6b4ad937
 def random_scores(

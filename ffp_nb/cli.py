@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'Methods', 'Profiles', 'Criteria', 'Calibrations', 'Kinds', 'Quants', 'console', 'Model', 'Text', 'Sparsity',
            'Method', 'ProfileOpt', 'Seed', 'Out', 'Resume', 'Criterion', 'Dtype', 'Remove', 'FfnStep', 'Device',
-           'Debug', 'print_table', 'prune', 'search', 'evaluate', 'report', 'export']
+           'Workers', 'Debug', 'studies', 'Nbs', 'print_table', 'prune', 'search', 'evaluate', 'report', 'export',
+           'study_list', 'study_run', 'study_report']
 
 # %% ../nbs/15_cli.ipynb #b968ed25
 from enum import Enum
@@ -47,7 +48,8 @@ Criterion = Annotated[Criteria, typer.Option(help='order in which units go')]
 Dtype = Annotated[str, typer.Option(help='bfloat16, float32 or float16')]
 Remove = Annotated[Optional[list[Kinds]], typer.Option(help='modules of this kind may be removed altogether; give it twice for both')]
 FfnStep = Annotated[int, typer.Option(help='FFN widths are multiples of this')]
-Device = Annotated[Optional[str], typer.Option(help='default: a GPU where there is one')]
+Device = Annotated[Optional[str], typer.Option(help="default: a GPU where there is one; 'auto' splits a large model over GPUs, memory and disk")]
+Workers = Annotated[int, typer.Option(min=0, help='processes that measure policies, each with a replica of the model (needs ffp_nb[ray]); 0: none')]
 Debug = Annotated[bool, typer.Option(help='show the traceback of an error')]
 
 # %% ../nbs/15_cli.ipynb #b6a6d72c
@@ -60,7 +62,7 @@ class _told:
         if issubclass(kind, KeyboardInterrupt):
             Console(stderr=True).print('stopped; the same command goes on from the last update')
             raise typer.Exit(130)
-        if issubclass(kind, (ValueError, OSError, RuntimeError, KeyError)):
+        if issubclass(kind, (ValueError, OSError, RuntimeError, KeyError, ImportError)):
             text = error.args[0] if kind is KeyError and error.args else error  # str of a KeyError is quoted
             err = Console(stderr=True)
             err.print('error:', style='bold red', end=' ')
@@ -89,7 +91,7 @@ def _config(model, text, sparsity, method, profile, seed, criterion, dtype, remo
 def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.2, method: Method = Methods.ffp,
           profile: ProfileOpt = Profiles.cpu, seed: Seed = 0, out: Out = Path('runs/pruned'), resume: Resume = True,
           criterion: Criterion = Criteria.wanda, dtype: Dtype = 'bfloat16', device: Device = None,
-          remove: Remove = None, ffn_step: FfnStep = 32,
+          remove: Remove = None, ffn_step: FfnStep = 32, workers: Workers = 0,
           calibration: Annotated[Calibrations, typer.Option(help='repair of the saved model')] = Calibrations.sequential,
           alpha: Annotated[float, typer.Option(help='ridge penalty of the static calibration')] = 0.1,
           overwrite: Annotated[bool, typer.Option(help='replace a model that is in --out')] = False, debug: Debug = False):
@@ -98,7 +100,7 @@ def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.
         from ffp_nb.prune import prune as run
         config = _config(model, text, sparsity, method, profile, seed, criterion, dtype, remove, ffn_step,
                          calibration=calibration.value, alpha=alpha)
-        table = run(config, out, resume, overwrite, device=device)
+        table = run(config, out, resume, overwrite, workers=workers, device=device)
         print_table(table, f'{model}, sparsity {sparsity:.0%}: perplexity on the test split of {config.text}')
         console.print(f'model, table.csv, retention.png, search.png and the record are in {out}')
 
@@ -107,15 +109,17 @@ def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.
 def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.2, method: Method = Methods.ffp,
            profile: ProfileOpt = Profiles.cpu, seed: Seed = 0, out: Out = Path('runs/search'), resume: Resume = True,
            criterion: Criterion = Criteria.wanda, dtype: Dtype = 'bfloat16', device: Device = None,
-           remove: Remove = None, ffn_step: FfnStep = 32, debug: Debug = False):
+           remove: Remove = None, ffn_step: FfnStep = 32, workers: Workers = 0, debug: Debug = False):
     "Only find the widths: log, pictures and widths.json, no test split, no model."
     with _told(debug):
         from ffp_nb.prune import Bench, find_widths, open_run, plot_retention, plot_search, save_figure
         from ffp_nb.runs import check_writable, write_json
+        from ffp_nb.workers import import_ray
         config = _config(model, text, sparsity, method, profile, seed, criterion, dtype, remove, ffn_step)
+        if workers: import_ray()  # before anything is loaded
         check_writable(out)
         bench = Bench.load(config, device=device)
-        widths, result = find_widths(bench, open_run(out / 'search', bench, resume))
+        widths, result = find_widths(bench, open_run(out / 'search', bench, resume), workers=workers)
         found = dict(reward=result.reward, source=result.source, forward_tokens=result.forward_tokens,
                      broken=result.broken) if result else {}
         write_json(out / 'widths.json', dict(widths=widths, sparsity=bench.cost.sparsity(widths), **found))
@@ -170,7 +174,8 @@ def _zero_shot(load, tasks, limit, part, metric, data, batch):
     from ffp_nb.tasks import METRICS, load_tasks, zero_shot
     if metric not in METRICS: raise ValueError(f'metric {metric!r}; expected one of {", ".join(METRICS)}')
     loaded = load_tasks(tasks, limit, part=part, data=data)
-    return zero_shot(*load(), loaded, batch=batch, metric=metric)
+    net, tokenizer = load()
+    return zero_shot(net, tokenizer, loaded, batch=batch, metric=metric)
 
 # %% ../nbs/15_cli.ipynb #4e9c9da1
 @app.command()
@@ -202,3 +207,40 @@ def export(model: Annotated[Path, typer.Argument(help='a folder that `ffp prune`
         from ffp_nb.gguf_export import export_gguf
         path = export_gguf(model, gguf, quant.value, overwrite)
         console.print(f'{path}: {path.stat().st_size / 1e6:.1f} MB')
+
+# %% ../nbs/15_cli.ipynb #4635d599
+studies = typer.Typer(no_args_is_help=True, help='The studies: list them, run their pages, report what their records say.')
+app.add_typer(studies, name='study')
+Nbs = Annotated[Optional[Path], typer.Option(help='folder of the notebooks; default: that of the checkout')]
+
+
+@studies.command('list')
+def study_list(nbs: Nbs = None, debug: Debug = False):
+    "Every study with its page, and whether its records are whole."
+    with _told(debug):
+        from ffp_nb.study import find_notebooks, study_table
+        print_table(study_table(find_notebooks(nbs)), 'studies')
+
+
+@studies.command('run')
+def study_run(name: Annotated[str, typer.Argument(help='a name that `ffp study list` gives')], profile: ProfileOpt = Profiles.cpu,
+              out: Annotated[Path, typer.Option(help='folder for the executed copy of the page')] = Path('runs/studies'),
+              records: Annotated[bool, typer.Option('--records', help='first compute the records that are missing, for hours')] = False,
+              nbs: Nbs = None, debug: Debug = False):
+    "Execute the page of a study; the copy with its outputs goes to --out."
+    with _told(debug):
+        from ffp_nb.study import execute_page, find_notebooks, get_study, make_records
+        study, folder = get_study(name), find_notebooks(nbs)
+        if records: make_records(study, folder, profile.value)
+        console.print(f"{execute_page(folder / 'studies' / f'{name}.ipynb', out / f'{name}.ipynb', profile.value)}: profile {profile.value}")
+
+
+@studies.command('report')
+def study_report(out: Annotated[Optional[Path], typer.Option(help='write the Markdown to this file; default: to the terminal')] = None,
+                 nbs: Nbs = None, debug: Debug = False):
+    "What all records say: the claims of the papers, and the conclusion of each study."
+    with _told(debug):
+        from rich.markdown import Markdown
+        from ffp_nb.study import find_notebooks, write_report
+        text = write_report(find_notebooks(nbs))
+        console.print(f'written to {atomic_write(out, text)}' if out else Markdown(text))

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from .data import Blocks
 
 # %% ../nbs/06_evaluate.ipynb #b56be354
 @torch.inference_mode()
-def block_nll(model: nn.Module, blocks: Blocks,
+def block_nll(model: PreTrainedModel, blocks: Blocks,
               batch: int = 1,  # blocks of one forward pass
               head_chunk: int = 64,  # positions of one product with the head
               progress: bool = False) -> np.ndarray:  # (n,) float64: nats, summed over the scored tokens of each block
@@ -49,7 +49,7 @@ class Perplexity:
         with np.errstate(over='ignore'): return float(np.exp(self.mean_nll)) if np.isfinite(self.mean_nll) else float('inf')
 
 
-def perplexity(model: nn.Module, blocks: Blocks, batch: int = 1, progress: bool = False) -> Perplexity:
+def perplexity(model: PreTrainedModel, blocks: Blocks, batch: int = 1, progress: bool = False) -> Perplexity:
     "Perplexity of a model on blocks"
     return Perplexity(block_nll(model, blocks, batch, progress=progress) / blocks.scored, len(blocks) * blocks.scored)
 

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from .budget import Cost, bounds, fill, solve, spendable
 from .criteria import GramStats, block_loss, fluctuation
@@ -68,7 +69,7 @@ def _room(cost, sparsity, step, p_min):
 # %% ../nbs/06_heuristics.ipynb #d78e94e1
 @torch.inference_mode(False)
 @torch.enable_grad()
-def gate_saliency(model: nn.Module,  # a dense causal LM
+def gate_saliency(model: PreTrainedModel,  # a dense causal LM
                   layout: Layout,  # of this model
                   blocks: Blocks,  # calibration text
                   progress: bool = False) -> np.ndarray:  # (L, 2) float64
@@ -109,14 +110,13 @@ def flap_widths(layout: Layout,  # of the dense model
                 ) -> np.ndarray:  # widths, int64 (L, 2)
     "FLAP's global ranking under the budget; raises `InfeasibleBudget` where no widths meet it"
     lower, upper, unit, room = _room(cost, sparsity, step, p_min)
-    module, size, value = [], [], []
+    modules, sizes, values = [], [], []
     for n, (key, options) in enumerate(_options(lower, upper, step)):
         s = flap_scores(layout.modules[key], stats).sort(descending=True).values.double().numpy()
-        module += [n] * (len(options) - 1); size += np.diff(options).tolist()
-        value += [s[a:b].mean() for a, b in zip(options, options[1:])]
-    order = np.argsort(-np.array(value), kind='stable')
-    module, size = np.array(module, int)[order], np.array(size, int)[order]
-    return fill(module, size, unit, room, lower)
+        modules += [n] * (len(options) - 1); sizes += np.diff(options).tolist()
+        values += [s[a:b].mean() for a, b in zip(options, options[1:])]
+    order = np.argsort(-np.array(values), kind='stable')
+    return fill(np.array(modules, int)[order], np.array(sizes, int)[order], unit, room, lower)
 
 
 def _options(lower, upper, step):
@@ -216,7 +216,7 @@ def alpha_retention(alpha: np.ndarray,  # (L,) exponents
 _BROKEN = 100.0  # nats: what a model that gives NaN or infinity counts as
 
 def sensitivity_table(
-    evaluator: Callable,  # an `Evaluator`: (widths, idx) -> nats per token of each block, and `dense(idx)`
+    evaluator,  # an `Evaluator`: (widths, idx) -> nats per token of each block, and `dense(idx)`
     cost: Cost,  # cost model, for the full widths
     idx,  # blocks to measure on
     step=(1, 32), p_min=0.1,  # as in `bounds`

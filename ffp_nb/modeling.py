@@ -9,9 +9,8 @@ __all__ = ['GATED', 'OPT', 'FAMILIES', 'PRUNED', 'Family', 'NoHeads', 'set_heads
 # %% ../nbs/00_modeling.ipynb #93edc59e
 from dataclasses import dataclass
 
-import torch
 from torch import nn
-from transformers import LlamaForCausalLM, MistralForCausalLM, OPTForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import LlamaForCausalLM, MistralForCausalLM, OPTForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 # %% ../nbs/00_modeling.ipynb #23b14ac5
 @dataclass(frozen=True)
@@ -50,12 +49,12 @@ def set_heads(layer: nn.Module,  # decoder layer
               attn: nn.Module,  # its attention, even if `NoHeads` stands in its place
               heads: int) -> None:  # query heads left
     "Tell an attention whose projections were resized how many heads it has; without any, put `NoHeads` in its place"
-    if hasattr(attn, 'num_heads'): attn.num_heads = heads  # OPT reshapes by it
+    if hasattr(attn, 'num_heads'): setattr(attn, 'num_heads', heads)  # OPT reshapes by it
     if heads and layer.self_attn is not attn: layer.self_attn = attn
     if not heads and layer.self_attn is attn: layer.self_attn = NoHeads(attn)
 
 # %% ../nbs/00_modeling.ipynb #efac97f5
-def shrink(model: nn.Module,  # a dense model of a family in `FAMILIES`, its weights not loaded yet
+def shrink(model: PreTrainedModel,  # a dense model of a family in `FAMILIES`, its weights not loaded yet
            widths: list[dict]) -> None:  # of each layer: heads, kv_heads, ffn
     "Give every projection the shape of these widths, with new memory of undefined content"
     names, config = FAMILIES[model.config.model_type], model.config
@@ -91,7 +90,7 @@ class Pruned:
     _auto_class = 'AutoModelForCausalLM'  # save_pretrained copies this file and names the class in config.json
 
     def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # object's, until a stock class is mixed in
         shrink(self, config.pruned_widths)
 
 
@@ -102,5 +101,6 @@ class PrunedQwen3ForCausalLM(Pruned, Qwen3ForCausalLM): pass
 class PrunedOPTForCausalLM(Pruned, OPTForCausalLM): pass
 
 
-PRUNED = dict(llama=PrunedLlamaForCausalLM, mistral=PrunedMistralForCausalLM, qwen2=PrunedQwen2ForCausalLM,
-              qwen3=PrunedQwen3ForCausalLM, opt=PrunedOPTForCausalLM)
+PRUNED: dict[str, type[PreTrainedModel]] = dict(
+    llama=PrunedLlamaForCausalLM, mistral=PrunedMistralForCausalLM, qwen2=PrunedQwen2ForCausalLM, qwen3=PrunedQwen3ForCausalLM,
+    opt=PrunedOPTForCausalLM)

@@ -142,7 +142,7 @@ class Folds:
 def _trees(seed):
     return HistGradientBoostingRegressor(learning_rate=0.1, max_iter=300, max_leaf_nodes=8, min_samples_leaf=5, random_state=seed)
 
-PREDICTORS = dict(  # name -> predictor of a seed
+PREDICTORS: dict[str, Callable[..., Predictor]] = dict(  # name -> predictor of a seed
     cnn=partial(Folds, GridCNN),
     spline=lambda seed=0: Probabilistic(_bayes, FunctionTransformer(_splines)),
     ridge=lambda seed=0: Probabilistic(_bayes, FunctionTransformer(_by_calibration)),

@@ -9,6 +9,7 @@ __all__ = ['LR', 'Recipe', 'Adapted', 'Recovered', 'recover', 'save_recovered']
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ class Adapted(nn.Module):
     "An output projection with a non-linear path beside it: W x + B gelu(A x + a) + b, B and b zero at first"
     def __init__(self, lin: nn.Linear, rank: int):
         super().__init__()
-        new = dict(device=lin.weight.device, dtype=torch.float32)
+        new: dict[str, Any] = dict(device=lin.weight.device, dtype=torch.float32)
         self.lin, self.down, self.up = lin, nn.Linear(lin.in_features, rank, **new), nn.Linear(rank, lin.out_features, **new)
         nn.init.zeros_(self.up.weight); nn.init.zeros_(self.up.bias)
 
@@ -85,7 +86,7 @@ def _adapter(model, projections, outputs, recipe):
 
 def _lora(model, projections, outputs, recipe):
     try: from peft import LoraConfig, LoraModel
-    except ImportError as e: raise ImportError("LoRA needs the package peft. Run: pip install 'peft>=0.21'") from e
+    except ImportError as e: raise ImportError("LoRA needs the package peft. Run: pip install 'ffp_nb[recover]'") from e
     # names in full: peft would take a short one for every layer, also where nothing is left to adapt
     config = LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=projections)
     return LoraModel(model, config, 'default').merge_and_unload

@@ -7,7 +7,7 @@ __all__ = ['Shape', 'SHAPES', 'travelled', 'Schedule']
 
 # %% ../nbs/07_schedule.ipynb #4d188abd
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
@@ -59,8 +59,9 @@ class Schedule:
             if not ok: raise ValueError(f"{name} is {getattr(self, name)!r}; {expected}")
         check(self.episodes >= 1 and self.episodes == int(self.episodes), 'episodes', 'give a whole number >= 1')
         check(0 <= self.sparsity_end < 1, 'sparsity_end', 'it must be in [0, 1)')
-        if self.sparsity_start is None: object.__setattr__(self, 'sparsity_start', min(0.05, self.sparsity_end))
-        check(0 <= self.sparsity_start <= self.sparsity_end, 'sparsity_start',
+        start = min(0.05, self.sparsity_end) if self.sparsity_start is None else self.sparsity_start
+        object.__setattr__(self, 'sparsity_start', start)
+        check(0 <= start <= self.sparsity_end, 'sparsity_start',
               f'it must be between 0 and the target {self.sparsity_end}')
         check(0 < self.fidelity_end <= 1, 'fidelity_end', 'it must be in (0, 1]')
         check(0 < self.fidelity_start <= self.fidelity_end, 'fidelity_start',
@@ -69,19 +70,20 @@ class Schedule:
             check(getattr(self, name) in SHAPES, name, f"use one of {', '.join(SHAPES)}")
         check(self.steps >= 1, 'steps', 'a staircase has at least 1')
         check(0 <= self.t0 < self.episodes, 't0', f'it must be in [0, {self.episodes}), the episodes')
-        if self.t1 is None: object.__setattr__(self, 't1', self.t0 + (self.episodes - self.t0)//5)
-        check(self.t0 <= self.t1 < self.episodes, 't1', f'it must be from t0 {self.t0} to {self.episodes - 1}, '
+        t1 = self.t0 + (self.episodes - self.t0)//5 if self.t1 is None else self.t1
+        object.__setattr__(self, 't1', t1)
+        check(self.t0 <= t1 < self.episodes, 't1', f'it must be from t0 {self.t0} to {self.episodes - 1}, '
               'or the search would end before it reaches its target')
 
     def progress(self, t):
         "Progress `p` through the window at episode `t` (a number or an array), in [0, 1]"
-        t = np.asarray(t, dtype=float)
-        return np.clip((t - self.t0) / (self.t1 - self.t0), 0, 1) if self.t1 > self.t0 else (t >= self.t0) * 1.
+        t, end = np.asarray(t, dtype=float), cast(int, self.t1)
+        return np.clip((t - self.t0) / (end - self.t0), 0, 1) if end > self.t0 else (t >= self.t0) * 1.
 
     def sparsity(self, t):
         "Target sparsity of episode `t` (a number or an array)"
         way = travelled(self.progress(t), self.sparsity_shape, late=False, steps=self.steps)
-        return _between(self.sparsity_start, self.sparsity_end, way)
+        return _between(cast(float, self.sparsity_start), self.sparsity_end, way)
 
     def fidelity(self, t):
         "Share of the search text that episode `t` is measured on (a number or an array)"

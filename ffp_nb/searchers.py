@@ -9,6 +9,8 @@ __all__ = ['BOUND', 'SEARCHERS', 'EvolutionarySearch', 'CMAES', 'TPE', 'DDPG']
 import contextlib
 import copy
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +44,7 @@ def _library(name, user):
     try: return importlib.import_module(name)
     except ModuleNotFoundError as e:
         if e.name != name: raise
-        raise ImportError(f'{user} needs the package {name}: pip install {name}') from e
+        raise ImportError(f"{user} needs the package {name}. Run: pip install 'ffp_nb[search]'") from e
 
 # %% ../nbs/08_searchers.ipynb #3480dcda
 class EvolutionarySearch:
@@ -98,7 +100,8 @@ class CMAES:
         lib = _library('cmaes', 'CMA-ES')
         self.n_layers, self.seed, self.sigma = n_layers, seed, sigma
         self.diagonal = 2 * n_layers > 20 if diagonal is None else diagonal
-        self.make, self.es = lib.SepCMA if self.diagonal else lib.CMA, None  # the first `ask` says how large a population is
+        self.make = lib.SepCMA if self.diagonal else lib.CMA
+        self.es: Any = None  # the first `ask` says how large a population is
 
     def _start(self, n):
         bounds = np.tile([-BOUND, BOUND], (2 * self.n_layers, 1))
@@ -218,6 +221,8 @@ class DDPG:
     """AMC's multi-step agent (arXiv 1802.03494): an episode walks over the 2L modules, the reward comes at its end.
 
     Deep deterministic policy gradient (arXiv 1509.02971); see the notebook for the differences from AMC."""
+    _learn: Callable[..., None]  # gradient steps, given below
+
     def __init__(self, n_layers: int, seed: int = 0,
                  share=None,  # (L, 2) cost of each module, in any unit; None: equal
                  hidden: tuple[int, ...] = (300, 300), lr_actor: float = 1e-3, lr_critic: float = 1e-3,
@@ -239,7 +244,8 @@ class DDPG:
         self.slow = copy.deepcopy(self.nets).requires_grad_(False)
         self.opts = {k: torch.optim.Adam(self.nets[k].parameters(), lr) for k, lr in (('actor', lr_actor), ('critic', lr_critic))}
         self.replay = dict(target=np.empty(0), action=np.empty((0, 2 * n_layers)), reward=np.empty(0))
-        self.episodes, self.baseline, self.last = 0, None, {}
+        self.baseline: float | None = None
+        self.episodes, self.last = 0, {}
 
     @property
     def width(self) -> float:  # of the noise, in units of the action

@@ -114,9 +114,8 @@ def count_records(study: Study, nbs: Path) -> tuple[int, int]:  # records that a
 
 def page_title(path: Path) -> str:
     "The first heading of a notebook"
-    import nbformat
-    first = next(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'markdown')
-    return first.splitlines()[0].removeprefix('# ')
+    first = next(c['source'] for c in read_json(path)['cells'] if c['cell_type'] == 'markdown')
+    return ''.join(first).splitlines()[0].removeprefix('# ')
 
 
 def study_table(nbs: Path) -> pd.DataFrame:

@@ -36,6 +36,12 @@ def make_folder(folder, family='llama'):
     return folder
 
 
+def worked(result):
+    "The result of a command that ended well"
+    assert result.exit_code == 0, f'{result.output}\n{result.exception!r}'
+    return result
+
+
 @pytest.fixture
 def word_tokenizer():
     "A tokenizer of 211 words, as many as `tiny_model` knows; every word is one token"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_folder, make_tokenizer
+from conftest import make_folder, make_tokenizer, worked
 from safetensors.torch import load_file, save_file
 
 from ffp_nb import evaluate, prune, runs, search
@@ -39,11 +39,6 @@ def refused(result, *words, status=1):
     assert 'Traceback' not in result.output
     for word in words: assert word in message, f'{word!r} not in: {message}'
     return message
-
-
-def worked(result):
-    assert result.exit_code == 0, f'{result.output}\n{result.exception!r}'
-    return result
 
 
 @pytest.fixture(scope='module')

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_folder
+from conftest import make_folder, worked
 
 from ffp_nb import agent, calibrate, prune, search
 from ffp_nb.budget import bounds, param_cost
@@ -26,11 +26,6 @@ def base(folder, **options):
     options = dict(profile='smoke', dtype='float32', sparsity=SIGMA) | options
     return ['--model', folder / 'dense', '--text', folder / 'text.txt',
             *(o for k, v in options.items() for o in ('--' + k.replace('_', '-'), v))]
-
-
-def worked(result):
-    assert result.exit_code == 0, f'{result.output}\n{result.exception!r}'
-    return result
 
 
 def record(out): return json.loads(next(out.glob('prune-*.json')).read_text())

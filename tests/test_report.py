@@ -5,8 +5,8 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import make_folder
-from test_bad_input import COMMON, changed, files, flip, refused, worked
+from conftest import make_folder, worked
+from test_bad_input import COMMON, changed, files, flip, refused
 from test_tasks import line, write
 
 from ffp_nb import prune, report

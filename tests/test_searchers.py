@@ -83,7 +83,7 @@ def test_a_batch_of_one_is_refused(model, name):
 @pytest.mark.parametrize('name, package', [('cma', 'cmaes'), ('tpe', 'optuna')])
 def test_a_missing_package_is_named(name, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=f'pip install {package}'): SEARCHERS[name](4)
+    with pytest.raises(ImportError, match=f'the package {package}.*pip install'): SEARCHERS[name](4)
 
 
 @pytest.mark.parametrize('name, bad', [('eas', dict(mutate=2)), ('eas', dict(parents=0)), ('cma', dict(sigma=float('nan'))),

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..budget import memory_cost, retention, solve, uniform
+from ..budget import memory_cost, solve, uniform
 from ..data import Blocks
 from ..evaluate import block_nll
 from ..models import KINDS
 from ..prune import Bench, run_config
 from ..runs import RunDir, cached, config_id, read_json
 from ..search import Search
-from .cells import Cell, cell_settings, half_width, open_bench, read_cells, run_cell
+from .cells import Cell, cell_settings, half_width, open_bench, run_cell
 from .searchers import TOKENS
 
 # %% ../../nbs/studies/dynamic.ipynb #8d47db5e
