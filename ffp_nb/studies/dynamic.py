@@ -26,7 +26,7 @@ from .cells import Cell, cell_settings, half_width, open_bench, run_cell
 from .searchers import TOKENS
 
 # %% ../../nbs/studies/dynamic.ipynb #8d47db5e
-TARGETS = tuple(round(x, 2) for x in np.linspace(0.1, 0.5, 11))
+TARGETS = tuple(round(float(x), 2) for x in np.linspace(0.1, 0.5, 11))
 
 
 class RandomTargets:
@@ -49,7 +49,7 @@ class RangeSearch(Search):
 
 # %% ../../nbs/studies/dynamic.ipynb #b026cab5
 KINDS_OF_AGENT = dict(range={}, longer=dict(times=4), blind=dict(agent=dict(condition=False)))
-FINE = tuple(round(x, 2) for x in np.linspace(0.1, 0.5, 41))  # targets for which an agent's answers are kept
+FINE = tuple(round(float(x), 2) for x in np.linspace(0.1, 0.5, 41))  # targets for which an agent's answers are kept
 
 
 def range_record(bench: Bench, model: str, kind: str, seed: int, records: str | Path, work: str | Path, tokens: int = TOKENS) -> dict:  # the record
