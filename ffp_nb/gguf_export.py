@@ -224,6 +224,25 @@ def _choose_arch(c: PretrainedConfig, layers: list[_Layer], factors: np.ndarray 
     return MODEL_ARCH.DECI
 
 # %% ../nbs/12_gguf.ipynb #f0e8fd5b
+TOKENIZERS = 'tokenizer.json', 'tokenizer.model', 'vocab.json'  # any of them holds a vocabulary
+
+
+def _open_folder(folder: Path):
+    "Configuration, weights and tokenizer, checked"
+    if not (folder / 'config.json').exists(): raise FileNotFoundError(f'{folder}: no model folder there (it needs a config.json)')
+    kind = read_json(folder / 'config.json').get('model_type')
+    if kind not in ARCHS: _refuse_inexpressible(SimpleNamespace(model_type=kind))
+    try: config = AutoConfig.from_pretrained(folder)
+    except (ValueError, TypeError, KeyError) as e:
+        raise CorruptFile(f'{folder}/config.json cannot be read ({e}). Save or download the model again.') from e
+    _refuse_inexpressible(config)
+    weights = _Weights(folder)
+    _check_fit(weights, config, folder)
+    if not any((folder / name).exists() for name in TOKENIZERS):  # transformers makes an empty one for some families
+        raise FileNotFoundError(f'{folder} has no tokenizer ({", ".join(TOKENIZERS)}). Copy that of the dense model there.')
+    return config, weights, load_tokenizer(folder)
+
+# %% ../nbs/12_gguf.ipynb #1cd3bf87
 def _write(writer: GGUFWriter, tensors: list[tuple], quant: str, path: Path):
     "Write the file, one tensor in memory at a time"
     for name, shape, _ in tensors:
@@ -234,10 +253,7 @@ def _write(writer: GGUFWriter, tensors: list[tuple], quant: str, path: Path):
     for name, shape, read in tensors: writer.write_tensor_data(_encode(read(), _format(shape, quant), name))
     for f in writer.fout or (): f.flush(); os.fsync(f.fileno())
 
-
-TOKENIZERS = 'tokenizer.json', 'tokenizer.model', 'vocab.json'  # any of them holds a vocabulary
-
-
+# %% ../nbs/12_gguf.ipynb #6eeff2dc
 def export_gguf(folder: str | Path,  # written by `save_pruned`, or a dense folder of transformers
                 out: str | Path,  # the file
                 quant: str = 'f16',  # number format of the matrices: f32, f16, q8_0
@@ -275,22 +291,6 @@ def export_gguf(folder: str | Path,  # written by `save_pruned`, or a dense fold
         with suppress(OSError): writer.close()  # tries once more to write what did not fit
         with suppress(OSError): temp.unlink(missing_ok=True)
     return out
-
-
-def _open_folder(folder: Path):
-    "Configuration, weights and tokenizer, checked"
-    if not (folder / 'config.json').exists(): raise FileNotFoundError(f'{folder}: no model folder there (it needs a config.json)')
-    kind = read_json(folder / 'config.json').get('model_type')
-    if kind not in ARCHS: _refuse_inexpressible(SimpleNamespace(model_type=kind))
-    try: config = AutoConfig.from_pretrained(folder)
-    except (ValueError, TypeError, KeyError) as e:
-        raise CorruptFile(f'{folder}/config.json cannot be read ({e}). Save or download the model again.') from e
-    _refuse_inexpressible(config)
-    weights = _Weights(folder)
-    _check_fit(weights, config, folder)
-    if not any((folder / name).exists() for name in TOKENIZERS):  # transformers makes an empty one for some families
-        raise FileNotFoundError(f'{folder} has no tokenizer ({", ".join(TOKENIZERS)}). Copy that of the dense model there.')
-    return config, weights, load_tokenizer(folder)
 
 # %% ../nbs/12_gguf.ipynb #4f6426e7
 def check_gguf(path: str | Path) -> dict:

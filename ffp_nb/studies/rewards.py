@@ -63,7 +63,7 @@ def _documents(task) -> list[tuple[list, int]]:
     gold = lambda doc: task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)  # as `ffp_nb.tasks` scores them
     return [(rs, gold(rs[0].doc)) for rs in docs.values()]
 
-
+# %% ../../nbs/studies/rewards.ipynb #f2aa4dba
 @torch.no_grad()
 def answer_scores(lm: TaskLM, requests: list) -> np.ndarray:  # (requests,) log-likelihoods
     "What lm-eval's `loglikelihood` gives for the choices of one document; a context that all of them share is read once, with its cache"
