@@ -9,14 +9,6 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test needs a hub, and a wrong
 torch.set_num_threads(1)
 
 
-def make_tokenizer(words=211):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    core = Tokenizer(models.WordLevel({f'w{i}': i for i in range(words)}, unk_token='w0'))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token='w1', eos_token='w2', pad_token='w2')
-
-
 def make_qwen2_tokenizer():
     "Single characters: transformers reads every tokenizer of a Qwen2 folder as byte-level BPE, never as words"
     from transformers import Qwen2Tokenizer
@@ -27,9 +19,9 @@ def make_qwen2_tokenizer():
 def make_folder(folder, family='llama'):
     "A dense tiny model folder `dense` and a text file `text.txt`, all that the CLI needs"
     import numpy as np
-    from ffp_nb.models import tiny_model
+    from ffp_nb.models import tiny_model, tiny_tokenizer
     tiny_model(family, seed=1).save_pretrained(folder / 'dense')
-    (make_qwen2_tokenizer if family == 'qwen2' else make_tokenizer)().save_pretrained(folder / 'dense')
+    (make_qwen2_tokenizer if family == 'qwen2' else tiny_tokenizer)().save_pretrained(folder / 'dense')
     rng = np.random.default_rng(0)
     paragraphs = [' '.join(f'w{i}' for i in rng.integers(0, 211, 60)) for _ in range(120)]
     (folder / 'text.txt').write_text('\n\n'.join(paragraphs))
@@ -45,7 +37,8 @@ def worked(result):
 @pytest.fixture
 def word_tokenizer():
     "A tokenizer of 211 words, as many as `tiny_model` knows; every word is one token"
-    return make_tokenizer()
+    from ffp_nb.models import tiny_tokenizer
+    return tiny_tokenizer()
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_folder, make_tokenizer, worked
+from conftest import make_folder, worked
 from safetensors.torch import load_file, save_file
 
 from ffp_nb import evaluate, prune, runs, search
-from ffp_nb.models import tiny_model
+from ffp_nb.models import tiny_model, tiny_tokenizer
 
 COMMON = '--profile', 'smoke', '--dtype', 'float32'
 
@@ -176,7 +176,7 @@ def test_empty_last_split_is_found_before_the_search(world, ffp, tmp_path):
 def gpt2(folder):
     from transformers import GPT2Config, GPT2LMHeadModel
     GPT2LMHeadModel(GPT2Config(vocab_size=211, n_embd=32, n_layer=1, n_head=2)).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
 
 
 def edited_config(folder, **kw):
@@ -242,7 +242,7 @@ def test_model_that_is_not_there(world, searched, ffp, tmp_path):
 def test_tokenizer_of_another_model(world, ffp, tmp_path):
     "More words than embeddings: an error, not an index out of range"
     shutil.copytree(world[0] / 'dense', tmp_path / 'dense')
-    make_tokenizer(400).save_pretrained(tmp_path / 'dense')
+    tiny_tokenizer(400).save_pretrained(tmp_path / 'dense')
     (tmp_path / 'text.txt').write_bytes((world[0] / 'text.txt').read_bytes().replace(b'w21 ', b'w321 '))
     options = changed(world[1], model=tmp_path / 'dense', text=tmp_path / 'text.txt')
     refused(ffp('search', *options, '--out', tmp_path / 'out'), 'tokenizer', '211')

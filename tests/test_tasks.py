@@ -7,13 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_tokenizer
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ffp_nb.elastic import ElasticModel
 from ffp_nb.export import open_model, save_pruned
-from ffp_nb.models import tiny_model
+from ffp_nb.models import tiny_model, tiny_tokenizer
 from ffp_nb.runs import CorruptFile, cached
 from ffp_nb.tasks import DEV_SHARE, SEVEN, TASKS, load_tasks, paired, part_of, score_table, zero_shot
 
@@ -54,7 +53,7 @@ def model(): return tiny_model('llama', seed=1)
 
 
 def run(model, tasks=TASKS, tokenizer=None, **kw):
-    return zero_shot(model, tokenizer or make_tokenizer(), tasks, **dict(progress=False) | kw)
+    return zero_shot(model, tokenizer or tiny_tokenizer(), tasks, **dict(progress=False) | kw)
 
 
 def scores(t): return t.attrs['scores']
@@ -67,7 +66,7 @@ def docs(tasks): return {n: list(t.eval_docs) for n, t in tasks.tasks.items()}
 
 def likelihood(model, context, answer):
     "Written from the definition"
-    tokenizer = make_tokenizer()
+    tokenizer = tiny_tokenizer()
     ids, n = tokenizer(context + answer).input_ids, len(tokenizer(context).input_ids)
     logp = F.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
     steps = [logp[i - 1, ids[i]].item() for i in range(n, len(ids))]
@@ -163,7 +162,7 @@ def test_widths_in_memory_and_saved(data, family, tmp_path):
         before = {k: v.clone() for k, v in em.model.state_dict().items()}
         t = run(em.model, some)
         assert all(torch.equal(v, before[k]) for k, v in em.model.state_dict().items())
-        save_pruned(em, make_tokenizer(), tmp_path / 'model')
+        save_pruned(em, tiny_tokenizer(), tmp_path / 'model')
         pd.testing.assert_frame_equal(t, run(em.sliced(), some), rtol=1e-4)
     pd.testing.assert_frame_equal(t, run(open_model(str(tmp_path / 'model'), 'float32', 'cpu')[0], some), rtol=1e-4)
     assert t.value[4] != dense.value[4], 'the perplexity of LAMBADA'
@@ -185,7 +184,7 @@ def test_head_sees_answers_only(data, batch):
     "Logits of whole prompts would be most of the memory"
     model, seen = tiny_model('llama', seed=1), []
     model.lm_head.register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1]))
-    loaded, length = load_tasks(['piqa'], data=data), lambda s: len(make_tokenizer()(s).input_ids)
+    loaded, length = load_tasks(['piqa'], data=data), lambda s: len(tiny_tokenizer()(s).input_ids)
     run(model, loaded, batch=batch)
     pairs = [(length(o.args[0]), length(o.args[0] + o.args[1]) - 1) for o in loaded.tasks['piqa'].instances]
     answer = max(whole - context + 1 for context, whole in pairs)
@@ -306,7 +305,7 @@ def test_hash_sees_every_part_of_a_document(data, model, task, tmp_path):
 
 def test_nothing_else_is_touched(data, model, capfd, recwarn, monkeypatch):
     monkeypatch.setattr('lm_eval.api.task.tqdm', lambda *a, **kw: tqdm(*a, **kw | dict(disable=False)))  # a bar without a switch
-    tokenizer = make_tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     loaded = load_tasks(['piqa', 'hellaswag'], limit=5, data=data)
@@ -364,7 +363,7 @@ def test_file_of_another_task(data, model, tmp_path):
 ])
 def test_options(data, model, options, message):
     with pytest.raises(ValueError, match=message):
-        zero_shot(model, **dict(tokenizer=make_tokenizer(), data=data, progress=False) | options)
+        zero_shot(model, **dict(tokenizer=tiny_tokenizer(), data=data, progress=False) | options)
 
 
 def test_missing_folder(model, tmp_path):
@@ -383,10 +382,10 @@ def test_part_that_is_empty(model, tmp_path):
 def test_tokenizer_of_another_model(data, model, tmp_path):
     write(tmp_path, 'piqa', [dict(query='Question: w300\n', choices=['w4', 'w5'], gold=0)])
     with pytest.raises(ValueError, match='token 300, the model has 211 embeddings'):
-        run(model, ['piqa'], make_tokenizer(400), data=tmp_path)
+        run(model, ['piqa'], tiny_tokenizer(400), data=tmp_path)
 
 
 def test_tokenizer_without_special_tokens(data, model):
-    tokenizer = make_tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(ValueError, match='neither a BOS nor an EOS'): run(model, ['piqa'], tokenizer, data=data)
