@@ -76,7 +76,7 @@ def _dynamic_names() -> list[str]:
 def _reward_names() -> list[str]:
     "Policies of one target, then the searches' reports"
     policies = [f'policy-{k}-{i}' for k in ('random', 'visited') for i in range(12)]
-    return ['policy-dense', *policies, 'report-dense', 'report-uniform-ffn', *(f'report-{r}-{s}' for r in rewards.REWARDS for s in range(3))]
+    return ['policy-dense', *policies, 'scale-dense', 'report-dense', 'report-uniform-ffn', *(f'report-{r}-{s}' for r in rewards.REWARDS for s in range(3))]
 
 
 STUDIES = {s.name: s for s in (  # in the order of the site
