@@ -6,7 +6,7 @@
 __all__ = ['REWARDS', 'SIGMA', 'FIGURES', 'TaskGroups', 'answer_scores', 'group_scores', 'TaskEvaluator', 'MixedEvaluator',
            'many_policies', 'scale_record', 'read_scale', 'policy_record', 'same_search', 'search_record',
            'report_record', 'run_study', 'read_policies', 'policy_table', 'reliability', 'correlation', 'correlations',
-           'task_correlations', 'read_reports', 'reward_differences', 'findings', 'conclusions']
+           'task_correlations', 'read_reports', 'reward_differences', 'promises', 'findings', 'conclusions']
 
 # %% ../../nbs/studies/rewards.ipynb #4d995d54
 from dataclasses import replace
@@ -294,6 +294,20 @@ def reward_differences(reports: pd.DataFrame, base: str = 'ppl') -> pd.DataFrame
             d = b.loc[seeds, k] - a.loc[seeds, k]
             rows.append(dict(reward=policy, figure=k, pairs=len(d), difference=d.mean(), interval=half_width(d)))
     return pd.DataFrame(rows, columns=['reward', 'figure', 'pairs', 'difference', 'interval'])
+
+
+def promises(reports: pd.DataFrame, records: str | Path = '../runs/rewards') -> pd.DataFrame:
+    "Forward tokens of each search, the reward its policy was chosen for, and the one it has on the test parts"
+    files = [*Path(records).glob('search-*.json'), *Path(records).parent.glob(f'spine/spine-ffp-{SIGMA}-*.json')]
+    at, rows = reports.set_index(['policy', 'seed']), []
+    for f in sorted(files):
+        r = read_json(f)
+        reward, seed = r['config'].get('reward', 'ppl'), r['config']['seed']
+        if not {(reward, seed), ('dense', 0)} <= {*at.index}: continue
+        more = {k: at[k][reward, seed] - at[k]['dense', 0] for k in ('own', 'loss')}
+        gap = dict(ppl=more['own'], task=more['loss'], mixed=np.mean([*more.values()]))[reward]
+        rows.append(dict(reward=reward, seed=seed, forward_tokens=r['forward_tokens'], promised=r['result']['search']['reward'], kept=np.exp(-gap)))
+    return pd.DataFrame(rows, columns=['reward', 'seed', 'forward_tokens', 'promised', 'kept'])
 
 
 def findings(rows: list[dict], reports: pd.DataFrame) -> list[str]:
