@@ -26,15 +26,13 @@ def words() -> str:
 
 def make_record(records: Path):
     "The record of one searched policy of a tiny model: search, repairs, test figures; model, text and tokenizer are made here"
-    sys.path.insert(0, str(HERE))
-    from conftest import make_tokenizer
-    from ffp_nb.models import tiny_model
+    from ffp_nb.models import tiny_model, tiny_tokenizer
     from ffp_nb.prune import Bench, Profile, PruneConfig
     from ffp_nb.studies.cells import Cell, run_cell
     with tempfile.TemporaryDirectory() as work:
         os.chdir(work)  # relative names: a record must not depend on where it was made
         tiny_model('llama', seed=1).save_pretrained('tiny')
-        make_tokenizer().save_pretrained('tiny')
+        tiny_tokenizer().save_pretrained('tiny')
         Path('words.txt').write_text(words())
         profile = Profile(block_len=32, calibration_blocks=8, sequential_blocks=4, episodes=16, batch=4, blocks=2, final_blocks=3, test_blocks=4)
         bench = Bench.load(PruneConfig('tiny', 'words.txt', dtype='float32', step=(1, 8), profile=profile), progress=False)
