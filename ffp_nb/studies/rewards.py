@@ -152,7 +152,7 @@ def read_scale(records: str | Path = '../runs/rewards') -> dict[str, float]:
     "The loss of each task that counts as one. Empty where it has no record yet"
     return next((dict(zip(r['tasks'], r['loss'])) for f in sorted(Path(records).glob('scale-dense-*.json')) for r in [read_json(f)['result']]), {})
 
-
+# %% ../../nbs/studies/rewards.ipynb #bc8b64af
 def policy_record(bench: Bench, name: str, widths: np.ndarray, pool: TaskGroups, records: str | Path, blocks: int = 24) -> dict:  # the record
     "Nats on the search text, losses and right answers of a policy with static repair"
     key = dict(name=f'policy-{name}', study='rewards', widths=widths.tolist(), groups=len(pool), blocks=blocks) | run_config(bench.config, bench.corpus)
@@ -238,7 +238,7 @@ def policy_table(rows: list[dict]) -> pd.DataFrame:
     "A row for each policy: kind, nats on text, mean task loss, accuracy"
     return pd.DataFrame([dict(kind=r['kind'], nll=np.mean(r['nll']), loss=np.mean(r['loss']), accuracy=np.mean(r['right'])) for r in rows])
 
-
+# %% ../../nbs/studies/rewards.ipynb #982726e6
 def reliability(values: np.ndarray) -> float:  # (policies, documents)
     "Reliability of a mean over documents as a ranking of policies: Cronbach's alpha, what random halves agree on in the mean, stepped up to the whole. At least 0"
     n, total = values.shape[1], values.sum(1).var(ddof=1)
@@ -253,10 +253,11 @@ def correlation(rows: list[dict], key: str = 'loss', task: int | None = None, dr
     with np.errstate(invalid='ignore'):  # a draw of one policy only has no correlation
         boot = [np.corrcoef(x[i], y[i])[0, 1] for i in rng.integers(0, len(rows), (draws, len(rows)))]
     low, high = np.nanquantile(boot, (.025, .975))
-    return dict(policies=len(rows), pearson=stats.pearsonr(x, y).statistic, low=low, high=high, spearman=stats.spearmanr(x, y).statistic, ceiling=float(np.sqrt(reliability(tasks) * reliability(text))))
+    return dict(policies=len(rows), pearson=stats.pearsonr(x, y).statistic, low=low, high=high, spearman=stats.spearmanr(x, y).statistic,
+                ceiling=float(np.sqrt(reliability(tasks) * reliability(text))))
 
 
-FIGURES = dict(accuracy='right', **{'task loss': 'loss'})
+FIGURES = {'accuracy': 'right', 'task loss': 'loss'}  # what is said, and its name in a record
 
 
 def correlations(rows: list[dict], draws: int = 2000) -> pd.DataFrame:
@@ -295,7 +296,7 @@ def reward_differences(reports: pd.DataFrame, base: str = 'ppl') -> pd.DataFrame
             rows.append(dict(reward=policy, figure=k, pairs=len(d), difference=d.mean(), interval=half_width(d)))
     return pd.DataFrame(rows, columns=['reward', 'figure', 'pairs', 'difference', 'interval'])
 
-
+# %% ../../nbs/studies/rewards.ipynb #ef8b4694
 def promises(reports: pd.DataFrame, records: str | Path = '../runs/rewards') -> pd.DataFrame:
     "Forward tokens of each search, the reward its policy was chosen for, and the one it has on the test parts"
     files = [*Path(records).glob('search-*.json'), *Path(records).parent.glob(f'spine/spine-ffp-{SIGMA}-*.json')]
@@ -309,7 +310,7 @@ def promises(reports: pd.DataFrame, records: str | Path = '../runs/rewards') -> 
         rows.append(dict(reward=reward, seed=seed, forward_tokens=r['forward_tokens'], promised=r['result']['search']['reward'], kept=np.exp(-gap)))
     return pd.DataFrame(rows, columns=['reward', 'seed', 'forward_tokens', 'promised', 'kept'])
 
-
+# %% ../../nbs/studies/rewards.ipynb #79ed3952
 def findings(rows: list[dict], reports: pd.DataFrame) -> list[str]:
     "Markdown lines with the figures"
     lines = []
