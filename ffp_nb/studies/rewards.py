@@ -239,7 +239,8 @@ def policy_table(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame([dict(kind=r['kind'], nll=np.mean(r['nll']), loss=np.mean(r['loss']), accuracy=np.mean(r['right'])) for r in rows])
 
 # %% ../../nbs/studies/rewards.ipynb #982726e6
-def reliability(values: np.ndarray) -> float:  # (policies, documents)
+def reliability(values: np.ndarray,  # (policies, documents)
+                ) -> float:
     "Reliability of a mean over documents as a ranking of policies: Cronbach's alpha, what random halves agree on in the mean, stepped up to the whole. At least 0"
     n, total = values.shape[1], values.sum(1).var(ddof=1)
     return max(0.0, n / (n - 1) * (1 - values.var(0, ddof=1).sum() / total)) if total > 0 else 0.0
