@@ -10,7 +10,7 @@ __all__ = ['GATED', 'OPT', 'FAMILIES', 'PRUNED', 'Family', 'NoHeads', 'set_heads
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import LlamaForCausalLM, MistralForCausalLM, OPTForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import Cache, LlamaForCausalLM, MistralForCausalLM, OPTForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 # %% ../nbs/00_modeling.ipynb #23b14ac5
 @dataclass(frozen=True)
@@ -38,10 +38,12 @@ class NoHeads(nn.Module):
         self.layer_idx, self.out_name = attn.layer_idx, 'o_proj' if hasattr(attn, 'o_proj') else 'out_proj'
         self.add_module(self.out_name, getattr(attn, self.out_name))
 
-    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
-        if past_key_values is not None:
+    def forward(self, hidden_states, *args, **kwargs):
+        # by type: transformers 5.24 renamed the argument `past_key_values` to `cache`
+        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+        if cache is not None:
             stub = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            past_key_values.update(stub, stub, self.layer_idx)
+            cache.update(stub, stub, self.layer_idx)
         return self.get_submodule(self.out_name)(hidden_states[..., :0]), None
 
 

@@ -76,8 +76,9 @@ def answer_scores(lm: TaskLM, requests: list) -> np.ndarray:  # (requests,) log-
     out = lm.model(torch.tensor([context], device=lm.device), use_cache=True, logits_to_keep=1)
     logits = out.logits.expand(n, -1, -1)
     if longest > 1:  # padding comes last, where no answer looks
-        out.past_key_values.batch_repeat_interleave(n)
-        logits = torch.cat([logits, lm.model(answers[:, :-1], past_key_values=out.past_key_values).logits], 1)
+        name = 'cache' if 'cache' in out else 'past_key_values'  # renamed in transformers 5.24
+        out[name].batch_repeat_interleave(n)
+        logits = torch.cat([logits, lm.model(answers[:, :-1], **{name: out[name]}).logits], 1)
     lm.tokens += len(context) + n * (longest - 1)
     ll = logits.float().log_softmax(-1).gather(2, answers[..., None])[..., 0].cpu().numpy()
     return np.array([row[:len(a)].sum() for row, (_, a) in zip(ll, pairs)])
