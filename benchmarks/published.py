@@ -12,7 +12,7 @@ inputs are cut out of X once per module, not once per column.
 import torch
 from torch.nn import functional as F
 
-from ffp_nb.modeling import set_heads
+from ffp_nb.core.modeling import set_heads
 
 
 def _linears(m):

@@ -40,16 +40,17 @@ import pandas as pd
 import torch
 
 import published
-from ffp_nb.agent import PPOAgent
-from ffp_nb.budget import bounds, random_scores, solve, uniform
-from ffp_nb.calibrate import Calibrator
-from ffp_nb.data import Convention, load_corpus, token_blocks
-from ffp_nb.elastic import ElasticModel
-from ffp_nb.evaluate import block_nll
-from ffp_nb.models import KINDS, Layout, load_model, tiny_model
-from ffp_nb.prune import Bench, Profile, PruneConfig
-from ffp_nb.runs import read_json, save_record, write_json
-from ffp_nb.search import Evaluator, Search, SearchConfig
+from ffp_nb.search.agent import PPOAgent
+from ffp_nb.core.budget import bounds, random_scores, solve, uniform
+from ffp_nb.core.ridge import Calibrator
+from ffp_nb.core.text import Convention, load_corpus, token_blocks
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.core.perplexity import block_nll
+from ffp_nb.core.families import KINDS, Layout, load_model, tiny_model
+from ffp_nb.pipeline.bench import Bench
+from ffp_nb.pipeline.config import Profile, PruneConfig
+from ffp_nb.core.runs import read_json, save_record, write_json
+from ffp_nb.search.loop import Evaluator, Search, SearchConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = 'abcd'

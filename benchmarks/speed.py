@@ -16,7 +16,7 @@ d   Rounding: prefill of the policies that the same scores give in FFN steps of 
 e   Where the time goes: projections, attention, and the rest, for each model of part a.
 
 What is promised is the ratio of multiply-accumulates (MACs), dense to pruned. A prompt of S tokens takes
-S x (projections + attention at S) + head: projections and attention of the decoder blocks are what ffp_nb.budget.mac_cost
+S x (projections + attention at S) + head: projections and attention of the decoder blocks are what ffp_nb.core.budget.mac_cost
 counts (causal: a token attends to (S + 1) / 2 on average), and the head, vocabulary x hidden size, is needed once. A
 decoded token takes all of that once, at its own context, the head too. Norms, rotary embeddings, softmax and activations
 have no MACs here, so their time is part of what can fall short. Goal: prefill reaches 95 % of the promised speed-up.
@@ -49,14 +49,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ffp_nb.budget import mac_cost, random_scores, solve
-from ffp_nb.data import load_corpus
-from ffp_nb.elastic import ElasticModel
-from ffp_nb.export import save_pruned
-from ffp_nb.gguf_export import export_gguf
-from ffp_nb.models import load_model, tiny_model
-from ffp_nb.prune import Bench, Profile, PruneConfig
-from ffp_nb.runs import read_json, save_record, write_json
+from ffp_nb.core.budget import mac_cost, random_scores, solve
+from ffp_nb.core.text import load_corpus
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.export.hf import save_pruned
+from ffp_nb.export.gguf import export_gguf
+from ffp_nb.core.families import load_model, tiny_model
+from ffp_nb.pipeline.bench import Bench
+from ffp_nb.pipeline.config import Profile, PruneConfig
+from ffp_nb.core.runs import read_json, save_record, write_json
 from ffp_nb.studies.speed import STEPS, read_policy, round_policy
 
 ROOT = Path(__file__).resolve().parent.parent

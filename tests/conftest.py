@@ -19,7 +19,7 @@ def make_qwen2_tokenizer():
 def make_folder(folder, family='llama'):
     "A dense tiny model folder `dense` and a text file `text.txt`, all that the CLI needs"
     import numpy as np
-    from ffp_nb.models import tiny_model, tiny_tokenizer
+    from ffp_nb.core.families import tiny_model, tiny_tokenizer
     tiny_model(family, seed=1).save_pretrained(folder / 'dense')
     (make_qwen2_tokenizer if family == 'qwen2' else tiny_tokenizer)().save_pretrained(folder / 'dense')
     rng = np.random.default_rng(0)
@@ -37,7 +37,7 @@ def worked(result):
 @pytest.fixture
 def word_tokenizer():
     "A tokenizer of 211 words, as many as `tiny_model` knows; every word is one token"
-    from ffp_nb.models import tiny_tokenizer
+    from ffp_nb.core.families import tiny_tokenizer
     return tiny_tokenizer()
 
 
@@ -76,7 +76,8 @@ def ffp():
 @pytest.fixture(scope='module')
 def bench(tmp_path_factory):
     "A tiny LLaMA with its text, elastic and with statistics: what studies are made of"
-    from ffp_nb.prune import Bench, Profile, PruneConfig
+    from ffp_nb.pipeline.bench import Bench
+    from ffp_nb.pipeline.config import Profile, PruneConfig
     folder = make_folder(tmp_path_factory.mktemp('study'))
     profile = Profile(block_len=32, calibration_blocks=8, sequential_blocks=4, episodes=8, batch=4, blocks=2, final_blocks=3, test_blocks=4)
     config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), dtype='float32', step=(1, 8), profile=profile)

@@ -14,7 +14,7 @@ from conftest import make_folder, worked
 from safetensors.torch import load_file, save_file
 
 from ffp_nb import evaluate, prune, runs, search
-from ffp_nb.models import tiny_model, tiny_tokenizer
+from ffp_nb.core.families import tiny_model, tiny_tokenizer
 
 COMMON = '--profile', 'smoke', '--dtype', 'float32'
 
@@ -512,8 +512,8 @@ def test_nothing_but_nan_is_an_error(world, ffp, tmp_path, monkeypatch, method):
 
 def test_overflow_of_a_pruned_policy_is_a_broken_episode(family_folder):
     "Real infinities, not simulated ones"
-    from ffp_nb.data import Blocks
-    from ffp_nb.elastic import ElasticModel
+    from ffp_nb.core.text import Blocks
+    from ffp_nb.core.elastic import ElasticModel
     em = ElasticModel(tiny_model('llama'))
     em.dense_out((2, 'ffn'))[0][:, :48] *= 1e30
     em.dense_out((2, 'ffn'))[0][:, 48:] = 0

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from ffp_nb.elastic import ElasticModel
-from ffp_nb.data import Blocks
-from ffp_nb.models import KINDS, Layout, tiny_model
-from ffp_nb.runs import load_records
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.core.text import Blocks
+from ffp_nb.core.families import KINDS, Layout, tiny_model
+from ffp_nb.core.runs import load_records
 
 FOLDER = Path(__file__).resolve().parent.parent / 'benchmarks'
 sys.path.insert(0, str(FOLDER))

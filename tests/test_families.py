@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ffp_nb.models import load_model
-from ffp_nb.prune import Profile
-from ffp_nb.runs import CorruptFile, RunDir
+from ffp_nb.core.families import load_model
+from ffp_nb.pipeline.config import Profile
+from ffp_nb.core.runs import CorruptFile, RunDir
 from ffp_nb.studies import families
 from ffp_nb.studies.families import (NAMES, Setup, django_docs, documents, make_tokenizer, read_study, run_study, small_model,
                                      split_documents, study_corpus, token_stream)

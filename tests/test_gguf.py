@@ -14,12 +14,12 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from ffp_nb.data import Convention, load_corpus, token_blocks
-from ffp_nb.elastic import ElasticModel
-from ffp_nb.export import load_pruned, save_pruned
-from ffp_nb.gguf_export import LlamaCpp, check_gguf, export_gguf
-from ffp_nb.models import UnsupportedModel, tiny_model
-from ffp_nb.runs import CorruptFile
+from ffp_nb.core.text import Convention, load_corpus, token_blocks
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.export.hf import load_pruned, save_pruned
+from ffp_nb.export.gguf import LlamaCpp, check_gguf, export_gguf
+from ffp_nb.core.families import UnsupportedModel, tiny_model
+from ffp_nb.core.runs import CorruptFile
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs limits on file size')
 SPECIALS = '<|bos|>', '<|eos|>', '<|pad|>'
@@ -560,8 +560,9 @@ def test_metadata_of_another_model(whole, tmp_path, key, says):
 @pytest.fixture(scope='module')
 def smollm2(tmp_path_factory):
     "SmolLM2 with 30 % of every module gone, and some modules whole, repaired"
-    from ffp_nb.budget import uniform
-    from ffp_nb.prune import Bench, Profile, PruneConfig
+    from ffp_nb.core.budget import uniform
+    from ffp_nb.pipeline.bench import Bench
+    from ffp_nb.pipeline.config import Profile, PruneConfig
     config = PruneConfig(text='pydoc', sparsity=0.3, dtype='float32', profile=Profile(64, 6, 4, 8, 4, 1, 2, 3))
     bench = Bench.load(config, progress=False)
     widths = uniform(bench.cost, 0.3)

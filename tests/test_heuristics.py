@@ -8,15 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from ffp_nb.budget import Cost, InfeasibleBudget, bounds, feasible_range, param_cost, solve
-from ffp_nb.calibrate import Calibrator
-from ffp_nb.criteria import collect_stats, unit_order
-from ffp_nb.data import Blocks
-from ffp_nb.elastic import ElasticModel
-from ffp_nb.heuristics import (HEURISTICS, BiasCompensation, choose, flap_widths, gate_saliency, knapsack, output_biases,
+from ffp_nb.core.budget import Cost, InfeasibleBudget, bounds, feasible_range, param_cost, solve
+from ffp_nb.core.ridge import Calibrator
+from ffp_nb.core.criteria import unit_order
+from ffp_nb.core.stats import collect_stats
+from ffp_nb.core.text import Blocks
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.search.heuristics import (HEURISTICS, BiasCompensation, choose, flap_widths, gate_saliency, knapsack, output_biases,
                                owl_retention, alpha_retention, proportional_retention, retention_scores, sensitivity_table)
-from ffp_nb.models import FAMILIES, KINDS, Layout, tiny_model
-from ffp_nb.search import Evaluator
+from ffp_nb.core.families import FAMILIES, KINDS, Layout, tiny_model
+from ffp_nb.search.loop import Evaluator
 
 NAMES = ('gate', 'flap', 'owl', 'alpha', 'sensitivity')
 

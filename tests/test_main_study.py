@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ffp_nb.budget import InfeasibleBudget
-from ffp_nb.heuristics import HEURISTICS
-from ffp_nb.runs import RunDir
+from ffp_nb.core.budget import InfeasibleBudget
+from ffp_nb.search.heuristics import HEURISTICS
+from ffp_nb.core.runs import RunDir
 from ffp_nb.studies import cells
 from ffp_nb.studies.cells import (VARIANTS, Cell, cell_settings, clip_in_order, fit_episodes, planned_tokens, read_cells, run_cell,
                                   run_cells, selection_nll, trace_cell)
@@ -68,7 +68,7 @@ def test_equal_tokens(bench):
         assert 0.8 * 20_000 < planned_tokens(c, pool) <= 20_000
     # what is planned is an upper bound: blocks that come twice have their dense reference once
     bench_config, bench.config = bench.config, c
-    from ffp_nb.search import Search
+    from ffp_nb.search.loop import Search
     used = Search(bench.evaluator(), bench.cost, c.search_config()).run(progress=False).forward_tokens
     bench.config = bench_config
     assert 0.9 * planned_tokens(c, pool) < used <= planned_tokens(c, pool)

@@ -9,13 +9,13 @@ import torch
 from conftest import make_folder, worked
 
 from ffp_nb import agent, calibrate, prune, search
-from ffp_nb.budget import bounds, param_cost
-from ffp_nb.criteria import taylor_scores
-from ffp_nb.data import Convention, load_corpus, token_blocks
-from ffp_nb.evaluate import perplexity
-from ffp_nb.export import load_pruned
-from ffp_nb.models import FAMILIES, Layout, load_model
-from ffp_nb.prune import PruneConfig, Profile
+from ffp_nb.core.budget import bounds, param_cost
+from ffp_nb.core.criteria import taylor_scores
+from ffp_nb.core.text import Convention, load_corpus, token_blocks
+from ffp_nb.core.perplexity import perplexity
+from ffp_nb.export.hf import load_pruned
+from ffp_nb.core.families import FAMILIES, Layout, load_model
+from ffp_nb.pipeline.config import Profile, PruneConfig
 
 SIGMA = 0.4
 TINY = Profile(32, 4, 2, 8, 4, 1, 2, 2)  # as in the fixture `ffp`
@@ -76,7 +76,7 @@ def test_prune_end_to_end(family, family_folder, ffp, tmp_path, monkeypatch):
     def spy(*a, **kw):
         seen['p'] = perplexity(*a, **kw)
         return seen['p']
-    monkeypatch.setattr('ffp_nb.evaluate.perplexity', spy)
+    monkeypatch.setattr('ffp_nb.core.perplexity.perplexity', spy)
     worked(ffp('eval', '--model', out / 'model', '--text', folder / 'text.txt', '--dtype', 'float32',
                '--block-len', TINY.block_len, '--max-blocks', TINY.test_blocks))
     last = ours[ours.calibration == 'sequential'].iloc[0]
@@ -216,13 +216,13 @@ def test_interrupted_by_the_user(family_folder, ffp, tmp_path, steps, monkeypatc
     "Ctrl-C after the first update: status 130, a line, and the same command goes on"
     folder = family_folder('llama')
     worked(ffp('search', *base(folder), '--out', tmp_path / 'whole'))
-    ask, asked = agent.PROPOSERS['ppo'].ask, []
+    ask, asked = rivals.SEARCHERS["ffp"].ask, []
     def interrupted(self, *a):
         asked.append(1)
         if len(asked) == 2: raise KeyboardInterrupt
         return ask(self, *a)
     with monkeypatch.context() as m:
-        m.setattr(agent.PROPOSERS['ppo'], 'ask', interrupted)
+        m.setattr(rivals.SEARCHERS["ffp"], 'ask', interrupted)
         result = ffp('search', *base(folder), '--out', tmp_path / 'out')
     assert result.exit_code == 130 and 'the same command goes on' in result.stderr and 'Traceback' not in result.output
     worked(ffp('search', *base(folder), '--out', tmp_path / 'out'))
@@ -257,7 +257,7 @@ def test_a_moved_text_is_another_configuration_only_if_it_differs(tmp_path, ffp)
 
 def test_changed_weights_under_the_same_name_are_noticed(tmp_path, ffp):
     "A folder that holds another model now must not go on with the old model's search"
-    from ffp_nb.models import tiny_model
+    from ffp_nb.core.families import tiny_model
     folder, out = make_folder(tmp_path), tmp_path / 'out'
     worked(ffp('search', *base(folder), '--out', out))
     tiny_model('llama', seed=2).save_pretrained(folder / 'dense')
@@ -267,7 +267,7 @@ def test_changed_weights_under_the_same_name_are_noticed(tmp_path, ffp):
 
 def test_zero_shot_and_export_from_the_shell(family_folder, ffp, tmp_path):
     "`ffp eval --tasks` gives what `zero_shot` gives on the saved folder; `ffp export` says why it cannot"
-    from ffp_nb.tasks import zero_shot
+    from ffp_nb.pipeline.tasks import zero_shot
     folder, out, rng = family_folder('opt'), tmp_path / 'out', np.random.default_rng(0)
     worked(ffp('prune', *base(folder, method='uniform', calibration='static'), '--out', out))
     (tmp_path / 'zero-shot').mkdir()

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from ffp_nb.budget import param_cost
-from ffp_nb.data import Blocks
-from ffp_nb.elastic import ElasticModel
-from ffp_nb.models import tiny_model
-from ffp_nb.predict import PREDICTORS, Folds, GridCNN, PredictedSearch, Prediction, features
-from ffp_nb.runs import RunDir
-from ffp_nb.search import Evaluator, Search, SearchConfig
+from ffp_nb.core.budget import param_cost
+from ffp_nb.core.text import Blocks
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.core.families import tiny_model
+from ffp_nb.search.predict import PREDICTORS, Folds, GridCNN, PredictedSearch, Prediction, features
+from ffp_nb.core.runs import RunDir
+from ffp_nb.search.loop import Evaluator, Search, SearchConfig
 from ffp_nb.studies import cells, prediction
 
 CONFIG = SearchConfig(0.4, episodes=24, batch=6, step=(1, 4), final_blocks=6)
@@ -47,7 +47,7 @@ def test_the_count_is_what_the_model_read():
     assert r.forward_tokens == s.evaluator.seen
     assert len(r.log) == CONFIG.episodes
     x = features([row['widths'] for row in r.log], s.cost.full, [row['sparsity'] for row in r.log], False)
-    assert (np.array(s.proposer.X) == x).all() and np.allclose(np.exp(-np.array(s.proposer.y)), [row['reward'] for row in r.log])
+    assert (np.array(s.searcher.X) == x).all() and np.allclose(np.exp(-np.array(s.searcher.y)), [row['reward'] for row in r.log])
 
 
 def test_a_warm_up_is_a_search():
@@ -109,20 +109,20 @@ def test_the_agent_learns_what_the_predictor_says(monkeypatch):
 def test_what_is_measured_promises_most_or_is_known_least(monkeypatch):
     monkeypatch.setitem(PREDICTORS, 'known', Known)
     s = search(p=Prediction('known', 1, 0, pool=64, explore=1 / 3))
-    s.step(); before = s.proposer.recommend(0.4)
+    s.step(); before = s.searcher.recommend(0.4)
     s.step()
-    assert (s.proposer.recommend(0.4) == before).all(), 'a selected sample is no lesson for the agent'
-    pool = s.describe(s.proposer.agent.ask(0.4, 64), 0.4)
-    chosen = s.proposer.choose(Known(), 0.4, 6)
+    assert (s.searcher.recommend(0.4) == before).all(), 'a selected sample is no lesson for the agent'
+    pool = s.describe(s.searcher.agent.ask(0.4, 64), 0.4)
+    chosen = s.searcher.choose(Known(), 0.4, 6)
     x = s.describe(chosen, 0.4)
     assert len(np.unique(x, axis=0)) == 6, 'no policy twice while there are others'
     assert (np.diff(x[:4, 1]) <= 0).all() and x[:4, 1].min() >= np.quantile(pool[:, 1], 0.8)
-    s.proposer.agent.log_std.data.fill_(np.log(0.2))  # a pool of some twenty different policies
-    assert all(len(np.unique(s.describe(s.proposer.choose(Known(), 0.4, 6), 0.4), axis=0)) == 6 for _ in range(5))
-    s.proposer.agent.log_std.data.fill_(0)
+    s.searcher.agent.log_std.data.fill_(np.log(0.2))  # a pool of some twenty different policies
+    assert all(len(np.unique(s.describe(s.searcher.choose(Known(), 0.4, 6), 0.4), axis=0)) == 6 for _ in range(5))
+    s.searcher.agent.log_std.data.fill_(0)
     # explored alone, the order is that of the uncertainty
-    s.proposer.config = Prediction('known', 1, 0, pool=64, explore=1.0)
-    assert (s.describe(s.proposer.choose(Known(), 0.4, 6), 0.4)[:, 1] >= np.quantile(pool[:, 1], 0.8)).all()
+    s.searcher.config = Prediction('known', 1, 0, pool=64, explore=1.0)
+    assert (s.describe(s.searcher.choose(Known(), 0.4, 6), 0.4)[:, 1] >= np.quantile(pool[:, 1], 0.8)).all()
 
 
 def test_other_searchers_can_learn_on_predictions():

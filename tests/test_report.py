@@ -10,9 +10,9 @@ from test_bad_input import COMMON, changed, files, flip, refused
 from test_tasks import line, write
 
 from ffp_nb import prune, report
-from ffp_nb.runs import read_json
-from ffp_nb.report import findings, log_cost, read_run, reward_frame
-from ffp_nb.tasks import load_tasks
+from ffp_nb.core.runs import read_json
+from ffp_nb.search.report import findings, log_cost, read_run, reward_frame
+from ffp_nb.pipeline.tasks import load_tasks
 
 
 @pytest.fixture(scope='module')

@@ -26,8 +26,9 @@ def words() -> str:
 
 def make_record(records: Path):
     "The record of one searched policy of a tiny model: search, repairs, test figures; model, text and tokenizer are made here"
-    from ffp_nb.models import tiny_model, tiny_tokenizer
-    from ffp_nb.prune import Bench, Profile, PruneConfig
+    from ffp_nb.core.families import tiny_model, tiny_tokenizer
+    from ffp_nb.pipeline.bench import Bench
+    from ffp_nb.pipeline.config import Profile, PruneConfig
     from ffp_nb.studies.cells import Cell, run_cell
     with tempfile.TemporaryDirectory() as work:
         os.chdir(work)  # relative names: a record must not depend on where it was made
@@ -79,7 +80,7 @@ def test_the_committed_record_is_found_again(made):
 
 def test_a_record_says_where_it_comes_from(made):
     import ffp_nb
-    from ffp_nb.data import split_text
+    from ffp_nb.core.text import split_text
     r = read(made[0])
     assert r['config']['text_sha256'] == {k: hashlib.sha256(v.encode()).hexdigest()[:16] for k, v in split_text(words()).items()}
     assert r['config']['seed'] == 3 and len(r['result']['weights']) == 16  # seed, and a hash of the weights

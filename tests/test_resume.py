@@ -13,14 +13,14 @@ import sys
 from dataclasses import asdict
 import torch
 torch.set_num_threads(1)
-from ffp_nb.budget import param_cost
-from ffp_nb.calibrate import Calibrator
-from ffp_nb.criteria import collect_stats
-from ffp_nb.data import Blocks
-from ffp_nb.elastic import ElasticModel
-from ffp_nb.models import tiny_model
-from ffp_nb.runs import RunDir, write_json
-from ffp_nb.search import Evaluator, Search, SearchConfig
+from ffp_nb.core.budget import param_cost
+from ffp_nb.core.ridge import Calibrator
+from ffp_nb.core.stats import collect_stats
+from ffp_nb.core.text import Blocks
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.core.families import tiny_model
+from ffp_nb.core.runs import RunDir, write_json
+from ffp_nb.search.loop import Evaluator, Search, SearchConfig
 em = ElasticModel(tiny_model('llama', seed=1))
 pool = Blocks(torch.randint(0, 211, (12, 32), generator=torch.Generator().manual_seed(0)), 31)
 config = SearchConfig(0.4, episodes=240, batch=8, step=(1, 4), final_blocks=6)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from ffp_nb.budget import param_cost
-from ffp_nb.data import Blocks
-from ffp_nb.elastic import ElasticModel
-from ffp_nb.models import tiny_model
-from ffp_nb.runs import RunDir
-from ffp_nb.search import Evaluator, Search, SearchConfig
-from ffp_nb.searchers import SEARCHERS
+from ffp_nb.core.budget import param_cost
+from ffp_nb.core.text import Blocks
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.core.families import tiny_model
+from ffp_nb.core.runs import RunDir
+from ffp_nb.search.loop import Evaluator, Search, SearchConfig
+from ffp_nb.search.rivals import SEARCHERS
 
 # small settings: every one is past its warm-up, and its model in use, before the search is cut
 RIVALS = dict(eas={}, cma={}, tpe=dict(startup=8), ddpg=dict(hidden=(16, 16), warmup=8, steps=2))
@@ -26,8 +26,8 @@ def model(): return ElasticModel(tiny_model('llama', seed=1))
 def make(model, name, run=None, seed=3, config=CONFIG, **kw):
     pool = Blocks(torch.randint(0, 211, (12, 32), generator=torch.Generator().manual_seed(0)), 31)
     cost = param_cost(model.layout)
-    proposer = SEARCHERS[name](len(cost.full), seed=seed, **RIVALS.get(name, {}) | kw)
-    return Search(Evaluator(model, pool), cost, config, run, proposer=proposer)
+    searcher = SEARCHERS[name](len(cost.full), seed=seed, **RIVALS.get(name, {}) | kw)
+    return Search(Evaluator(model, pool), cost, config, run, searcher=searcher)
 
 
 @pytest.mark.parametrize('name', SEARCHERS)
@@ -71,7 +71,7 @@ def test_a_configuration_names_it(model, name):
     a = Search(make(model, name).evaluator, param_cost(model.layout), config)
     a.step()
     b = make(model, name, config=config); b.step()
-    assert type(a.proposer) is SEARCHERS[name] and a.log == b.log
+    assert type(a.searcher) is SEARCHERS[name] and a.log == b.log
 
 
 @pytest.mark.parametrize('name', ['eas', 'cma'])
@@ -95,5 +95,5 @@ def test_bad_settings_are_refused(name, bad):
 
 def test_no_library_is_imported_before_it_is_needed():
     import subprocess
-    code = "import sys, ffp_nb.searchers; print(sorted({'optuna', 'cmaes', 'ffp_nb.search'} & set(sys.modules)))"
+    code = "import sys, ffp_nb.search.rivals; print(sorted({'optuna', 'cmaes', 'ffp_nb.search.loop'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'

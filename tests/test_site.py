@@ -60,7 +60,7 @@ def test_readme_has_what_a_newcomer_looks_for():
 
 
 def test_every_study_is_among_the_results():
-    from ffp_nb.study import STUDIES
+    from ffp_nb.studies.registry import STUDIES
     pages = [p for p in sidebar()[0] if p.startswith('studies/')]
     assert pages == [f'studies/{s}.ipynb' for s in ('spine', 'families', 'speed', 'cells', *list(STUDIES)[3:])]  # cells: the unit, no study
     heads = re.findall(r'^## \[[^]]+\]\((studies/\w+\.ipynb)\)$', source('results.ipynb', ['markdown']), re.M)

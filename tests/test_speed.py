@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ffp_nb.elastic import ElasticModel
-from ffp_nb.models import tiny_model
-from ffp_nb.runs import load_records, read_json, save_record, write_json
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.core.families import tiny_model
+from ffp_nb.core.runs import load_records, read_json, save_record, write_json
 from ffp_nb.studies.speed import explain, read_policy, read_speed, summary, weigh, with_speed
 
 FOLDER = Path(__file__).resolve().parent.parent / 'benchmarks'

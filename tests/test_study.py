@@ -7,7 +7,7 @@ import pytest
 
 import ffp_nb
 from ffp_nb import study
-from ffp_nb.study import Study, count_records
+from ffp_nb.studies.registry import Study, count_records
 
 
 def notebook(title, *codes):

@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ffp_nb.elastic import ElasticModel
-from ffp_nb.export import open_model, save_pruned
-from ffp_nb.models import tiny_model, tiny_tokenizer
-from ffp_nb.runs import CorruptFile, cached
-from ffp_nb.tasks import DEV_SHARE, SEVEN, TASKS, load_tasks, paired, part_of, score_table, zero_shot
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.export.hf import open_model, save_pruned
+from ffp_nb.core.families import tiny_model, tiny_tokenizer
+from ffp_nb.core.runs import CorruptFile, cached
+from ffp_nb.pipeline.tasks import DEV_SHARE, SEVEN, TASKS, load_tasks, paired, part_of, score_table, zero_shot
 
 NAMES = dict(openbookqa='openbook_qa')
 
@@ -321,7 +321,7 @@ def test_nothing_else_is_touched(data, model, capfd, recwarn, monkeypatch):
 
 
 def test_progress_counts_requests(data, model, capfd, monkeypatch):
-    monkeypatch.setattr('ffp_nb.tasks.tqdm', lambda **kw: tqdm(**kw | dict(disable=False)))
+    monkeypatch.setattr('ffp_nb.pipeline.tasks.tqdm', lambda **kw: tqdm(**kw | dict(disable=False)))
     run(model, ['arc_easy'], data=data)
     assert 'arc_easy: 100%' in (err := capfd.readouterr().err) and '48/48' in err
 

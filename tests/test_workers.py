@@ -15,15 +15,17 @@ import pytest
 import torch
 
 from ffp_nb import models, prune
-from ffp_nb.calibrate import Calibrator, sequential_calibrate
-from ffp_nb.criteria import collect_stats, taylor_scores, unit_order
-from ffp_nb.data import Blocks
-from ffp_nb.elastic import ElasticModel
-from ffp_nb.evaluate import block_nll
-from ffp_nb.models import FAMILIES, Layout, is_on_disk, load_model, on_disk
-from ffp_nb.prune import Profile, PruneConfig, Replica
-from ffp_nb.search import Search
-from ffp_nb.workers import WorkerEvaluator, Workers
+from ffp_nb.core.ridge import Calibrator, sequential_calibrate
+from ffp_nb.core.criteria import taylor_scores, unit_order
+from ffp_nb.core.stats import collect_stats
+from ffp_nb.core.text import Blocks
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.core.perplexity import block_nll
+from ffp_nb.core.families import FAMILIES, Layout, is_on_disk, load_model, on_disk
+from ffp_nb.pipeline.config import Profile, PruneConfig
+from ffp_nb.search.workers import Replica
+from ffp_nb.search.loop import Search
+from ffp_nb.search.workers import WorkerEvaluator, Workers
 
 os.environ.setdefault('RAY_worker_niceness', '0')  # Ray's own workers would wait behind everything else on a busy machine
 ray = pytest.importorskip('ray')
