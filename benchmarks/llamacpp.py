@@ -1,6 +1,7 @@
 """A GGUF file in llama.cpp (the package xllamacpp) at its defaults, timed by llama.cpp's own clock.
 
-    python benchmarks/llamacpp.py FILE PROMPT STEPS THREADS CONTEXT    memory of a process of its own, as JSON
+    python benchmarks/llamacpp.py FILE PROMPT STEPS THREADS CONTEXT
+            memory of a process of its own, as JSON
 
 Only the standard library is imported beside llama.cpp, so that the memory is that of llama.cpp.
 """
@@ -9,7 +10,8 @@ import re
 import sys
 from pathlib import Path
 
-CACHE_LINE = re.compile(r'llama_kv_cache: size =\s*([\d.]+) MiB \(\s*(\d+) cells')  # in llama.cpp's log at verbosity 4
+# in llama.cpp's log at verbosity 4
+CACHE_LINE = re.compile(r'llama_kv_cache: size =\s*([\d.]+) MiB \(\s*(\d+) cells')
 
 
 class LlamaCpp:
@@ -17,7 +19,8 @@ class LlamaCpp:
     def __init__(self, path, threads: int, n_ctx: int, verbosity: int = -1):
         import xllamacpp  # here: memory_mb must do without
         p = xllamacpp.CommonParams()
-        p.model.path, p.n_ctx, p.n_parallel, p.n_gpu_layers, p.verbosity = str(path), n_ctx, 1, 0, verbosity
+        p.model.path, p.n_ctx, p.n_parallel = str(path), n_ctx, 1
+        p.n_gpu_layers, p.verbosity = 0, verbosity
         p.cache_ram_mib = 0  # no copies of earlier prompts' caches
         p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
         self.server = xllamacpp.Server(p)
@@ -27,7 +30,8 @@ class LlamaCpp:
         ask = dict(prompt=ids, n_predict=n, temperature=0, cache_prompt=False, ignore_eos=True)
         t = self.server.handle_completions(ask)['timings']
         if t['prompt_n'] != len(ids) or t['predicted_n'] != n:
-            raise RuntimeError(f"llama.cpp read {t['prompt_n']} of {len(ids)} tokens and wrote {t['predicted_n']} of {n}")
+            raise RuntimeError(f"llama.cpp read {t['prompt_n']} of {len(ids)} tokens and wrote "
+                               f"{t['predicted_n']} of {n}")
         return t
 
     def prefill(self, ids: list[int]) -> float:  # seconds
@@ -40,15 +44,19 @@ class LlamaCpp:
 
 
 def memory_mb() -> dict:
-    "Resident memory of this process, now and at its highest (Linux). Not of ru_maxrss, which starts with the parent's"
+    """Resident memory of this process, now and at its highest (Linux). Not of ru_maxrss, which
+    starts with the parent's"""
     lines = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
-    return {name: int(lines[key].split()[0]) * 1024 / 10**6 for name, key in (('now', 'VmRSS'), ('peak', 'VmHWM'))}
+    return {name: int(lines[key].split()[0]) * 1024 / 10**6
+            for name, key in (('now', 'VmRSS'), ('peak', 'VmHWM'))}
 
 
 def cache_bytes(log: str) -> float:
     "Bytes that the KV cache takes for a token, from llama.cpp's log"
     found = CACHE_LINE.search(log)
-    if not found: raise RuntimeError(f'llama.cpp did not report the size of its KV cache; its log ends with\n{log[-2000:]}')
+    if not found:
+        raise RuntimeError('llama.cpp did not report the size of its KV cache; its log ends '
+                           f'with\n{log[-2000:]}')
     return float(found[1]) * 2**20 / int(found[2])
 
 

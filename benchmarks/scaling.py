@@ -1,21 +1,22 @@
-"""Time and memory of every stage against the size of the model, and what that means for 7, 13 and 70 billion parameters.
+"""Time and memory of every stage against the size of the model, and what that means for 7, 13 and
+70 billion parameters.
 
     python benchmarks/scaling.py --threads 2    six shapes measured or projected
     python benchmarks/scaling.py --quick        tiny shapes, seconds: only shows that it runs
 
-The weights are random: neither time nor memory depends on their values. All layers of a model are alike, so each shape is
-measured at two depths, and a line through the two gives the cost of a layer and of the rest (embeddings, head). The shapes
-of SmolLM2 135M, 360M and 1.7B and of LLaMA-7B are measured; 13B and 70B are projected: a stage's work is counted (WORK
-below), and the rate at the largest measured shape is taken for the larger ones. How well that works is measured too: 7B
-is projected from 1.7B and compared with what was measured.
+The weights are random: neither time nor memory depends on their values. All layers of a model are
+alike, so each shape is measured at two depths, and a line through the two gives the cost of a layer
+and of the rest (embeddings, head). The shapes of SmolLM2 135M, 360M and 1.7B and of LLaMA-7B are
+measured; 13B and 70B are projected: a stage's work is counted (WORK below), and the rate at the
+largest measured shape is taken for the larger ones. How well that works is measured too: 7B is
+projected from 1.7B and compared with what was measured.
 
-Stages: statistics of calibration text, factors of all modules, setting a policy with new calibrated weights and with
-weights from the cache, pruned forward pass (sparsity 0.5), sequential calibration. Memory: bytes of the tensors that a
-stage holds, counted from the objects themselves.
+Stages: statistics of calibration text, factors of all modules, setting a policy with new calibrated
+weights and with weights from the cache, pruned forward pass (sparsity 0.5), sequential calibration.
+Memory: bytes of the tensors that a stage holds, counted from the objects themselves.
 
-Results go to a JSON record under benchmarks/results/ (with --quick under runs/, which git ignores). Close other programs
-first: the load of the machine at the start is recorded.
-"""
+Results go to a JSON record under benchmarks/results/ (with --quick under runs/, which git ignores).
+Close other programs first: the load of the machine at the start is recorded. """
 import argparse
 import gc
 import os
@@ -52,12 +53,15 @@ class Shape:
 
     @property
     def layer_params(self) -> int:
-        return 2 * self.hidden**2 + 2 * self.hidden**2 * self.kv_heads // self.heads + 3 * self.hidden * self.ffn
+        return (2 * self.hidden**2 + 2 * self.hidden**2 * self.kv_heads // self.heads + 3
+                * self.hidden * self.ffn)
 
 
-SHAPES = {'135M': Shape(30, 576, 9, 3, 1536, 49152), '360M': Shape(32, 960, 15, 5, 2560, 49152), '1.7B': Shape(24, 2048, 32, 32, 8192, 49152),
-          '7B': Shape(32, 4096, 32, 32, 11008), '13B': Shape(40, 5120, 40, 40, 13824), '70B': Shape(80, 8192, 64, 8, 28672)}
-SMALL = {'a': Shape(4, 32, 4, 2, 64, 211), 'b': Shape(6, 64, 8, 4, 96, 211), 'c': Shape(8, 96, 8, 4, 160, 211)}
+SHAPES = {'135M': Shape(30, 576, 9, 3, 1536, 49152), '360M': Shape(32, 960, 15, 5, 2560, 49152),
+          '1.7B': Shape(24, 2048, 32, 32, 8192, 49152), '7B': Shape(32, 4096, 32, 32, 11008),
+          '13B': Shape(40, 5120, 40, 40, 13824), '70B': Shape(80, 8192, 64, 8, 28672)}
+SMALL = {'a': Shape(4, 32, 4, 2, 64, 211), 'b': Shape(6, 64, 8, 4, 96, 211),
+         'c': Shape(8, 96, 8, 4, 160, 211)}
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,12 @@ class Size:
 
 def work(stage: str, s: Shape, tokens: int) -> float:
     "Multiply-accumulates of a stage in one layer: what a projection scales with"
-    n, d = np.array([s.hidden, s.ffn], dtype=float), float(s.hidden)  # inputs of the two output projections
+    # inputs of the two output projections
+    n, d = np.array([s.hidden, s.ffn], dtype=float), float(s.hidden)
     forward, gram = s.layer_params * tokens, (n**2).sum() * tokens
     factors = (n**3).sum() + d * (n**2).sum()
-    return dict(statistics=forward + gram, factors=factors, new_policy=d * (n**2).sum() / 4, cached_policy=1.0, forward=forward / 2,
+    return dict(statistics=forward + gram, factors=factors, new_policy=d * (n**2).sum() / 4,
+                cached_policy=1.0, forward=forward / 2,
                 sequential=2 * forward + gram + factors)[stage]
 
 
@@ -87,70 +93,95 @@ def tensors(*values) -> int:
     "Bytes of all tensors in nested dicts, lists and tuples, each storage once"
     seen = {}
     def walk(v):
-        if torch.is_tensor(v): seen[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
-        elif isinstance(v, dict): [walk(x) for x in v.values()]
-        elif isinstance(v, (list, tuple)): [walk(x) for x in v]
+        if torch.is_tensor(v):
+            seen[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
+        elif isinstance(v, dict):
+            [walk(x) for x in v.values()]
+        elif isinstance(v, (list, tuple)):
+            [walk(x) for x in v]
     walk(values)
     return sum(seen.values())
 
 
 def measure(shape: Shape, layers: int, size: Size) -> dict:
     "Seconds (a list over turns) and bytes of each stage of a model with this many layers"
-    model = tiny_model('llama', layers, shape.hidden, shape.heads, shape.kv_heads, shape.ffn, shape.vocab).bfloat16()
+    model = tiny_model('llama', layers, shape.hidden, shape.heads, shape.kv_heads, shape.ffn,
+                       shape.vocab).bfloat16()
     layout, seconds = Layout(model), {}
-    ids = torch.randint(3, shape.vocab, (size.blocks, size.block_len), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, shape.vocab, (size.blocks, size.block_len),
+                        generator=torch.Generator().manual_seed(0))
     blocks = Blocks(ids, size.block_len - 1)
     def timed(stage, fn):
-        start = time.perf_counter(); out = fn()
+        start = time.perf_counter()
+        out = fn()
         seconds.setdefault(stage, []).append(time.perf_counter() - start)
         return out
-    for _ in range(size.turns): stats = timed('statistics', lambda: collect_stats(model, layout, blocks, progress=False))
+    for _ in range(size.turns):
+        stats = timed('statistics', lambda: collect_stats(model, layout, blocks, progress=False))
     elastic = ElasticModel(model, unit_order(layout, stats))
     stats, cost = stats.permute(elastic.columns), param_cost(layout)
     calibrator = timed('factors', lambda: Calibrator(elastic, stats).prepare(progress=False))
     step = (1, max(1, shape.ffn // 48))
-    policies = [solve(random_scores(i, cost.full.shape), cost, size.sparsity, step) for i in range(size.turns)]
-    for w in policies: timed('new_policy', lambda: elastic.set(w, calibrator))
-    for w in policies: timed('cached_policy', lambda: elastic.set(w, calibrator))
-    for w in policies: timed('forward', lambda: block_nll(elastic.model, blocks))
+    policies = [solve(random_scores(i, cost.full.shape), cost, size.sparsity, step)
+                for i in range(size.turns)]
+    for w in policies:
+        timed('new_policy', lambda: elastic.set(w, calibrator))
+    for w in policies:
+        timed('cached_policy', lambda: elastic.set(w, calibrator))
+    for w in policies:
+        timed('forward', lambda: block_nll(elastic.model, blocks))
     elastic.restore()
-    timed('sequential', lambda: sequential_calibrate(elastic, policies[0], blocks, 1.0, calibrator, 'residual', progress=False))
+    timed('sequential',
+          lambda: sequential_calibrate(elastic, policies[0], blocks, 1.0, calibrator, 'residual',
+                                       progress=False))
     parts = dict(weights_GB=tensors(*model.parameters()), gram_GB=tensors(stats.gram, stats.total),
-                 factors_GB=tensors(calibrator._factors), policy_GB=calibrator._held // len(policies))
+                 factors_GB=tensors(calibrator._factors),
+                 policy_GB=calibrator._held // len(policies))
     return dict(seconds=seconds, bytes=parts)
 
 
 def fit(shape: Shape, size: Size) -> list[dict]:
-    "For each stage a row with the time of a layer and of the rest, and for each kind of memory one with bytes"
+    """For each stage a row with the time of a layer and of the rest, and for each kind of memory
+    one with bytes"""
     a, b = size.depths
     lo, hi = (measure(shape, d, size) for d in (a, b))
     gc.collect()
     rows = []
     for stage in lo['seconds']:
         x, y = (float(np.median(m['seconds'][stage])) for m in (lo, hi))
-        rows.append(dict(what=stage, unit='s', layer=max(y - x, 0.0) / (b - a), rest=max(x - a * max(y - x, 0.0) / (b - a), 0.0)))
+        rows.append(dict(what=stage, unit='s', layer=max(y - x, 0.0) / (b - a),
+                         rest=max(x - a * max(y - x, 0.0) / (b - a), 0.0)))
     for part in lo['bytes']:
         x, y = lo['bytes'][part], hi['bytes'][part]
-        rows.append(dict(what=part, unit='bytes', layer=(y - x) / (b - a), rest=x - a * (y - x) / (b - a)))
+        rows.append(dict(what=part, unit='bytes', layer=(y - x) / (b - a),
+                         rest=x - a * (y - x) / (b - a)))
     return rows
 
 
 def project(rows: list[dict], of: Shape, to: Shape, size: Size) -> list[dict]:
-    "The rows of a larger shape from those of a measured one: time by counted work, memory by counted numbers"
+    """The rows of a larger shape from those of a measured one: time by counted work, memory by
+    counted numbers"""
     tokens = size.blocks * size.block_len
     n = lambda s: s.hidden**2 + s.ffn**2
     bytes_ratio = dict(weights_GB=to.layer_params / of.layer_params, gram_GB=n(to) / n(of),
-                       factors_GB=(n(to) + to.hidden * (to.hidden + to.ffn)) / (n(of) + of.hidden * (of.hidden + of.ffn)),
-                       policy_GB=to.hidden * (to.hidden + to.ffn) / (of.hidden * (of.hidden + of.ffn)))
+                       factors_GB=(n(to) + to.hidden * (to.hidden + to.ffn))
+                       / (n(of) + of.hidden * (of.hidden + of.ffn)),
+                       policy_GB=to.hidden * (to.hidden + to.ffn)
+                       / (of.hidden * (of.hidden + of.ffn)))
     rest = to.hidden * to.vocab / (of.hidden * of.vocab)
-    return [r | dict(layer=r['layer'] * (bytes_ratio[r['what']] if r['unit'] == 'bytes' else work(r['what'], to, tokens) / work(r['what'], of, tokens)),
-                     rest=r['rest'] * rest) for r in rows]
+    return [r
+            | dict(layer=r['layer']
+                   * (bytes_ratio[r['what']] if r['unit'] == 'bytes'
+                      else work(r['what'], to, tokens) / work(r['what'], of, tokens)),
+                   rest=r['rest'] * rest) for r in rows]
 
 
-def totals(rows: list[dict], shape: Shape, size: Size) -> dict:  # by stage: seconds (for 1,000 tokens where it reads text) or GB
+def totals(rows: list[dict], shape: Shape,
+           size: Size) -> dict:  # by stage: seconds (for 1,000 tokens where it reads text) or GB
     "A whole model"
     per = {s: 1000 / (size.blocks * size.block_len) for s in PER_TOKEN}
-    return {r['what']: (r['rest'] + shape.layers * r['layer']) * (per.get(r['what'], 1) if r['unit'] == 's' else 1e-9) for r in rows}
+    return {r['what']: (r['rest'] + shape.layers * r['layer'])
+            * (per.get(r['what'], 1) if r['unit'] == 's' else 1e-9) for r in rows}
 
 
 def run(shapes: dict, size: Size) -> dict:
@@ -160,22 +191,30 @@ def run(shapes: dict, size: Size) -> dict:
         print(f'{name}: measuring {size.depths[0]} and {size.depths[1]} layers', flush=True)
         measured[name] = fit(shapes[name], size)
     last, before = size.measured[-1], size.measured[-2]
-    rows = [dict(model=n, how='measured', **totals(measured[n], shapes[n], size)) for n in size.measured]
+    rows = [dict(model=n, how='measured', **totals(measured[n], shapes[n], size))
+            for n in size.measured]
     larger = [n for n in shapes if n not in size.measured]
-    rows += [dict(model=n, how='projected', **totals(project(measured[last], shapes[last], shapes[n], size), shapes[n], size)) for n in larger]
-    guess = totals(project(measured[before], shapes[before], shapes[last], size), shapes[last], size)
+    rows += [dict(model=n, how='projected',
+                  **totals(project(measured[last], shapes[last], shapes[n], size), shapes[n], size))
+             for n in larger]
+    guess = totals(project(measured[before], shapes[before], shapes[last], size), shapes[last],
+                   size)
     known = totals(measured[last], shapes[last], size)
     check = {k: float(guess[k] / known[k]) for k in known if known[k] > 0}
     return dict(rows=rows, layers=measured, check=dict(projected=last, of=before, ratio=check))
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--quick', action='store_true', help='tiny shapes: seconds, and no meaningful figures')
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--quick', action='store_true',
+                        help='tiny shapes: seconds, and no meaningful figures')
     parser.add_argument('--out', type=Path, help='folder for the record')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help="PyTorch's threads")
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(),
+                        help="PyTorch's threads")
     args = parser.parse_args(argv)
-    if args.threads < 1: parser.error(f'--threads {args.threads}: expected at least 1')
+    if args.threads < 1:
+        parser.error(f'--threads {args.threads}: expected at least 1')
     args.out = args.out or ROOT / ('runs/benchmarks-quick' if args.quick else 'benchmarks/results')
     return args
 
@@ -184,16 +223,24 @@ def main(argv=None):
     args = arguments(argv)
     size = Size(measured=('a', 'b'), block_len=32, turns=2) if args.quick else Size()
     torch.set_num_threads(args.threads)
-    load, start = (os.getloadavg() if hasattr(os, 'getloadavg') else [float('nan')])[0], time.perf_counter()
-    if load > 0.5 and not args.quick: print(f'warning: load of the machine is {load:.1f}; times may be wrong', flush=True)
+    load = (os.getloadavg() if hasattr(os, 'getloadavg') else [float('nan')])[0]
+    start = time.perf_counter()
+    if load > 0.5 and not args.quick:
+        print(f'warning: load of the machine is {load:.1f}; times may be wrong', flush=True)
     shapes = SMALL if args.quick else SHAPES
     found = run(shapes, size)
-    config = dict(name='scaling', threads=args.threads, shapes={k: asdict(v) for k, v in shapes.items()}, **asdict(size))
-    path = save_record(args.out, config, found | dict(load_at_start=load), wall_s=round(time.perf_counter() - start, 1))
-    with pd.option_context('display.width', 200): print('\n' + pd.DataFrame(found['rows']).set_index('model').round(3).T.to_string())
-    print('\nprojection / measurement:', {k: round(v, 2) for k, v in found['check']['ratio'].items()})
-    if args.quick: print('A quick run: these figures of tiny models mean nothing.')
+    config = dict(name='scaling', threads=args.threads,
+                  shapes={k: asdict(v) for k, v in shapes.items()}, **asdict(size))
+    path = save_record(args.out, config, found | dict(load_at_start=load),
+                       wall_s=round(time.perf_counter() - start, 1))
+    with pd.option_context('display.width', 200):
+        print('\n' + pd.DataFrame(found['rows']).set_index('model').round(3).T.to_string())
+    print('\nprojection / measurement:',
+          {k: round(v, 2) for k, v in found['check']['ratio'].items()})
+    if args.quick:
+        print('A quick run: these figures of tiny models mean nothing.')
     print(f'record: {os.path.relpath(path)}')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -5,15 +5,18 @@ import pytest
 import torch
 
 os.environ.setdefault('TQDM_DISABLE', '1')
-os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test needs a hub, and a wrong name should not wait for one
+# no test needs a hub, and a wrong name should not wait for one
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
 torch.set_num_threads(1)
 
 
 def make_qwen2_tokenizer():
-    "Single characters: transformers reads every tokenizer of a Qwen2 folder as byte-level BPE, never as words"
+    """Single characters: transformers reads every tokenizer of a Qwen2 folder as byte-level BPE,
+    never as words"""
     from transformers import Qwen2Tokenizer
     vocab = {c: i + 3 for i, c in enumerate('w0123456789ĠĊ')} | {'<unk>': 0, '<bos>': 1, '<eos>': 2}
-    return Qwen2Tokenizer(vocab=vocab, merges=[], unk_token='<unk>', bos_token='<bos>', eos_token='<eos>', pad_token='<eos>')
+    return Qwen2Tokenizer(vocab=vocab, merges=[], unk_token='<unk>', bos_token='<bos>',
+                          eos_token='<eos>', pad_token='<eos>')
 
 
 def make_folder(folder, family='llama'):
@@ -21,7 +24,8 @@ def make_folder(folder, family='llama'):
     import numpy as np
     from ffp_nb.core.families import tiny_model, tiny_tokenizer
     tiny_model(family, seed=1).save_pretrained(folder / 'dense')
-    (make_qwen2_tokenizer if family == 'qwen2' else tiny_tokenizer)().save_pretrained(folder / 'dense')
+    (make_qwen2_tokenizer if family == 'qwen2'
+     else tiny_tokenizer)().save_pretrained(folder / 'dense')
     rng = np.random.default_rng(0)
     paragraphs = [' '.join(f'w{i}' for i in rng.integers(0, 211, 60)) for _ in range(120)]
     (folder / 'text.txt').write_text('\n\n'.join(paragraphs))
@@ -52,14 +56,16 @@ def family_folder(tmp_path_factory):
     "`family_folder(name)`: the same for any family, made once and only read"
     made = {}
     def get(family):
-        if family not in made: made[family] = make_folder(tmp_path_factory.mktemp(family), family)
+        if family not in made:
+            made[family] = make_folder(tmp_path_factory.mktemp(family), family)
         return made[family]
     return get
 
 
 @pytest.fixture(scope='session')
 def ffp():
-    "`ffp('prune', '--out', folder)`: the command, with a smaller smoke profile and, unless asked for, no pictures"
+    """`ffp('prune', '--out', folder)`: the command, with a smaller smoke profile and, unless asked
+    for, no pictures"""
     from typer.testing import CliRunner
     from ffp_nb import cli, prune
     def run(*args, pictures=False):
@@ -67,8 +73,10 @@ def ffp():
             m.setitem(prune.PROFILES, 'smoke', prune.Profile(32, 4, 2, 8, 4, 1, 2, 2))
             m.setenv('COLUMNS', '300')
             if not pictures:
-                for name in ('plot_retention', 'plot_search'): m.setattr(prune, name, lambda *a, **kw: None)
-                m.setattr(prune, 'save_figure', lambda fig, path: prune.atomic_write(path, b'picture'))
+                for name in ('plot_retention', 'plot_search'):
+                    m.setattr(prune, name, lambda *a, **kw: None)
+                m.setattr(prune, 'save_figure',
+                          lambda fig, path: prune.atomic_write(path, b'picture'))
             return CliRunner().invoke(cli.app, [str(a) for a in args])
     return run
 
@@ -79,6 +87,8 @@ def bench(tmp_path_factory):
     from ffp_nb.pipeline.bench import Bench
     from ffp_nb.pipeline.config import Profile, PruneConfig
     folder = make_folder(tmp_path_factory.mktemp('study'))
-    profile = Profile(block_len=32, calibration_blocks=8, sequential_blocks=4, episodes=8, batch=4, blocks=2, final_blocks=3, test_blocks=4)
-    config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), dtype='float32', step=(1, 8), profile=profile)
+    profile = Profile(block_len=32, calibration_blocks=8, sequential_blocks=4, episodes=8, batch=4,
+                      blocks=2, final_blocks=3, test_blocks=4)
+    config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), dtype='float32',
+                         step=(1, 8), profile=profile)
     return Bench.load(config, progress=False)

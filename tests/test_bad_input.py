@@ -1,4 +1,5 @@
-"Whatever is wrong, the user reads one line that says what and what to do, and nothing that was there is lost"
+"""Whatever is wrong, the user reads one line that says what and what to do, and nothing that was
+there is lost"""
 import errno
 import json
 import os
@@ -20,7 +21,8 @@ COMMON = '--profile', 'smoke', '--dtype', 'float32'
 
 
 def files(folder):
-    return {str(o.relative_to(folder)): o.read_bytes() for o in sorted(Path(folder).rglob('*')) if o.is_file()}
+    return {str(o.relative_to(folder)): o.read_bytes() for o in sorted(Path(folder).rglob('*'))
+            if o.is_file()}
 
 
 def kept(before, folder):
@@ -37,7 +39,8 @@ def refused(result, *words, status=1):
     message = result.stderr.partition('error: ')[2].strip()
     assert message and '\n' not in message, result.stderr
     assert 'Traceback' not in result.output
-    for word in words: assert word in message, f'{word!r} not in: {message}'
+    for word in words:
+        assert word in message, f'{word!r} not in: {message}'
     return message
 
 
@@ -63,13 +66,16 @@ def changed(base, **options):
     base = list(base)
     for k, v in options.items():
         name = '--' + k.replace('_', '-')
-        if name in base: base[base.index(name) + 1] = v
-        else: base += [name, v]
+        if name in base:
+            base[base.index(name) + 1] = v
+        else:
+            base += [name, v]
     return base
 
 
 def same_search(a, b):
-    for name in ('policies.jsonl', 'config.json'): assert (a / name).read_bytes() == (b / name).read_bytes()
+    for name in ('policies.jsonl', 'config.json'):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
 
 
 # Options
@@ -103,15 +109,18 @@ def test_infeasible_target_leaves_no_trace(world, searched, ffp, tmp_path, comma
     same_search(tmp_path / 'new' / 'search', world[0] / 'out' / 'search')
 
 
-@pytest.mark.parametrize('options, words', [(dict(alpha=0), ('alpha', '0', '0.1')), (dict(alpha='nan'), ('alpha', 'nan'))])
+@pytest.mark.parametrize('options, words',
+                         [(dict(alpha=0), ('alpha', '0', '0.1')),
+                          (dict(alpha='nan'), ('alpha', 'nan'))])
 def test_alpha(world, searched, ffp, options, words):
     before = files(searched)
     refused(ffp('prune', *changed(world[1], **options), '--out', searched), *words)
     kept(before, searched)
 
 
-@pytest.mark.parametrize('option, known', [('method', 'uniform-ffn'), ('criterion', 'wanda'), ('profile', 'smoke'),
-                                           ('calibration', 'sequential')])
+@pytest.mark.parametrize('option, known',
+                         [('method', 'uniform-ffn'), ('criterion', 'wanda'), ('profile', 'smoke'),
+                          ('calibration', 'sequential')])
 def test_choices(world, searched, ffp, option, known):
     "Choices are checked by the command line itself, with its own status 2"
     before = files(searched)
@@ -121,21 +130,25 @@ def test_choices(world, searched, ffp, option, known):
     kept(before, searched)
 
 
-@pytest.mark.parametrize('name, value', [('method', 'nosuch'), ('criterion', 'nosuch'), ('calibration', 'nosuch'),
-                                         ('dtype', 'int4'), ('sequential_target', 'nosuch')])
+@pytest.mark.parametrize('name, value',
+                         [('method', 'nosuch'), ('criterion', 'nosuch'), ('calibration', 'nosuch'),
+                          ('dtype', 'int4'), ('sequential_target', 'nosuch')])
 def test_choices_in_python(name, value):
-    with pytest.raises(ValueError, match=f'{name}.*{value}.*expected'): prune.PruneConfig(**{name: value})
+    with pytest.raises(ValueError, match=f'{name}.*{value}.*expected'):
+        prune.PruneConfig(**{name: value})
 
 
 def test_message_with_brackets_is_printed_whole(world, ffp, tmp_path):
     "Terminal markup in a name is neither obeyed nor a crash"
     for name in ('[bold]', '[/tmp]'):
-        refused(ffp('eval', '--model', world[0] / 'dense', '--text', tmp_path / name / 'text.txt'), name)
+        refused(ffp('eval', '--model', world[0] / 'dense', '--text', tmp_path / name / 'text.txt'),
+                name)
 
 
 # Text
 
-def paragraphs(n, words=3): return '\n\n'.join(f'w{i % 211} ' * words + f'w{i // 211}' for i in range(n)).encode()
+def paragraphs(n, words=3):
+    return '\n\n'.join(f'w{i % 211} ' * words + f'w{i // 211}' for i in range(n)).encode()
 
 
 @pytest.mark.parametrize('content, words', [
@@ -149,24 +162,29 @@ def paragraphs(n, words=3): return '\n\n'.join(f'w{i % 211} ' * words + f'w{i //
 ])
 def test_text(world, searched, ffp, tmp_path, content, words):
     text, before = tmp_path / 'text.txt', files(searched)
-    if content is not None: text.write_bytes(content)
+    if content is not None:
+        text.write_bytes(content)
     for command in ('search', 'prune'):
         refused(ffp(command, *changed(world[1], text=text), '--out', searched), *words)
-    refused(ffp('eval', '--model', world[0] / 'dense', '--text', text, '--block-len', 128), *words[:-1])
+    refused(ffp('eval', '--model', world[0] / 'dense', '--text', text, '--block-len', 128),
+            *words[:-1])
     kept(before, searched)
 
 
 def test_text_is_a_folder(world, ffp, tmp_path):
-    refused(ffp('search', *changed(world[1], text=tmp_path), '--out', tmp_path / 'out'), str(tmp_path), 'Give')
+    refused(ffp('search', *changed(world[1], text=tmp_path), '--out', tmp_path / 'out'),
+            str(tmp_path), 'Give')
 
 
 def test_empty_last_split_is_found_before_the_search(world, ffp, tmp_path):
     "A text whose test split is empty must not cost the hours of a search first"
     rng = np.random.default_rng(0)
-    sizes = [60] * 80 + [1000]  # the long paragraph begins in the selection split and fills the test split too
+    # the long paragraph begins in the selection split and fills the test split too
+    sizes = [60] * 80 + [1000]
     text = '\n\n'.join(' '.join(f'w{i}' for i in rng.integers(0, 211, n)) for n in sizes)
     (tmp_path / 'text.txt').write_text(text)
-    message = refused(ffp('prune', *changed(world[1], text=tmp_path / 'text.txt'), '--out', tmp_path / 'out'), 'Give more text')
+    message = refused(ffp('prune', *changed(world[1], text=tmp_path / 'text.txt'), '--out',
+                          tmp_path / 'out'), 'Give more text')
     assert 'test' in message
     assert not (tmp_path / 'out' / 'search').exists()
 
@@ -175,7 +193,8 @@ def test_empty_last_split_is_found_before_the_search(world, ffp, tmp_path):
 
 def gpt2(folder):
     from transformers import GPT2Config, GPT2LMHeadModel
-    GPT2LMHeadModel(GPT2Config(vocab_size=211, n_embd=32, n_layer=1, n_head=2)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(vocab_size=211, n_embd=32, n_layer=1,
+                               n_head=2)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
 
 
@@ -196,27 +215,33 @@ def cut(folder, part=0.7):
 
 
 def no_tokenizer(folder):
-    for o in folder.glob('tokenizer*'): o.unlink()
+    for o in folder.glob('tokenizer*'):
+        o.unlink()
 
 
 FINITE = 'NaN or infinity'
-BROKEN = {
-    'gpt2': (gpt2, ('gpt2', 'llama, mistral, qwen2, qwen3, opt')),
-    'type unknown to transformers': (lambda o: edited_config(o, model_type='nosuch'), ('nosuch', 'llama, mistral, qwen2, qwen3, opt')),
-    'encoder-decoder': (lambda o: edited_config(o, model_type='t5'), ('t5', 'llama, mistral, qwen2, qwen3, opt')),
-    'post-norm opt': (lambda o: (tiny_model('opt').save_pretrained(o), edited_config(o, do_layer_norm_before=False)),
-                      ('do_layer_norm_before', 'pre-norm')),
-    'no config': (lambda o: (o / 'config.json').unlink(), ('dense', 'config.json', 'Give')),
-    'config is no json': (lambda o: (o / 'config.json').write_text('{"model_type": "lla'), ('config.json',)),
-    'no weights': (lambda o: (o / 'model.safetensors').unlink(), ('dense', 'could not be loaded')),
-    'no tokenizer': (no_tokenizer, ('dense', 'tokenizer')),
-    'weights cut': (cut, ('dense', 'again')),
-    'weights empty': (lambda o: cut(o, 0), ('dense', 'again')),
-    'nan in first layer': (lambda o: poison(o, 'layers.0.self_attn.q_proj'), (FINITE, 'again')),
-    'nan in last projection': (lambda o: poison(o, 'layers.2.mlp.down_proj'), (FINITE, 'again')),
-    'inf in head': (lambda o: poison(o, 'lm_head', float('inf')), (FINITE, 'again')),
-    'nan in embedding': (lambda o: poison(o, 'embed_tokens'), (FINITE, 'again')),
-}
+BROKEN = {'gpt2': (gpt2, ('gpt2', 'llama, mistral, qwen2, qwen3, opt')),
+          'type unknown to transformers': (lambda o: edited_config(o, model_type='nosuch'),
+                                           ('nosuch', 'llama, mistral, qwen2, qwen3, opt')),
+          'encoder-decoder': (lambda o: edited_config(o, model_type='t5'),
+                              ('t5', 'llama, mistral, qwen2, qwen3, opt')),
+          'post-norm opt': (lambda o: (tiny_model('opt').save_pretrained(o),
+                                       edited_config(o, do_layer_norm_before=False)),
+                            ('do_layer_norm_before', 'pre-norm')),
+          'no config': (lambda o: (o / 'config.json').unlink(), ('dense', 'config.json', 'Give')),
+          'config is no json': (lambda o: (o / 'config.json').write_text('{"model_type": "lla'),
+                                ('config.json',)),
+          'no weights': (lambda o: (o / 'model.safetensors').unlink(),
+                         ('dense', 'could not be loaded')),
+          'no tokenizer': (no_tokenizer, ('dense', 'tokenizer')),
+          'weights cut': (cut, ('dense', 'again')),
+          'weights empty': (lambda o: cut(o, 0), ('dense', 'again')),
+          'nan in first layer': (lambda o: poison(o, 'layers.0.self_attn.q_proj'),
+                                 (FINITE, 'again')),
+          'nan in last projection': (lambda o: poison(o, 'layers.2.mlp.down_proj'),
+                                     (FINITE, 'again')),
+          'inf in head': (lambda o: poison(o, 'lm_head', float('inf')), (FINITE, 'again')),
+          'nan in embedding': (lambda o: poison(o, 'embed_tokens'), (FINITE, 'again')),}
 
 
 @pytest.mark.parametrize('case', BROKEN)
@@ -228,14 +253,17 @@ def test_model(world, searched, ffp, tmp_path, case):
     before, options = files(searched), changed(world[1], model=tmp_path / 'dense')
     refused(ffp('search', *options, '--out', searched), *words)
     refused(ffp('prune', *changed(options, method='uniform'), '--out', searched), *words)
-    refused(ffp('eval', '--model', tmp_path / 'dense', '--text', world[0] / 'text.txt', '--block-len', 32), *words)
+    refused(ffp('eval', '--model', tmp_path / 'dense', '--text', world[0] / 'text.txt',
+                '--block-len', 32), *words)
     kept(before, searched)
 
 
 def test_model_that_is_not_there(world, searched, ffp, tmp_path):
     before = files(searched)
-    refused(ffp('search', *changed(world[1], model=tmp_path / 'nosuch'), '--out', searched), 'nosuch', 'save_pretrained')
-    refused(ffp('search', *changed(world[1], model='nosuch/model'), '--out', searched), 'nosuch/model', 'smollm2')
+    refused(ffp('search', *changed(world[1], model=tmp_path / 'nosuch'), '--out', searched),
+            'nosuch', 'save_pretrained')
+    refused(ffp('search', *changed(world[1], model='nosuch/model'), '--out', searched),
+            'nosuch/model', 'smollm2')
     kept(before, searched)
 
 
@@ -243,30 +271,39 @@ def test_tokenizer_of_another_model(world, ffp, tmp_path):
     "More words than embeddings: an error, not an index out of range"
     shutil.copytree(world[0] / 'dense', tmp_path / 'dense')
     tiny_tokenizer(400).save_pretrained(tmp_path / 'dense')
-    (tmp_path / 'text.txt').write_bytes((world[0] / 'text.txt').read_bytes().replace(b'w21 ', b'w321 '))
+    (tmp_path
+     / 'text.txt').write_bytes((world[0] / 'text.txt').read_bytes().replace(b'w21 ', b'w321 '))
     options = changed(world[1], model=tmp_path / 'dense', text=tmp_path / 'text.txt')
     refused(ffp('search', *options, '--out', tmp_path / 'out'), 'tokenizer', '211')
-    refused(ffp('eval', '--model', tmp_path / 'dense', '--text', tmp_path / 'text.txt', '--block-len', 32), 'tokenizer', '211')
+    refused(ffp('eval', '--model', tmp_path / 'dense', '--text', tmp_path / 'text.txt',
+                '--block-len', 32), 'tokenizer', '211')
 
 
 def test_pruned_model_is_not_pruned_again(world, searched, ffp):
     before = files(searched)
     for command in ('search', 'prune'):
-        refused(ffp(command, *changed(world[1], model=world[0] / 'whole' / 'model'), '--out', searched), 'pruned already', 'dense')
+        refused(ffp(command, *changed(world[1], model=world[0] / 'whole' / 'model'), '--out',
+                    searched), 'pruned already', 'dense')
     kept(before, searched)
 
 
-PRUNED = {
-    'weights cut': (cut, ('model.safetensors', 'again')),
-    'weights empty': (lambda o: cut(o, 0), ('model.safetensors', 'again')),
-    'no weights': (lambda o: (o / 'model.safetensors').unlink(), ('weights', 'again')),
-    'no tokenizer': (no_tokenizer, ('no tokenizer', 'Copy')),
-    'dense weights': (lambda o: save_file(tiny_model('llama').state_dict(), o / 'model.safetensors'), ('pruned_widths', 'again')),
-    'widths of another model': (lambda o: edited_config(o, pruned_widths=[dict(heads=2, kv_heads=1, ffn=3)]), ('pruned_widths',)),
-    'widths without names': (lambda o: edited_config(o, pruned_widths=[[1, 2]] * 3), ('pruned_widths',)),
-    'config is no json': (lambda o: (o / 'config.json').write_text('{"pruned_widths": ['), ('config.json',)),
-    'nan': (lambda o: poison(o, 'lm_head'), (FINITE,)),
-}
+PRUNED = {'weights cut': (cut, ('model.safetensors', 'again')),
+          'weights empty': (lambda o: cut(o, 0), ('model.safetensors', 'again')),
+          'no weights': (lambda o: (o / 'model.safetensors').unlink(), ('weights', 'again')),
+          'no tokenizer': (no_tokenizer, ('no tokenizer', 'Copy')),
+          'dense weights': (lambda o: save_file(tiny_model('llama').state_dict(),
+                                                o / 'model.safetensors'),
+                            ('pruned_widths', 'again')),
+          'widths of another model': (lambda o: edited_config(o,
+                                                              pruned_widths=[dict(heads=2,
+                                                                                  kv_heads=1,
+                                                                                  ffn=3)]),
+                                      ('pruned_widths',)),
+          'widths without names': (lambda o: edited_config(o, pruned_widths=[[1, 2]] * 3),
+                                   ('pruned_widths',)),
+          'config is no json': (lambda o: (o / 'config.json').write_text('{"pruned_widths": ['),
+                                ('config.json',)),
+          'nan': (lambda o: poison(o, 'lm_head'), (FINITE,)),}
 
 
 @pytest.mark.parametrize('case', PRUNED)
@@ -274,7 +311,8 @@ def test_pruned_folder(world, ffp, tmp_path, case):
     damage, words = PRUNED[case]
     shutil.copytree(world[0] / 'whole' / 'model', tmp_path / 'model')
     damage(tmp_path / 'model')
-    refused(ffp('eval', '--model', tmp_path / 'model', '--text', world[0] / 'text.txt', '--block-len', 32), *words)
+    refused(ffp('eval', '--model', tmp_path / 'model', '--text', world[0] / 'text.txt',
+                '--block-len', 32), *words)
 
 
 @pytest.mark.parametrize('options, words', [
@@ -297,7 +335,8 @@ def test_eval_options(world, ffp, options, words):
 
 def test_blocks_longer_than_the_model_reads(family_folder, ffp):
     folder = family_folder('opt')  # its position table ends at 512
-    refused(ffp('eval', '--model', folder / 'dense', '--text', folder / 'text.txt', '--block-len', 600), '600', '512')
+    refused(ffp('eval', '--model', folder / 'dense', '--text', folder / 'text.txt', '--block-len',
+                600), '600', '512')
 
 
 # Folders
@@ -305,7 +344,8 @@ def test_blocks_longer_than_the_model_reads(family_folder, ffp):
 @pytest.mark.parametrize('command', ['search', 'prune'])
 def test_folder_of_another_run(world, searched, ffp, command):
     before = files(searched)
-    message = refused(ffp(command, *changed(world[1], seed=7), '--out', searched), 'seed', '0', '7', '--out', '--no-resume')
+    message = refused(ffp(command, *changed(world[1], seed=7), '--out', searched), 'seed', '0', '7',
+                      '--out', '--no-resume')
     assert 'config.json' not in message or 'seed' in message
     kept(before, searched)
     worked(ffp('search', *world[1], '--out', searched))
@@ -318,20 +358,24 @@ def test_model_in_out(world, ffp, tmp_path):
     shutil.copytree(world[0] / 'whole', tmp_path / 'out')
     before = files(tmp_path)
     for more in ((), ('--no-resume',)):
-        refused(ffp('prune', *world[1], *more, '--out', tmp_path / 'out'), 'model', 'exists', '--overwrite')
+        refused(ffp('prune', *world[1], *more, '--out', tmp_path / 'out'), 'model', 'exists',
+                '--overwrite')
         assert files(tmp_path) == before
     worked(ffp('prune', *world[1], '--overwrite', '--out', tmp_path / 'out'))
-    assert {k: v for k, v in files(tmp_path / 'out' / 'model').items()} == files(world[0] / 'whole' / 'model')
+    assert ({k: v for k, v in files(tmp_path / 'out' / 'model').items()}
+            == files(world[0] / 'whole' / 'model'))
 
 
 def test_overwrite_that_fails_brings_the_old_model_back(world, ffp, tmp_path, monkeypatch):
     shutil.copytree(world[0] / 'whole', tmp_path / 'out')
     before, replace = files(tmp_path / 'out' / 'model'), os.replace
     def fails(a, b):
-        if Path(b) == tmp_path / 'out' / 'model' and str(a).endswith('.tmp'): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if Path(b) == tmp_path / 'out' / 'model' and str(a).endswith('.tmp'):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return replace(a, b)
     monkeypatch.setattr(os, 'replace', fails)
-    refused(ffp('prune', *world[1], '--overwrite', '--out', tmp_path / 'out'), 'No space left', 'Free some space')
+    refused(ffp('prune', *world[1], '--overwrite', '--out', tmp_path / 'out'), 'No space left',
+            'Free some space')
     assert files(tmp_path / 'out' / 'model') == before
     assert not list((tmp_path / 'out').glob('.model*'))
 
@@ -339,38 +383,48 @@ def test_overwrite_that_fails_brings_the_old_model_back(world, ffp, tmp_path, mo
 @pytest.mark.parametrize('command', ['search', 'prune'])
 def test_out_cannot_be_made(world, ffp, tmp_path, command, monkeypatch):
     (tmp_path / 'file').write_text('mine')
-    monkeypatch.setattr(prune, 'load_model', lambda *a, **kw: pytest.fail('the model was loaded first'))
+    monkeypatch.setattr(prune, 'load_model',
+                        lambda *a, **kw: pytest.fail('the model was loaded first'))
     for out in (tmp_path / 'file', tmp_path / 'file' / 'out'):
         refused(ffp(command, *world[1], '--out', out), str(out), 'a part of this path is a file')
-    def denied(path, *a, **kw): raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+    def denied(path, *a, **kw):
+        raise PermissionError(errno.EACCES, 'Permission denied', str(path))
     monkeypatch.setattr(runs, 'open', denied, raising=False)  # the superuser may write anywhere
-    refused(ffp(command, *world[1], '--out', tmp_path / 'out'), str(tmp_path / 'out'), 'choose a folder that you may write to')
+    refused(ffp(command, *world[1], '--out', tmp_path / 'out'), str(tmp_path / 'out'),
+            'choose a folder that you may write to')
     assert (tmp_path / 'file').read_text() == 'mine'
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='the superuser may write anywhere')
 def test_no_permission_for_real(world, ffp, tmp_path):
     (tmp_path / 'locked').mkdir(mode=0o500)
-    refused(ffp('search', *world[1], '--out', tmp_path / 'locked' / 'out'), 'choose a folder that you may write to')
+    refused(ffp('search', *world[1], '--out', tmp_path / 'locked' / 'out'),
+            'choose a folder that you may write to')
 
 
-def flip(path): data = bytearray(path.read_bytes()); data[len(data) // 2] ^= 1; path.write_bytes(bytes(data))
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize('damage', [flip, lambda o: o.write_bytes(b''), lambda o: o.write_bytes(o.read_bytes()[:-9])])
+@pytest.mark.parametrize('damage',
+                         [flip, lambda o: o.write_bytes(b''),
+                          lambda o: o.write_bytes(o.read_bytes()[:-9])])
 def test_corrupt_checkpoint_falls_back_to_the_one_before(world, searched, ffp, damage):
     damage(searched / 'search' / 'checkpoint.pt')
     with pytest.warns(UserWarning, match='is damaged.*checkpoint before it'):
         worked(ffp('search', *world[1], '--out', searched))
     same_search(searched / 'search', world[0] / 'out' / 'search')
-    assert (searched / 'widths.json').read_bytes() == (world[0] / 'out' / 'widths.json').read_bytes()
+    assert ((searched / 'widths.json').read_bytes()
+            == (world[0] / 'out' / 'widths.json').read_bytes())
 
 
-@pytest.mark.parametrize('names, words', [
-    (('checkpoint.pt', 'checkpoint.prev'), ('no checkpoint can be read', 'checkpoint.pt', '--no-resume')),
-    (('config.json',), ('config.json', 'restore')),
-    (('policies.jsonl',), ('policies.jsonl', 'restore')),
-])
+@pytest.mark.parametrize('names, words',
+                         [(('checkpoint.pt', 'checkpoint.prev'),
+                           ('no checkpoint can be read', 'checkpoint.pt', '--no-resume')),
+                          (('config.json',), ('config.json', 'restore')),
+                          (('policies.jsonl',), ('policies.jsonl', 'restore')),])
 def test_damaged_run(world, searched, ffp, names, words):
     good = files(searched)
     for name in names:
@@ -379,7 +433,8 @@ def test_damaged_run(world, searched, ffp, names, words):
     before = files(searched)
     refused(ffp('search', *world[1], '--out', searched), *words)
     kept(before, searched)
-    for name in names: (searched / 'search' / name).write_bytes(good[f'search/{name}'])  # from a backup
+    for name in names:
+        (searched / 'search' / name).write_bytes(good[f'search/{name}'])  # from a backup
     worked(ffp('search', *world[1], '--out', searched))
     assert files(searched) == good
 
@@ -398,7 +453,8 @@ def full_after(monkeypatch, n):
     "The disk is full at the n-th file"
     fsync, calls = os.fsync, []
     def full(fd):
-        if not os.path.isdir(f'/proc/self/fd/{fd}'): calls.append(fd)
+        if not os.path.isdir(f'/proc/self/fd/{fd}'):
+            calls.append(fd)
         if len(calls) > n: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return fsync(fd)
     monkeypatch.setattr(os, 'fsync', full)
@@ -439,12 +495,16 @@ def in_child(fn):
         warnings.simplefilter('ignore')
         pid = os.fork()
     if not pid:
-        try: os.write(to, json.dumps(fn()).encode())
-        except BaseException as e: os.write(to, json.dumps(dict(raised=repr(e))).encode())
-        finally: os._exit(0)
+        try:
+            os.write(to, json.dumps(fn()).encode())
+        except BaseException as e:
+            os.write(to, json.dumps(dict(raised=repr(e))).encode())
+        finally:
+            os._exit(0)
     os.close(to)
     os.waitpid(pid, 0)
-    with open(back, 'rb') as f: return json.loads(f.read())
+    with open(back, 'rb') as f:
+        return json.loads(f.read())
 
 
 def test_weights_do_not_fit_on_the_disk(world, ffp, tmp_path):
@@ -460,28 +520,33 @@ def test_weights_do_not_fit_on_the_disk(world, ffp, tmp_path):
     r = in_child(child)
     assert r.get('status') == 1 and 'SystemExit' in r['error'], r
     message = r['stderr'].partition('error: ')[2].strip()
-    assert 'could not save the model' in message and 'Free some space' in message and '\n' not in message
-    assert files(tmp_path / 'out' / 'model') == before and not list((tmp_path / 'out').glob('.model*'))
+    assert ('could not save the model' in message and 'Free some space' in message
+            and '\n' not in message)
+    assert (files(tmp_path / 'out' / 'model') == before
+            and not list((tmp_path / 'out').glob('.model*')))
     worked(ffp('prune', *options, '--overwrite', '--out', tmp_path / 'out'))
     assert files(tmp_path / 'out' / 'model') == files(tmp_path / 'want' / 'model')
 
 
 def test_tokenizer_does_not_fit_on_the_disk(world, ffp, tmp_path, monkeypatch):
     "The tokenizers library reports a full disk as a bare Exception"
-    def full(*a, **kw): raise Exception('No space left on device (os error 28)')
+    def full(*a, **kw):
+        raise Exception('No space left on device (os error 28)')
     shutil.copytree(world[0] / 'whole', tmp_path / 'out')
     before = files(tmp_path / 'out' / 'model')
     with monkeypatch.context() as m:
         m.setattr('transformers.PreTrainedTokenizerFast.save_pretrained', full)
         result = ffp('prune', *world[1], '--overwrite', '--out', tmp_path / 'out')
     refused(result, 'could not save the model', 'No space left', 'Free some space')
-    assert files(tmp_path / 'out' / 'model') == before and not list((tmp_path / 'out').glob('.model*'))
+    assert (files(tmp_path / 'out' / 'model') == before
+            and not list((tmp_path / 'out').glob('.model*')))
 
 
 # NaN
 
 def breaking(monkeypatch, which):
-    "Pruned models break down on the measurements for which `which(number)` holds; the dense one is well"
+    """Pruned models break down on the measurements for which `which(number)` holds; the dense one
+    is well"""
     measure, calls = search.Evaluator.__call__, []
     def broken(self, widths, idx):
         calls.append(1)
@@ -492,13 +557,16 @@ def breaking(monkeypatch, which):
 
 @pytest.mark.parametrize('method', ['ffp', 'random-search'])
 def test_nan_in_pruned_policies_is_counted_and_penalised(world, ffp, tmp_path, monkeypatch, method):
-    start = len(search.SearchConfig(0.4).balance)  # measurements before the first episode: head starts of the attention
+    # measurements before the first episode: head starts of the attention
+    start = len(search.SearchConfig(0.4).balance)
     breaking(monkeypatch, lambda n: n in (start + 2, start + 3, start + 7))
     worked(ffp('search', *changed(world[1], method=method), '--out', tmp_path / 'out'))
-    rows = [json.loads(o) for o in (tmp_path / 'out' / 'search' / 'policies.jsonl').read_text().splitlines()]
+    rows = [json.loads(o)
+            for o in (tmp_path / 'out' / 'search' / 'policies.jsonl').read_text().splitlines()]
     assert [r['episode'] for r in rows if r['reward'] == 0] == [1, 2, 6]
     found = json.loads((tmp_path / 'out' / 'widths.json').read_text())
-    assert found['broken'] == 3 and found['reward'] > 0 and found['source'] not in ('episode 1', 'episode 2', 'episode 6')
+    assert (found['broken'] == 3 and found['reward'] > 0
+            and found['source'] not in ('episode 1', 'episode 2', 'episode 6'))
 
 
 @pytest.mark.parametrize('method', ['ffp', 'random-search'])

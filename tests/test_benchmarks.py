@@ -1,4 +1,5 @@
-"The benchmarks run and write a valid record, and what they compare with computes the same; never timings"
+"""The benchmarks run and write a valid record, and what they compare with computes the same; never
+timings"""
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ sys.path.insert(0, str(FOLDER))
 import published  # noqa: E402
 
 
-def bench(*args): return subprocess.run([sys.executable, FOLDER / 'run.py', *args], capture_output=True, text=True)
+def bench(*args):
+    return subprocess.run([sys.executable, FOLDER / 'run.py', *args], capture_output=True,
+                          text=True)
 
 
 def test_quick_run_writes_a_record(tmp_path):
@@ -45,7 +48,8 @@ def test_published_episode_equals_views(family, tmp_path):
     layout, g = Layout(model), torch.Generator().manual_seed(1)
     order = {key: torch.randperm(m.units, generator=g) for key, m in layout.modules.items()}
     widths = np.array([[2, 40], [3, 96]]) if family != 'opt' else np.array([[5, 40], [8, 17]])
-    kept = {(i, k): order[i, k][:widths[i, j]].sort().values for i in range(2) for j, k in enumerate(KINDS)}
+    kept = {(i, k): order[i, k][:widths[i, j]].sort().values for i in range(2)
+            for j, k in enumerate(KINDS)}
     dense = published.whole_logits_nll(model, blocks)
     torch.save(model.state_dict(), tmp_path / 'dense.pt')
     copied = published.episode(model, layout, tmp_path / 'dense.pt', kept, blocks)
@@ -58,14 +62,16 @@ def test_published_episode_equals_views(family, tmp_path):
     published.put_back(layout, saved)
     assert published.whole_logits_nll(model, blocks) == dense
     views = ElasticModel(model, order).set(widths)
-    assert abs(published.whole_logits_nll(views.model, blocks) - copied) < 1e-4 and copied == again != dense
+    assert (abs(published.whole_logits_nll(views.model, blocks) - copied) < 1e-4
+            and copied == again != dense)
 
 
 def test_nan_hooks_see_a_nan():
     model = tiny_model(layers=1)
     model.model.layers[0].mlp.down_proj.weight[3, 3] = float('nan')
     published.nan_hooks(model)
-    with pytest.raises(FloatingPointError, match='Linear'): model(torch.arange(5)[None])
+    with pytest.raises(FloatingPointError, match='Linear'):
+        model(torch.arange(5)[None])
 
 
 def test_column_solves_equal_module_solve():
@@ -74,29 +80,34 @@ def test_column_solves_equal_module_solve():
     all_at_once, coef = published.fit_module(W, X.T @ X, c, 0.1)
     one_by_one = W[:, :c].clone()
     for j in range(c, 12):
-        torch.testing.assert_close(published.fit_column(X[:, :c], X[:, j], one_by_one, W[:, j], 0.1), coef[:, j - c],
-                                   rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(published.fit_column(X[:, :c], X[:, j], one_by_one, W[:, j],
+                                                        0.1), coef[:, j - c], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(one_by_one, all_at_once, rtol=1e-3, atol=1e-4)
 
 
 def test_scaling_measures_and_projects(tmp_path):
     import scaling
-    done = subprocess.run([sys.executable, FOLDER / 'scaling.py', '--quick', '--threads', '1', '--out', tmp_path], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, FOLDER / 'scaling.py', '--quick', '--threads', '1',
+                           '--out', tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = {r['model']: r for r in load_records(tmp_path)['result.rows'][0]}
     assert [r['how'] for r in rows.values()] == ['measured', 'measured', 'projected']
     # memory has no noise: a projection of the larger shape counts what is really there
     big, size = scaling.SMALL['c'], scaling.Size(block_len=32, turns=2)
     real = scaling.totals(scaling.fit(big, size), big, size)
-    for part in ('gram_GB', 'factors_GB'): assert rows['c'][part] == pytest.approx(real[part], rel=0.05), part
-    weights = sum(p.numel() for p in tiny_model('llama', big.layers, big.hidden, big.heads, big.kv_heads, big.ffn, big.vocab).parameters()) * 2 / 1e9
+    for part in ('gram_GB', 'factors_GB'):
+        assert rows['c'][part] == pytest.approx(real[part], rel=0.05), part
+    weights = (sum(p.numel()
+                   for p in tiny_model('llama', big.layers, big.hidden, big.heads, big.kv_heads,
+                                       big.ffn, big.vocab).parameters()) * 2 / 1e9)
     assert real['weights_GB'] == pytest.approx(weights, rel=1e-6)
 
 
 def test_scaling_counts_the_work():
     import scaling
     s = scaling.Shape(1, 8, 4, 2, 24)
-    params = sum(m.out.in_features * m.out.out_features + sum(l.in_features * l.out_features for l, _ in m.rows)
+    params = sum(m.out.in_features * m.out.out_features
+                 + sum(l.in_features * l.out_features for l, _ in m.rows)
                  for m in Layout(tiny_model('llama', 1, 8, 4, 2, 24)).modules.values())
     assert s.layer_params == params and scaling.work('forward', s, 10) == params * 10 / 2
     assert scaling.work('factors', s, 10) == 8**3 + 24**3 + 8 * (8**2 + 24**2)

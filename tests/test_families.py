@@ -1,4 +1,5 @@
-"Small models of our own: text that never mixes, trainings that resume, and the pipeline on all of them"
+"""Small models of our own: text that never mixes, trainings that resume, and the pipeline on all
+of them"""
 import io
 import json
 import subprocess
@@ -12,10 +13,12 @@ from ffp_nb.core.families import load_model
 from ffp_nb.pipeline.config import Profile
 from ffp_nb.core.runs import CorruptFile, RunDir
 from ffp_nb.studies import families
-from ffp_nb.studies.families import (NAMES, Setup, django_docs, documents, make_tokenizer, read_study, run_study, small_model,
-                                     split_documents, study_corpus, token_stream)
+from ffp_nb.studies.families import (NAMES, Setup, django_docs, documents, make_tokenizer,
+                                     read_study, run_study, small_model, split_documents,
+                                     study_corpus, token_stream)
 
-TOY = dict(text='pydoc', tokens=60_000, batch=8, lr=6e-3, vocab=400, hidden=48, layers=2, block_len=32)
+TOY = dict(text='pydoc', tokens=60_000, batch=8, lr=6e-3, vocab=400, hidden=48, layers=2,
+           block_len=32)
 CELLS = [(0.3, 'uniform', 0), (0.3, 'uniform-ffn', 0), (0.3, 'random', 0), (0.3, 'ffp', 0)]
 
 
@@ -24,7 +27,8 @@ def study(tmp_path_factory):
     "A folder with toy models of all families, their records and the runs of their searches"
     folder = tmp_path_factory.mktemp('families')
     with pytest.MonkeyPatch.context() as m:
-        m.setitem(families.SETUPS, 'smoke', Setup(TOY, Profile(32, 16, 8, 8, 4, 1, 2, 8, 2), (1, 8)))
+        m.setitem(families.SETUPS, 'smoke',
+                  Setup(TOY, Profile(32, 16, 8, 8, 4, 1, 2, 8, 2), (1, 8)))
         run_study('smoke', folder / 'records', folder / 'models', folder / 'work', cells=CELLS)
         yield folder
 
@@ -48,22 +52,29 @@ def killed_after(n):
 
 
 def test_only_the_expected_manual_is_read(tmp_path, monkeypatch):
-    files = {'docs/b.txt': 'two', 'docs/a/a.txt': 'one', 'docs/c.py': 'no', 'README.txt': 'no', 'tests/d.txt': 'no'}
+    files = {'docs/b.txt': 'two', 'docs/a/a.txt': 'one', 'docs/c.py': 'no', 'README.txt': 'no',
+             'tests/d.txt': 'no'}
     archive(tmp_path, files)
-    with pytest.raises(CorruptFile, match='Delete it'): django_docs(tmp_path)
+    with pytest.raises(CorruptFile, match='Delete it'):
+        django_docs(tmp_path)
     monkeypatch.setattr(families, 'DJANGO_SHA256', families.text_sha256({'a': 'one', 'b': 'two'}))
     assert django_docs(tmp_path) == {'docs/b.txt': 'two', 'docs/a/a.txt': 'one'}
     whole = (tmp_path / 'django-5.2.tar.gz').read_bytes()
     for n in (0, 20, len(whole) // 2):
         (tmp_path / 'django-5.2.tar.gz').write_bytes(whole[:n])
-        with pytest.raises(CorruptFile, match='django-5.2.tar.gz.*Delete it'): django_docs(tmp_path)
+        with pytest.raises(CorruptFile, match='django-5.2.tar.gz.*Delete it'):
+            django_docs(tmp_path)
 
 
 def test_without_a_registry_the_error_names_the_way_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, 'run', lambda *a, **kw: subprocess.CompletedProcess(a, 1, '', 'No matching distribution'))
-    with pytest.raises(OSError, match='No matching distribution.*text file of your own') as e: django_docs(tmp_path / 'new')
+    monkeypatch.setattr(subprocess, 'run',
+                        lambda
+                        *a, **kw: subprocess.CompletedProcess(a, 1, '', 'No matching distribution'))
+    with pytest.raises(OSError, match='No matching distribution.*text file of your own') as e:
+        django_docs(tmp_path / 'new')
     assert not isinstance(e.value, FileNotFoundError) and not (tmp_path / 'new').exists()
-    with pytest.raises(FileNotFoundError, match='no such file'): documents(str(tmp_path / 'none.txt'))
+    with pytest.raises(FileNotFoundError, match='no such file'):
+        documents(str(tmp_path / 'none.txt'))
 
 
 def test_nothing_of_a_training_document_is_tested():
@@ -78,30 +89,37 @@ def test_nothing_of_a_training_document_is_tested():
     words = lambda text: {' '.join(p.split()) for p in text.split('\n\n')}
     splits = [words(corpus[s]) for s in corpus.texts]
     for i, a in enumerate(splits):
-        for b in splits[:i]: assert not a & b
+        for b in splits[:i]:
+            assert not a & b
     unseen = words('\n\n'.join(held.values())) - words('\n\n'.join(train.values()))
-    assert splits[2] | splits[3] == unseen and not any(p.startswith('said') for p in unseen)  # those stand in both
+    # those stand in both
+    assert splits[2] | splits[3] == unseen and not any(p.startswith('said') for p in unseen)
     assert splits[0] | splits[1] == words('\n\n'.join(train.values()))
 
 
 @pytest.mark.parametrize('family', NAMES)
 def test_a_killed_training_ends_with_the_same_weights(family, tmp_path, monkeypatch):
     settings = TOY | dict(tokens=12_800)
-    monkeypatch.setattr(families.train, '__defaults__', (20, True))  # a checkpoint every 20 of 50 steps
+    # a checkpoint every 20 of 50 steps
+    monkeypatch.setattr(families.train, '__defaults__', (20, True))
     whole = small_model(family, tmp_path / 'a', progress=False, **settings)
     with monkeypatch.context() as m:
         m.setattr(RunDir, 'save_checkpoint', killed_after(1))
-        with pytest.raises(KeyboardInterrupt): small_model(family, tmp_path / 'b', progress=False, **settings)
+        with pytest.raises(KeyboardInterrupt):
+            small_model(family, tmp_path / 'b', progress=False, **settings)
     assert not (tmp_path / 'b' / whole.name).exists()
-    with monkeypatch.context() as m:  # and again, when the model is on the disk and its record is not
+    # and again, when the model is on the disk and its record is not
+    with monkeypatch.context() as m:
         m.setattr(families, 'save_record', lambda *a: 1 / 0)
-        with pytest.raises(ZeroDivisionError): small_model(family, tmp_path / 'b', progress=False, **settings)
+        with pytest.raises(ZeroDivisionError):
+            small_model(family, tmp_path / 'b', progress=False, **settings)
     assert not (tmp_path / 'b' / whole.name).exists()
     again = small_model(family, tmp_path / 'b', progress=False, **settings)
     assert [p.name for p in (tmp_path / 'b').iterdir()] == [again.name] == [whole.name]
     a, b = (load_model(str(p), 'float32')[0].state_dict() for p in (whole, again))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    losses = [json.loads(next(p.glob('train-*.json')).read_text())['result']['losses'] for p in (whole, again)]
+    losses = [json.loads(next(p.glob('train-*.json')).read_text())['result']['losses']
+              for p in (whole, again)]
     assert losses[0] == losses[1] and len(losses[0]) == 50
 
 
@@ -112,7 +130,8 @@ def test_a_text_file_is_known_by_its_content(tmp_path):
         folder.mkdir()
         (folder / 'own.txt').write_text(text)
     settings = TOY | dict(tokens=256, batch=1)
-    a, b, c = (small_model('opt', f, progress=False, **(settings | dict(text=str(f / 'own.txt')))) for f in folders)
+    a, b, c = (small_model('opt', f, progress=False, **(settings | dict(text=str(f / 'own.txt'))))
+               for f in folders)
     assert a.name == b.name != c.name
     assert str(tmp_path) not in next(a.glob('train-*.json')).read_text()
 
@@ -121,14 +140,17 @@ def test_a_text_file_is_known_by_its_content(tmp_path):
 def test_pipeline(study, family):
     table, by_name = read_study(study / 'records')
     dense, table = by_name[f'{family}-dense']['result'], table[table.family == family]
-    assert np.mean(dense['nll']['none']) < np.mean(dense['unigram']) - 0.1  # it learned more than frequencies
+    # it learned more than frequencies
+    assert np.mean(dense['nll']['none']) < np.mean(dense['unigram']) - 0.1
     groups = dict(opt=8, llama=4, mistral=2)[family]
     assert np.array(dense['full'])[:, 0].tolist() == [groups] * 2
     pruned = table[table.policy != 'dense']
-    assert sorted(set(pruned.policy)) == sorted(c[1] for c in CELLS) and len(pruned) == 3 * len(CELLS)
+    assert (sorted(set(pruned.policy)) == sorted(c[1] for c in CELLS)
+            and len(pruned) == 3 * len(CELLS))
     over = pruned.realised - 0.3
     assert (over >= -1e-9).all() and (over < dense['step_share']).all()
-    assert np.isfinite(pruned.nll).all() and (pruned.groupby('policy').nll.nunique() == 3).all()  # the repairs differ
+    # the repairs differ
+    assert np.isfinite(pruned.nll).all() and (pruned.groupby('policy').nll.nunique() == 3).all()
     base = pruned[pruned.policy == 'uniform-ffn']
     assert (base.gain == 0).all() and base.realised.nunique() == 1
     trip = by_name[f'{family}-round-trip']['result']
@@ -141,18 +163,23 @@ def test_nothing_held_out_is_trained_on(study):
     for f in (study / 'models').glob('opt-*'):
         found = json.loads(next(f.glob('train-*.json')).read_text())['result']
         assert load_model(str(f), 'float32')[1].get_vocab() == tokenizer.get_vocab()
-        assert found['text_tokens'] == len(token_stream(tokenizer, docs)) and len(found['losses']) == TOY['tokens'] // 256
+        assert (found['text_tokens'] == len(token_stream(tokenizer, docs))
+                and len(found['losses']) == TOY['tokens'] // 256)
 
 
 def test_records_name_no_folder_of_this_machine(study):
-    for f in (study / 'records').glob('*.json'): assert str(study) not in f.read_text()
+    for f in (study / 'records').glob('*.json'):
+        assert str(study) not in f.read_text()
 
 
 def test_a_second_run_computes_nothing(study, monkeypatch):
-    before = {f: f.stat().st_mtime_ns for f in (study / 'records').glob('*.json') if not f.name.startswith('train-')}
-    for name in ('train', 'find_widths', 'save_pruned'): monkeypatch.setattr(families, name, lambda *a, **kw: 1 / 0)
+    before = {f: f.stat().st_mtime_ns for f in (study / 'records').glob('*.json')
+              if not f.name.startswith('train-')}
+    for name in ('train', 'find_widths', 'save_pruned'):
+        monkeypatch.setattr(families, name, lambda *a, **kw: 1 / 0)
     run_study('smoke', study / 'records', study / 'models', study / 'work', cells=CELLS)
-    assert {f: f.stat().st_mtime_ns for f in before} == before and len(before) == len(NAMES) * (len(CELLS) + 2)
+    assert ({f: f.stat().st_mtime_ns for f in before} == before
+            and len(before) == len(NAMES) * (len(CELLS) + 2))
 
 
 def test_two_records_of_one_name_are_refused(study, tmp_path):
@@ -160,7 +187,8 @@ def test_two_records_of_one_name_are_refused(study, tmp_path):
     (tmp_path / f.name).write_bytes(f.read_bytes())
     read_study(tmp_path)
     (tmp_path / 'opt-uniform-0.3-0-0000000000.json').write_bytes(f.read_bytes())
-    with pytest.raises(ValueError, match='opt-uniform-0.3-0'): read_study(tmp_path)
+    with pytest.raises(ValueError, match='opt-uniform-0.3-0'):
+        read_study(tmp_path)
 
 
 def test_records_of_another_training_are_refused(study, tmp_path):
@@ -168,5 +196,6 @@ def test_records_of_another_training_are_refused(study, tmp_path):
     record = json.loads(f.read_text())
     record['result']['weights'] = '0' * 16
     (tmp_path / f.name).write_text(json.dumps(record))
-    with pytest.raises(ValueError, match='another opt'): run_study('smoke', tmp_path, study / 'models', tmp_path / 'work', cells=CELLS)
+    with pytest.raises(ValueError, match='another opt'):
+        run_study('smoke', tmp_path, study / 'models', tmp_path / 'work', cells=CELLS)
     assert [p.name for p in tmp_path.iterdir()] == [f.name]

@@ -1,4 +1,5 @@
-"GGUF files say in llama.cpp what PyTorch says of the folder, or are refused; nothing that was there is lost"
+"""GGUF files say in llama.cpp what PyTorch says of the folder, or are refused; nothing that was
+there is lost"""
 import json
 import os
 import random
@@ -12,7 +13,8 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers,
+                        pre_tokenizers, processors, trainers)
 
 from ffp_nb.core.text import Convention, load_corpus, token_blocks
 from ffp_nb.core.elastic import ElasticModel
@@ -24,10 +26,14 @@ from ffp_nb.core.runs import CorruptFile
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs limits on file size')
 SPECIALS = '<|bos|>', '<|eos|>', '<|pad|>'
 TEXT = 'the cat sat on the mat in 1998, and then 12 dogs ran to the man'
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-WORDS, BYTES = (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=o) for o in (True, False))
-PRE = {'gpt-2': WORDS, 'smollm': pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS]),
-       'llama-bpe': pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), 'isolated'), BYTES])}
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+         r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+WORDS, BYTES = (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=o)
+                for o in (True, False))
+PRE = {'gpt-2': WORDS,
+       'smollm': pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS]),
+       'llama-bpe': pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), 'isolated'),
+                                             BYTES])}
 
 
 def wrapped(core, **kw):
@@ -39,16 +45,20 @@ def byte_tokenizer(kind='gpt-2', size=300, text=TEXT):
     "Byte-level BPE trained on a text, of a kind that llama.cpp knows"
     core = Tokenizer(models.BPE(ignore_merges=kind == 'llama-bpe'))
     core.pre_tokenizer, core.decoder = PRE.get(kind, WORDS), decoders.ByteLevel()
-    core.train_from_iterator([text], trainers.BpeTrainer(vocab_size=size, special_tokens=list(SPECIALS), show_progress=False,
-                                                         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(SPECIALS),
+                                  show_progress=False, initial_alphabet=alphabet)
+    core.train_from_iterator([text], trainer)
     if kind != 'qwen2': return wrapped(core)
     bpe = json.loads(core.to_str())['model']
-    return tf.Qwen2Tokenizer(vocab=bpe['vocab'], merges=[tuple(m) for m in bpe['merges']], bos_token=SPECIALS[0],
-                             eos_token=SPECIALS[1], unk_token=SPECIALS[1], pad_token=SPECIALS[2])
+    return tf.Qwen2Tokenizer(vocab=bpe['vocab'], merges=[tuple(m) for m in bpe['merges']],
+                             bos_token=SPECIALS[0], eos_token=SPECIALS[1], unk_token=SPECIALS[1],
+                             pad_token=SPECIALS[2])
 
 
 @pytest.fixture(scope='module')
-def tokenizers(): return {kind: byte_tokenizer(kind) for kind in ('gpt-2', 'qwen2')}
+def tokenizers():
+    return {kind: byte_tokenizer(kind) for kind in ('gpt-2', 'qwen2')}
 
 
 @pytest.fixture(scope='module')
@@ -56,11 +66,13 @@ def make(tmp_path_factory, tokenizers):
     "`make(model, widths)`: its folder and the model that PyTorch makes of it; widths None: dense"
     def make(model, widths=None, folder=None, tokenizer=None):
         folder = folder or tmp_path_factory.mktemp('model') / 'saved'
-        tokenizer = tokenizer or tokenizers['qwen2' if model.config.model_type == 'qwen2' else 'gpt-2']
+        tokenizer = (tokenizer
+                     or tokenizers['qwen2' if model.config.model_type == 'qwen2' else 'gpt-2'])
         if widths is not None:
             save_pruned(ElasticModel(model).set(np.array(widths)), tokenizer, folder)
             return folder, load_pruned(folder, 'float32')[0]
-        model.save_pretrained(folder); tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         return folder, model.float()
     return make
 
@@ -72,14 +84,17 @@ def pruned(make, tmp_path):
 
 
 def logprobs(model, ids):
-    with torch.no_grad(): return model(torch.tensor([ids])).logits[0].double().log_softmax(-1).numpy()
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].double().log_softmax(-1).numpy()
 
 
-def nll(model, ids): return -logprobs(model, ids)[np.arange(len(ids) - 1), ids[1:]]
+def nll(model, ids):
+    return -logprobs(model, ids)[np.arange(len(ids) - 1), ids[1:]]
 
 
 def greedy(model, ids, n):
-    return model.generate(torch.tensor([ids]), max_new_tokens=n, do_sample=False, pad_token_id=2)[0, len(ids):].tolist()
+    return model.generate(torch.tensor([ids]), max_new_tokens=n, do_sample=False,
+                          pad_token_id=2)[0, len(ids):].tolist()
 
 
 def agree(folder, model, repeat=1):
@@ -97,12 +112,15 @@ def agree(folder, model, repeat=1):
 # The same model
 
 MIXED = [[2, 50], [4, 33], [1, 96]]
-GONE = dict(ffn=[[2, 0], [4, 33], [1, 0]], attention=[[2, 50], [0, 33], [0, 96]], first_attention=[[0, 50], [4, 33], [1, 96]],
-            last_layer=[[2, 50], [4, 33], [0, 0]], first_layer=[[0, 0], [0, 33], [2, 0]], all_but_one=[[0, 0], [0, 32], [0, 0]],
+GONE = dict(ffn=[[2, 0], [4, 33], [1, 0]], attention=[[2, 50], [0, 33], [0, 96]],
+            first_attention=[[0, 50], [4, 33], [1, 96]], last_layer=[[2, 50], [4, 33], [0, 0]],
+            first_layer=[[0, 0], [0, 33], [2, 0]], all_but_one=[[0, 0], [0, 32], [0, 0]],
             everywhere=[[0, 50], [2, 0], [0, 0], [0, 33], [3, 96], [0, 0]])
 
 
-@pytest.mark.parametrize('family, arch', [('llama', 'llama'), ('mistral', 'llama'), ('qwen2', 'qwen2'), ('qwen3', 'qwen3')])
+@pytest.mark.parametrize('family, arch',
+                         [('llama', 'llama'), ('mistral', 'llama'), ('qwen2', 'qwen2'),
+                          ('qwen3', 'qwen3')])
 def test_dense(make, family, arch):
     about = agree(*make(tiny_model(family, vocab=300)))
     assert about['arch'] == arch and about['widths'].values.tolist() == [[8, 4, 96]] * 3
@@ -111,16 +129,19 @@ def test_dense(make, family, arch):
 @pytest.mark.parametrize('family', ['llama', 'mistral', 'qwen2'])
 def test_pruned(make, family):
     about = agree(*make(tiny_model(family, vocab=300), MIXED))
-    assert about['arch'] == 'deci' and about['widths'].values.tolist() == [[4, 2, 50], [8, 4, 33], [2, 1, 96]]
+    assert (about['arch'] == 'deci'
+            and about['widths'].values.tolist() == [[4, 2, 50], [8, 4, 33], [2, 1, 96]])
     assert about['file_type'] == 'F32' and about['layers'] == 3
 
 
 @pytest.mark.parametrize('family', ['llama', 'mistral', 'qwen2', 'qwen3'])
 def test_pruned_alike_in_every_layer(make, family):
-    assert agree(*make(tiny_model(family, vocab=300), [[2, 40]] * 3))['arch'] == ('qwen3' if family == 'qwen3' else 'deci')
+    assert (agree(*make(tiny_model(family, vocab=300), [[2, 40]] * 3))['arch']
+            == ('qwen3' if family == 'qwen3' else 'deci'))
 
 
-@pytest.mark.parametrize('family, arch', [('llama', 'llama'), ('qwen2', 'qwen2'), ('qwen3', 'qwen3')])
+@pytest.mark.parametrize('family, arch',
+                         [('llama', 'llama'), ('qwen2', 'qwen2'), ('qwen3', 'qwen3')])
 def test_layers_gone(make, family, arch):
     "Depth pruning leaves a shorter model of the family's own architecture"
     about = agree(*make(tiny_model(family, vocab=300), [[4, 96], [0, 0], [4, 96]]))
@@ -136,21 +157,27 @@ def test_modules_gone(make, family, widths):
 
 def random_llama(**kw):
     torch.manual_seed(0)
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(**dict(
-        vocab_size=300, hidden_size=64, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4, intermediate_size=96,
-        max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=2) | kw)).eval().requires_grad_(False)
-    for name, p in model.named_parameters(): p.normal_(float(name.endswith('norm.weight')), 0.15)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**dict(vocab_size=300, hidden_size=64,
+                                                      num_hidden_layers=3, num_attention_heads=8,
+                                                      num_key_value_heads=4, intermediate_size=96,
+                                                      max_position_embeddings=512, bos_token_id=0,
+                                                      eos_token_id=1, pad_token_id=2)
+                                               | kw)).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.normal_(float(name.endswith('norm.weight')), 0.15)
     return model
 
 
 LINEAR = dict(rope_type='linear', rope_theta=5e5, factor=4.0)
-LLAMA3 = dict(rope_type='llama3', rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=64)
-VARIANTS = dict(tied=dict(tie_word_embeddings=True), biases=dict(attention_bias=True, mlp_bias=True),
-                wide_heads=dict(head_dim=16), llama3=dict(rope_parameters=LLAMA3), linear=dict(rope_parameters=LINEAR))
+LLAMA3 = dict(rope_type='llama3', rope_theta=1e4, factor=8.0, low_freq_factor=1.0,
+              high_freq_factor=4.0, original_max_position_embeddings=64)
+VARIANTS = dict(tied=dict(tie_word_embeddings=True),
+                biases=dict(attention_bias=True, mlp_bias=True), wide_heads=dict(head_dim=16),
+                llama3=dict(rope_parameters=LLAMA3), linear=dict(rope_parameters=LINEAR))
 
 
-@pytest.mark.parametrize('widths', [None, MIXED, GONE['first_layer']], ids=['dense', 'mixed', 'gone'])
+@pytest.mark.parametrize('widths', [None, MIXED, GONE['first_layer']],
+                         ids=['dense', 'mixed', 'gone'])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_variants(make, variant, widths):
     "What else the configuration may ask for; long enough for the scaling of positions to count"
@@ -167,21 +194,27 @@ def test_shards(make):
     folder, model = make(tiny_model('llama', vocab=300), MIXED)
     state = load_file(folder / 'model.safetensors')
     parts = [dict(list(state.items())[i::2]) for i in range(2)]
-    for i, part in enumerate(parts): save_file(part, folder / f'part{i}.safetensors', metadata=dict(format='pt'))
+    for i, part in enumerate(parts):
+        save_file(part, folder / f'part{i}.safetensors', metadata=dict(format='pt'))
     (folder / 'model.safetensors').unlink()
-    index = dict(metadata={}, weight_map={n: f'part{i}.safetensors' for i, part in enumerate(parts) for n in part})
+    index = dict(metadata={},
+                 weight_map={n: f'part{i}.safetensors' for i, part in enumerate(parts)
+                             for n in part})
     (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
     agree(folder, model)
     (folder / 'part1.safetensors').unlink()
-    with pytest.raises(CorruptFile, match='part1.safetensors cannot be read'): export_gguf(folder, folder.parent / 'no.gguf')
+    with pytest.raises(CorruptFile, match='part1.safetensors cannot be read'):
+        export_gguf(folder, folder.parent / 'no.gguf')
 
 
 # Number formats
 
-def tensors(path): return {t.name: t for t in gguf.GGUFReader(path).tensors}
+def tensors(path):
+    return {t.name: t for t in gguf.GGUFReader(path).tensors}
 
 
-def dequantised(t): return gguf.quants.dequantize(t.data, t.tensor_type)
+def dequantised(t):
+    return gguf.quants.dequantize(t.data, t.tensor_type)
 
 
 def test_f16_rounds_and_nothing_else(pruned, tmp_path):
@@ -190,7 +223,9 @@ def test_f16_rounds_and_nothing_else(pruned, tmp_path):
     for name, t in half.items():
         norm = name.endswith('norm.weight')
         assert t.tensor_type.name == ('F32' if norm else 'F16')
-        np.testing.assert_array_equal(t.data, full[name].data if norm else full[name].data.astype(np.float16))
+        np.testing.assert_array_equal(t.data,
+                                      full[name].data if norm
+                                      else full[name].data.astype(np.float16))
 
 
 def test_q8_0_pads_with_zeros(pruned, tmp_path):
@@ -198,20 +233,25 @@ def test_q8_0_pads_with_zeros(pruned, tmp_path):
     for name, t in small.items():
         want, have = full[name].data, dequantised(t)
         inside = tuple(slice(0, n) for n in want.shape)
-        rest = have.copy(); rest[inside] = 0
+        rest = have.copy()
+        rest[inside] = 0
         assert not rest.any()
         step = 0.57 * np.abs(want).max() / 127  # half a step, and the scale is F16
-        np.testing.assert_allclose(have[inside], want, atol=0 if name.endswith('norm.weight') else step)
+        np.testing.assert_allclose(have[inside], want,
+                                   atol=0 if name.endswith('norm.weight') else step)
     assert check_gguf(tmp_path / 'q8_0.gguf')['widths'].ffn.tolist() == [64, 64, 96]
-    others = {t.name for t in small.values() if t.tensor_type.name != 'Q8_0' and not t.name.endswith('norm.weight')}
+    others = {t.name for t in small.values()
+              if t.tensor_type.name != 'Q8_0' and not t.name.endswith('norm.weight')}
     assert others == {'blk.2.attn_output.weight'}  # two heads of 8
 
 
 def test_q8_0_keeps_rows_that_do_not_fit_in_f16(make, tmp_path):
-    folder, model = make(tiny_model('llama', vocab=300, hidden=48, heads=6, kv_heads=2), [[1, 50], [2, 33], [0, 96]])
+    folder, model = make(tiny_model('llama', vocab=300, hidden=48, heads=6, kv_heads=2),
+                         [[1, 50], [2, 33], [0, 96]])
     path = export_gguf(folder, tmp_path / 'a.gguf', 'q8_0')
     kinds = {n: t.tensor_type.name for n, t in tensors(path).items()}
-    assert (kinds['token_embd.weight'], kinds['blk.0.attn_q.weight'], kinds['blk.0.ffn_down.weight']) == ('F16', 'F16', 'Q8_0')
+    assert ((kinds['token_embd.weight'], kinds['blk.0.attn_q.weight'],
+             kinds['blk.0.ffn_down.weight']) == ('F16', 'F16', 'Q8_0'))
     assert LlamaCpp(path).nll([5, 6, 7, 8]) == pytest.approx(nll(model, [5, 6, 7, 8]), abs=0.3)
 
 
@@ -219,7 +259,8 @@ def test_q8_0_keeps_rows_that_do_not_fit_in_f16(make, tmp_path):
 def test_rounded_formats_in_llamacpp(make, tmp_path, quant, close):
     folder, model = make(tiny_model('llama', vocab=300), GONE['first_attention'])
     ids = tf.AutoTokenizer.from_pretrained(folder)(TEXT * 3).input_ids
-    difference = LlamaCpp(export_gguf(folder, tmp_path / 'a.gguf', quant)).nll(ids) - nll(model, ids)
+    difference = (LlamaCpp(export_gguf(folder, tmp_path / 'a.gguf', quant)).nll(ids)
+                  - nll(model, ids))
     assert np.abs(difference).max() < close and abs(difference.mean()) < close / 10
 
 
@@ -240,15 +281,17 @@ def test_values_out_of_range(pruned, tmp_path, quant, value):
 def texts():
     "Prose, oddities, and noise"
     words, rng = load_corpus('pydoc')['selection'], random.Random(0)
-    odd = ["naïve 東京 🙂 don't DON'T  x\t\ty\n\n\n zz   1998 12345 ½ ٣٤ Ⅷ", ' leading', 'trailing ', '\n', '  ',
-           'a\r\nb\r\n\r\n  c', 'x  5']
-    noise = [''.join(rng.choice(' \n\tabcdeABC0123.,!é東🙂-\'"½') for _ in range(40)) for _ in range(100)]
+    odd = ["naïve 東京 🙂 don't DON'T  x\t\ty\n\n\n zz   1998 12345 ½ ٣٤ Ⅷ", ' leading', 'trailing ',
+           '\n', '  ', 'a\r\nb\r\n\r\n  c', 'x  5']
+    noise = [''.join(rng.choice(' \n\tabcdeABC0123.,!é東🙂-\'"½') for _ in range(40))
+             for _ in range(100)]
     return [words[i:i + 300] for i in range(0, 15_000, 300)] + odd + noise
 
 
 def exported(make, tmp_path, tokenizer, family='llama'):
     "llama.cpp with this tokenizer, and what transformers makes of the folder"
-    folder, _ = make(tiny_model(family, layers=1, vocab=len(tokenizer) + 5), folder=tmp_path / 'tok', tokenizer=tokenizer)
+    folder, _ = make(tiny_model(family, layers=1, vocab=len(tokenizer) + 5),
+                     folder=tmp_path / 'tok', tokenizer=tokenizer)
     path = export_gguf(folder, tmp_path / 'tok.gguf')
     return LlamaCpp(path), tf.AutoTokenizer.from_pretrained(folder), check_gguf(path)['tokenizer']
 
@@ -256,7 +299,8 @@ def exported(make, tmp_path, tokenizer, family='llama'):
 @pytest.mark.parametrize('kind', ['gpt-2', 'smollm', 'llama-bpe', 'qwen2'])
 def test_byte_level_tokenizers(make, tmp_path, texts, kind):
     tokenizer = byte_tokenizer(kind, 1500, load_corpus('pydoc')['calibration'][:100_000])
-    served, tokenizer, name = exported(make, tmp_path, tokenizer, 'qwen2' if kind == 'qwen2' else 'llama')
+    served, tokenizer, name = exported(make, tmp_path, tokenizer,
+                                       'qwen2' if kind == 'qwen2' else 'llama')
     assert name == f'gpt2, {kind}'
     assert [t for t in texts if served.tokenize(t) != tokenizer(t).input_ids] == []
     chat = '<|bos|>user\nHi 12<|eos|>\n'
@@ -265,18 +309,24 @@ def test_byte_level_tokenizers(make, tmp_path, texts, kind):
 
 
 def piece_tokenizer(text, size=800, prepend=True):
-    "BPE with characters as bytes where there is no token, as transformers converts SentencePiece models"
+    """BPE with characters as bytes where there is no token, as transformers converts SentencePiece
+    models"""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='always')
     core.train_from_iterator([text], trainers.BpeTrainer(vocab_size=size, show_progress=False))
     pieces = sorted(core.get_vocab().items(), key=lambda o: o[1])
     vocab = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256)), *(p for p, _ in pieces)]
     ids = {t: i for i, t in enumerate(vocab)}
-    merges = [(t[:i], t[i:]) for t, _ in pieces for i in range(1, len(t)) if t[:i] in ids and t[i:] in ids]
-    out = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token='<unk>', fuse_unk=True, byte_fallback=True))
-    out.normalizer = normalizers.Sequence([normalizers.Prepend('▁')] * prepend + [normalizers.Replace(' ', '▁')])
-    out.post_processor = processors.TemplateProcessing(single='<s> $A', pair='<s> $A <s> $B', special_tokens=[('<s>', 1)])
-    out.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()])
+    merges = [(t[:i], t[i:]) for t, _ in pieces for i in range(1, len(t))
+              if t[:i] in ids and t[i:] in ids]
+    out = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token='<unk>', fuse_unk=True,
+                               byte_fallback=True))
+    out.normalizer = normalizers.Sequence([normalizers.Prepend('▁')] * prepend
+                                          + [normalizers.Replace(' ', '▁')])
+    out.post_processor = processors.TemplateProcessing(single='<s> $A', pair='<s> $A <s> $B',
+                                                       special_tokens=[('<s>', 1)])
+    out.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(),
+                                     decoders.Fuse()])
     return wrapped(out, bos_token='<s>', eos_token='</s>', unk_token='<unk>', pad_token='</s>')
 
 
@@ -285,7 +335,8 @@ def test_sentencepiece_tokenizers(make, tmp_path, texts, prepend):
     source = piece_tokenizer(load_corpus('pydoc')['calibration'][:50_000], prepend=prepend)
     served, tokenizer, name = exported(make, tmp_path, source, 'mistral')
     assert name == 'llama, default'
-    assert [t for t in texts if served.tokenize(t) != tokenizer(t, add_special_tokens=False).input_ids] == []
+    assert ([t for t in texts
+             if served.tokenize(t) != tokenizer(t, add_special_tokens=False).input_ids] == [])
     assert served.tokenize('Hi there', special=True) == tokenizer('Hi there').input_ids  # with BOS
     assert served.tokenize('Hi </s> there', special=True) == tokenizer('Hi </s> there').input_ids
 
@@ -294,10 +345,15 @@ def test_a_space_before_the_first_word_only(make, tmp_path, texts):
     "What llama.cpp does otherwise is said"
     source = piece_tokenizer(load_corpus('pydoc')['calibration'][:50_000])
     core = json.loads(source.backend_tokenizer.to_str())
-    core |= dict(normalizer=None, pre_tokenizer=dict(type='Metaspace', replacement='▁', prepend_scheme='first', split=False))
-    source = wrapped(Tokenizer.from_str(json.dumps(core)), bos_token='<s>', eos_token='</s>', unk_token='<unk>', pad_token='</s>')
-    with pytest.warns(UserWarning, match='one token more'): served, tokenizer, _ = exported(make, tmp_path, source)
-    wrong = [t for t in texts if served.tokenize(t) != tokenizer(t, add_special_tokens=False).input_ids]
+    core |= dict(normalizer=None,
+                 pre_tokenizer=dict(type='Metaspace', replacement='▁', prepend_scheme='first',
+                                    split=False))
+    source = wrapped(Tokenizer.from_str(json.dumps(core)), bos_token='<s>', eos_token='</s>',
+                     unk_token='<unk>', pad_token='</s>')
+    with pytest.warns(UserWarning, match='one token more'):
+        served, tokenizer, _ = exported(make, tmp_path, source)
+    wrong = [t for t in texts
+             if served.tokenize(t) != tokenizer(t, add_special_tokens=False).input_ids]
     assert all(t.startswith(' ') for t in wrong)
 
 
@@ -306,7 +362,8 @@ def test_unmergeable_pairs_are_refused(make, tmp_path):
     core = json.loads(source.backend_tokenizer.to_str())
     core['model']['merges'].pop()
     source = wrapped(Tokenizer.from_str(json.dumps(core)), unk_token='<unk>')
-    with pytest.raises(UnsupportedModel, match='never merges'): exported(make, tmp_path, source)
+    with pytest.raises(UnsupportedModel, match='never merges'):
+        exported(make, tmp_path, source)
 
 
 def test_special_tokens_and_chat(make, tmp_path):
@@ -314,7 +371,8 @@ def test_special_tokens_and_chat(make, tmp_path):
     tokenizer.add_tokens([AddedToken('<tool>', special=False)])
     tokenizer.chat_template = '{% for m in messages %}<|bos|>{{ m.content }}<|eos|>{% endfor %}'
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single='<|bos|> $A <|eos|>', pair='<|bos|> $A $B <|eos|>', special_tokens=[('<|bos|>', 0), ('<|eos|>', 1)])
+        single='<|bos|> $A <|eos|>', pair='<|bos|> $A $B <|eos|>',
+        special_tokens=[('<|bos|>', 0), ('<|eos|>', 1)])
     served, tokenizer, _ = exported(make, tmp_path, tokenizer)
     assert served.tokenize('a<tool>b', special=True) == tokenizer('a<tool>b').input_ids
     assert tokenizer('a').input_ids[0] == 0 and tokenizer('a').input_ids[-1] == 1
@@ -324,49 +382,63 @@ def test_special_tokens_and_chat(make, tmp_path):
     assert get('ggml.add_bos_token') is get('ggml.add_eos_token') is True
     assert get('chat_template') == tokenizer.chat_template
     kinds = [gguf.TokenType(t).name for t in get('ggml.token_type')]
-    assert (kinds[0], kinds[5], *kinds[len(tokenizer) - 1:][:2]) == ('CONTROL', 'NORMAL', 'USER_DEFINED', 'UNUSED')
+    assert ((kinds[0], kinds[5], *kinds[len(tokenizer) - 1:][:2])
+            == ('CONTROL', 'NORMAL', 'USER_DEFINED', 'UNUSED'))
 
 
-def add_stripping(t): t.add_tokens([AddedToken('<mask>', lstrip=True)])
+def add_stripping(t):
+    t.add_tokens([AddedToken('<mask>', lstrip=True)])
 
 
-def add_word_split(t): t.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), WORDS])
+def add_word_split(t):
+    t.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(),
+                                                                 WORDS])
 
 
-def add_prefix(t): t.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+def add_prefix(t):
+    t.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
 
 
-def add_lower_case(t): t.backend_tokenizer.normalizer = normalizers.Lowercase()
+def add_lower_case(t):
+    t.backend_tokenizer.normalizer = normalizers.Lowercase()
 
 
 def add_padding_first(t):
-    t.backend_tokenizer.post_processor = processors.TemplateProcessing(single='<|pad|> $A', special_tokens=[('<|pad|>', 2)])
+    t.backend_tokenizer.post_processor = processors.TemplateProcessing(single='<|pad|> $A',
+                                                                       special_tokens=[('<|pad|>',
+                                                                                        2)])
 
 
-@pytest.mark.parametrize('change, says', [
-    (add_stripping, 'take the spaces'), (add_word_split, 'not known here'), (add_prefix, 'not known here'),
-    (add_lower_case, 'not known here'), (add_padding_first, 'BOS and EOS only')])
+@pytest.mark.parametrize('change, says',
+                         [(add_stripping, 'take the spaces'), (add_word_split, 'not known here'),
+                          (add_prefix, 'not known here'), (add_lower_case, 'not known here'),
+                          (add_padding_first, 'BOS and EOS only')])
 def test_tokenizers_that_llamacpp_does_not_have(make, tmp_path, change, says):
     tokenizer = byte_tokenizer()
     change(tokenizer)
-    with pytest.raises(UnsupportedModel, match=says): exported(make, tmp_path, tokenizer)
+    with pytest.raises(UnsupportedModel, match=says):
+        exported(make, tmp_path, tokenizer)
     assert not list(tmp_path.glob('*.gguf'))
 
 
 def test_word_tokenizers_are_refused(make, tmp_path, word_tokenizer):
-    with pytest.raises(UnsupportedModel, match="type 'WordLevel'"): exported(make, tmp_path, word_tokenizer)
+    with pytest.raises(UnsupportedModel, match="type 'WordLevel'"):
+        exported(make, tmp_path, word_tokenizer)
 
 
 @pytest.mark.parametrize('family', ['llama', 'mistral', 'qwen2'])
 def test_no_tokenizer(make, tmp_path, family):
     folder, _ = make(tiny_model(family, vocab=300), MIXED, tmp_path / 'saved')
-    for name in ('tokenizer.json', 'tokenizer_config.json'): (folder / name).unlink()
-    with pytest.raises(OSError, match='no tokenizer'): export_gguf(folder, tmp_path / 'a.gguf')
+    for name in ('tokenizer.json', 'tokenizer_config.json'):
+        (folder / name).unlink()
+    with pytest.raises(OSError, match='no tokenizer'):
+        export_gguf(folder, tmp_path / 'a.gguf')
 
 
 def test_tokenizer_of_another_model(make, tmp_path):
     folder, _ = make(tiny_model('llama', vocab=270), MIXED, tmp_path / 'saved')
-    with pytest.raises(CorruptFile, match='but the model only 270 embeddings'): export_gguf(folder, tmp_path / 'a.gguf')
+    with pytest.raises(CorruptFile, match='but the model only 270 embeddings'):
+        export_gguf(folder, tmp_path / 'a.gguf')
 
 
 # What llama.cpp cannot express
@@ -376,7 +448,8 @@ def test_tokenizer_of_another_model(make, tmp_path):
     ('qwen3', MIXED, 'normalises its queries and keys')])
 def test_families_without_an_architecture(make, tmp_path, family, widths, says):
     folder, _ = make(tiny_model(family, vocab=300), widths)
-    with pytest.raises(UnsupportedModel, match=says): export_gguf(folder, tmp_path / 'a.gguf')
+    with pytest.raises(UnsupportedModel, match=says):
+        export_gguf(folder, tmp_path / 'a.gguf')
     assert not list(tmp_path.iterdir())
 
 
@@ -388,18 +461,24 @@ def edit(folder, **changes):
 YARN = dict(rope_type='yarn', rope_theta=1e4, factor=4.0, original_max_position_embeddings=128)
 
 
-@pytest.mark.parametrize('family, changes, says', [
-    ('llama', dict(rope_parameters=YARN), "rope scaling 'yarn'"),
-    ('llama', dict(rope_parameters=dict(rope_type='dynamic', rope_theta=1e4, factor=2.0)), "rope scaling 'dynamic'"),
-    ('llama', dict(hidden_act='gelu'), "activation 'gelu'"),
-    ('llama', dict(quantization_config=dict(quant_method='fp8')), 'quantised weights'),
-    ('mistral', dict(sliding_window=100), 'max_position_embeddings to 100'),
-    ('qwen2', dict(use_sliding_window=True, sliding_window=100, max_window_layers=1, layer_types=None), 'sliding window of 100'),
-    ('llama', dict(model_type='bert'), "model type 'bert'")])
+@pytest.mark.parametrize('family, changes, says',
+                         [('llama', dict(rope_parameters=YARN), "rope scaling 'yarn'"),
+                          ('llama',
+                           dict(rope_parameters=dict(rope_type='dynamic', rope_theta=1e4,
+                                                     factor=2.0)), "rope scaling 'dynamic'"),
+                          ('llama', dict(hidden_act='gelu'), "activation 'gelu'"),
+                          ('llama', dict(quantization_config=dict(quant_method='fp8')),
+                           'quantised weights'),
+                          ('mistral', dict(sliding_window=100), 'max_position_embeddings to 100'),
+                          ('qwen2',
+                           dict(use_sliding_window=True, sliding_window=100, max_window_layers=1,
+                                layer_types=None), 'sliding window of 100'),
+                          ('llama', dict(model_type='bert'), "model type 'bert'")])
 def test_configurations_that_would_be_ignored(make, tmp_path, family, changes, says):
     folder, _ = make(tiny_model(family, vocab=300), MIXED)
     edit(folder, **changes)
-    with pytest.raises(UnsupportedModel, match=says): export_gguf(folder, tmp_path / 'a.gguf')
+    with pytest.raises(UnsupportedModel, match=says):
+        export_gguf(folder, tmp_path / 'a.gguf')
     assert not list(tmp_path.iterdir())
 
 
@@ -426,7 +505,8 @@ def untouched(old):
 
 
 def test_an_existing_file_is_kept(pruned, untouched):
-    with pytest.raises(FileExistsError, match='overwrite=True'): export_gguf(pruned, untouched)
+    with pytest.raises(FileExistsError, match='overwrite=True'):
+        export_gguf(pruned, untouched)
 
 
 def test_overwrite(pruned, old):
@@ -439,10 +519,12 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def cut_to_nothing(folder): (folder / 'model.safetensors').write_bytes(b'')
+def cut_to_nothing(folder):
+    (folder / 'model.safetensors').write_bytes(b'')
 
 
-def drop_weights(folder): (folder / 'model.safetensors').unlink()
+def drop_weights(folder):
+    (folder / 'model.safetensors').unlink()
 
 
 def change_weights(change):
@@ -462,59 +544,75 @@ def widths(change):
 
 
 NAME = 'model.layers.1.mlp.down_proj.weight'
-BROKEN = dict(
-    truncated=(cut, CorruptFile, 'model.safetensors cannot be read'), empty=(cut_to_nothing, CorruptFile, 'cannot be read'),
-    no_weights=(drop_weights, FileNotFoundError, 'has no weights'),
-    tensor_missing=(change_weights(lambda s: s.pop(NAME)), CorruptFile, f'{NAME} .* is missing'),
-    tensor_too_many=(change_weights(lambda s: s.update(other=torch.ones(3))), CorruptFile, 'other .* is unexpected'),
-    tensor_of_other_width=(change_weights(lambda s: s.update({NAME: s[NAME][:, :20].clone()})), CorruptFile,
-                           r'is \(64, 20\), expected \(64, 33\)'),
-    nan=(change_weights(lambda s: s[NAME].fill_(float('nan'))), CorruptFile, f'{NAME} holds NaN'),
-    width=(widths(lambda w: w[1].update(ffn=40)), CorruptFile, r'expected \(40, 64\)'),
-    width_too_large=(widths(lambda w: w[1].update(ffn=400)), CorruptFile, 'describes no model'),
-    heads=(widths(lambda w: w[0].update(heads=3)), CorruptFile, 'describes no model'),
-    key=(widths(lambda w: w[0].pop('ffn')), CorruptFile, 'describes no model'),
-    layer_too_few=(widths(lambda w: w.pop()), CorruptFile, 'describes no model'),
-    vocabulary=(lambda f: edit(f, vocab_size=310), CorruptFile, r'expected \(310, 64\)'),
-    no_config=(lambda f: (f / 'config.json').unlink(), FileNotFoundError, 'needs a config.json'),
-    config_cut=(lambda f: (f / 'config.json').write_text('{"model_type": "lla'), CorruptFile, 'not valid JSON'),
-    tied_head=(lambda f: edit(f, tie_word_embeddings=True), CorruptFile, 'the head differs'))
+BROKEN = dict(truncated=(cut, CorruptFile, 'model.safetensors cannot be read'),
+              empty=(cut_to_nothing, CorruptFile, 'cannot be read'),
+              no_weights=(drop_weights, FileNotFoundError, 'has no weights'),
+              tensor_missing=(change_weights(lambda s: s.pop(NAME)), CorruptFile,
+                              f'{NAME} .* is missing'),
+              tensor_too_many=(change_weights(lambda s: s.update(other=torch.ones(3))), CorruptFile,
+                               'other .* is unexpected'),
+              tensor_of_other_width=(change_weights(lambda s: s.update(
+    {NAME: s[NAME][:, :20].clone()})), CorruptFile, r'is \(64, 20\), expected \(64, 33\)'),
+              nan=(change_weights(lambda s: s[NAME].fill_(float('nan'))), CorruptFile,
+                   f'{NAME} holds NaN'),
+              width=(widths(lambda w: w[1].update(ffn=40)), CorruptFile, r'expected \(40, 64\)'),
+              width_too_large=(widths(lambda w: w[1].update(ffn=400)), CorruptFile,
+                               'describes no model'),
+              heads=(widths(lambda w: w[0].update(heads=3)), CorruptFile, 'describes no model'),
+              key=(widths(lambda w: w[0].pop('ffn')), CorruptFile, 'describes no model'),
+              layer_too_few=(widths(lambda w: w.pop()), CorruptFile, 'describes no model'),
+              vocabulary=(lambda f: edit(f, vocab_size=310), CorruptFile, r'expected \(310, 64\)'),
+              no_config=(lambda f: (f / 'config.json').unlink(), FileNotFoundError,
+                         'needs a config.json'),
+              config_cut=(lambda f: (f / 'config.json').write_text('{"model_type": "lla'),
+                          CorruptFile, 'not valid JSON'),
+              tied_head=(lambda f: edit(f, tie_word_embeddings=True), CorruptFile,
+                         'the head differs'))
 
 
 @pytest.mark.parametrize('damage, error, says', BROKEN.values(), ids=BROKEN)
 def test_broken_folders(pruned, untouched, damage, error, says):
     damage(pruned)
-    with pytest.raises(error, match=says): export_gguf(pruned, untouched, 'q8_0', overwrite=True)
+    with pytest.raises(error, match=says):
+        export_gguf(pruned, untouched, 'q8_0', overwrite=True)
 
 
 def test_dense_folder_of_other_sizes(make, untouched):
     folder, _ = make(tiny_model('llama', vocab=300))
     edit(folder, intermediate_size=100)
-    with pytest.raises(CorruptFile, match=r'is \(64, 96\), expected \(64, 100\)'): export_gguf(folder, untouched, overwrite=True)
+    with pytest.raises(CorruptFile, match=r'is \(64, 96\), expected \(64, 100\)'):
+        export_gguf(folder, untouched, overwrite=True)
 
 
 def test_nothing_is_left(make, tmp_path):
     folder, _ = make(tiny_model('llama', vocab=300), [[0, 0]] * 3)
-    with pytest.raises(ValueError, match='no module is left'): export_gguf(folder, tmp_path / 'a.gguf')
+    with pytest.raises(ValueError, match='no module is left'):
+        export_gguf(folder, tmp_path / 'a.gguf')
 
 
 def test_arguments(pruned, tmp_path):
     with pytest.raises(ValueError, match="quant 'q4_0'; expected one of f32, f16, q8_0"):
         export_gguf(pruned, tmp_path / 'a.gguf', 'q4_0')
-    with pytest.raises(IsADirectoryError, match='Name a file'): export_gguf(pruned, tmp_path)
-    with pytest.raises(FileNotFoundError, match='no model folder'): export_gguf(tmp_path / 'nowhere', tmp_path / 'a.gguf')
+    with pytest.raises(IsADirectoryError, match='Name a file'):
+        export_gguf(pruned, tmp_path)
+    with pytest.raises(FileNotFoundError, match='no model folder'):
+        export_gguf(tmp_path / 'nowhere', tmp_path / 'a.gguf')
     (tmp_path / 'file').write_text('')
-    with pytest.raises(OSError, match='cannot write .* choose a folder'): export_gguf(pruned, tmp_path / 'file' / 'a.gguf')
+    with pytest.raises(OSError, match='cannot write .* choose a folder'):
+        export_gguf(pruned, tmp_path / 'file' / 'a.gguf')
 
 
 @posix
-@pytest.mark.parametrize('limit', [100, 5_000, 40_000, 100_000], ids=['metadata', 'tokenizer', 'weights', 'more weights'])
+@pytest.mark.parametrize('limit', [100, 5_000, 40_000, 100_000],
+                         ids=['metadata', 'tokenizer', 'weights', 'more weights'])
 def test_no_space(pruned, untouched, limit):
     "The system itself stops the write; nothing is simulated"
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ,
+                           signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1][1]))
-        with pytest.raises(OSError, match='cannot write .* an earlier file is untouched. Free some space'):
+        with pytest.raises(OSError, match='cannot write .* an earlier file is untouched. Free '
+                                          'some space'):
             export_gguf(pruned, untouched, 'f32', overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before[1])
@@ -533,18 +631,25 @@ def whole(make):
 def test_cut_files(whole, tmp_path, share):
     data = whole.read_bytes()
     (tmp_path / 'cut.gguf').write_bytes(data[:int(share * len(data))])
-    with pytest.raises(CorruptFile, match='cut.gguf is cut off.* Export it again'): check_gguf(tmp_path / 'cut.gguf')
+    with pytest.raises(CorruptFile, match='cut.gguf is cut off.* Export it again'):
+        check_gguf(tmp_path / 'cut.gguf')
 
 
 def test_other_files(tmp_path):
     (tmp_path / 'text.gguf').write_text('no model at all, but long enough for a header')
-    with pytest.raises(CorruptFile, match='no file of export_gguf'): check_gguf(tmp_path / 'text.gguf')
-    with pytest.raises(CorruptFile): LlamaCpp(tmp_path / 'text.gguf')
-    with pytest.raises(FileNotFoundError): check_gguf(tmp_path / 'nothing.gguf')
+    with pytest.raises(CorruptFile, match='no file of export_gguf'):
+        check_gguf(tmp_path / 'text.gguf')
+    with pytest.raises(CorruptFile):
+        LlamaCpp(tmp_path / 'text.gguf')
+    with pytest.raises(FileNotFoundError):
+        check_gguf(tmp_path / 'nothing.gguf')
 
 
-@pytest.mark.parametrize('key, says', [('attention.head_count', r'attn_q.weight is \(64, 64\), expected \(64, 56\)'),
-                                       ('feed_forward_length', r'ffn_gate.weight is \(64, 33\), expected \(64, 7\)')])
+@pytest.mark.parametrize('key, says',
+                         [('attention.head_count',
+                           r'attn_q.weight is \(64, 64\), expected \(64, 56\)'),
+                          ('feed_forward_length',
+                           r'ffn_gate.weight is \(64, 33\), expected \(64, 7\)')])
 def test_metadata_of_another_model(whole, tmp_path, key, says):
     path = tmp_path / 'other.gguf'
     shutil.copy(whole, path)
@@ -552,7 +657,8 @@ def test_metadata_of_another_model(whole, tmp_path, key, says):
     field = reader.fields[f'deci.{key}']
     field.parts[field.data[1]][0] = 7  # layer 1
     reader.data.flush()
-    with pytest.raises(CorruptFile, match=says): check_gguf(path)
+    with pytest.raises(CorruptFile, match=says):
+        check_gguf(path)
 
 
 # SmolLM2
@@ -563,23 +669,29 @@ def smollm2(tmp_path_factory):
     from ffp_nb.core.budget import uniform
     from ffp_nb.pipeline.bench import Bench
     from ffp_nb.pipeline.config import Profile, PruneConfig
-    config = PruneConfig(text='pydoc', sparsity=0.3, dtype='float32', profile=Profile(64, 6, 4, 8, 4, 1, 2, 3))
+    config = PruneConfig(text='pydoc', sparsity=0.3, dtype='float32',
+                         profile=Profile(64, 6, 4, 8, 4, 1, 2, 3))
     bench = Bench.load(config, progress=False)
     widths = uniform(bench.cost, 0.3)
     widths[22, 0] = widths[24, 1] = widths[26, 0] = widths[26, 1] = 0
-    folder = save_pruned(bench.elastic.set(widths, bench.static), bench.tokenizer, tmp_path_factory.mktemp('smollm2') / 'pruned')
+    folder = save_pruned(bench.elastic.set(widths, bench.static), bench.tokenizer,
+                         tmp_path_factory.mktemp('smollm2') / 'pruned')
     model, tokenizer = load_pruned(folder)
-    return folder, model, tokenizer, token_blocks(bench.corpus['selection'], tokenizer, Convention(96, 96), n=2).ids.tolist()
+    return folder, model, tokenizer, token_blocks(bench.corpus['selection'], tokenizer,
+                                                  Convention(96, 96), n=2).ids.tolist()
 
 
-@pytest.mark.parametrize('quant, ppl_close', [('f32', 1e-3), ('f16', 0.01), ('q8_0', 0.15)])  # llama.cpp rounds activations too
+# llama.cpp rounds activations too
+@pytest.mark.parametrize('quant, ppl_close', [('f32', 1e-3), ('f16', 0.01), ('q8_0', 0.15)])
 def test_smollm2(smollm2, tmp_path, texts, quant, ppl_close):
     folder, model, tokenizer, blocks = smollm2
     path = export_gguf(folder, tmp_path / 'a.gguf', quant)
     about, served = check_gguf(path), LlamaCpp(path)
     assert about['arch'] == 'deci' and about['layers'] == 29
-    assert about['bytes'] < 1.02 * dict(f32=4, f16=2, q8_0=34 / 32)[quant] * about['params'] + 3e6  # and the tokenizer
-    have, want = (np.mean([one(o) for o in blocks]) for one in (served.nll, lambda ids: nll(model, ids)))
+    # and the tokenizer
+    assert about['bytes'] < 1.02 * dict(f32=4, f16=2, q8_0=34 / 32)[quant] * about['params'] + 3e6
+    have, want = (np.mean([one(o) for o in blocks])
+                  for one in (served.nll, lambda ids: nll(model, ids)))
     assert np.exp(have - want) == pytest.approx(1, abs=ppl_close)
     if quant != 'f32': return
     prompt = tokenizer('The capital of France is').input_ids

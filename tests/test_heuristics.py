@@ -1,4 +1,5 @@
-"Allocation heuristics: all families, on budget like the solver, nothing left behind, and errors that name what is wrong"
+"""Allocation heuristics: all families, on budget like the solver, nothing left behind, and errors
+that name what is wrong"""
 import itertools
 from types import SimpleNamespace
 
@@ -14,8 +15,10 @@ from ffp_nb.core.criteria import unit_order
 from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Blocks
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.search.heuristics import (HEURISTICS, BiasCompensation, choose, flap_widths, gate_saliency, knapsack, output_biases,
-                               owl_retention, alpha_retention, proportional_retention, retention_scores, sensitivity_table)
+from ffp_nb.search.heuristics import (HEURISTICS, BiasCompensation, choose, flap_widths,
+                                      gate_saliency, knapsack, output_biases, owl_retention,
+                                      alpha_retention, proportional_retention, retention_scores,
+                                      sensitivity_table)
 from ffp_nb.core.families import FAMILIES, KINDS, Layout, tiny_model
 from ffp_nb.search.loop import Evaluator
 
@@ -30,9 +33,11 @@ def make_bench(family='llama', step=(1, 8), p_min=0.1, criterion='wanda', dtype=
     elastic = ElasticModel(model, unit_order(Layout(model), stats, criterion))
     stats = stats.permute(elastic.columns)
     static = Calibrator(elastic, stats, 0.1)
-    return SimpleNamespace(elastic=elastic, stats=stats, cost=param_cost(elastic.layout), static=static, calibration=calibration,
-                           search=search, evaluator=lambda: Evaluator(elastic, search, static),
-                           config=SimpleNamespace(step=step, p_min=p_min, profile=SimpleNamespace(blocks=2)))
+    return SimpleNamespace(elastic=elastic, stats=stats, cost=param_cost(elastic.layout),
+                           static=static, calibration=calibration, search=search,
+                           evaluator=lambda: Evaluator(elastic, search, static),
+                           config=SimpleNamespace(step=step, p_min=p_min,
+                                                  profile=SimpleNamespace(blocks=2)))
 
 
 @pytest.fixture(scope='module')
@@ -40,7 +45,8 @@ def benches():
     "`benches(family)`, made once: heuristics must leave a bench as it was"
     made = {}
     def get(family):
-        if family not in made: made[family] = make_bench(family)
+        if family not in made:
+            made[family] = make_bench(family)
         return made[family]
     return get
 
@@ -55,20 +61,23 @@ def on_budget(cost, widths, sigma, step, p_min):
     return -1e-6 <= spare < min((cost.unit * size)[widths < upper], default=np.inf)
 
 
-def test_names(): assert tuple(HEURISTICS) == NAMES
+def test_names():
+    assert tuple(HEURISTICS) == NAMES
 
 
 @pytest.mark.parametrize('family, name', list(itertools.product(FAMILIES, NAMES)))
 def test_on_budget_and_nothing_left_behind(family, name, benches):
     b = benches(family)
-    with torch.inference_mode(): before = b.elastic.model(b.search.ids).logits.clone()
+    with torch.inference_mode():
+        before = b.elastic.model(b.search.ids).logits.clone()
     for sigma in (0.2, 0.5):
         widths, tokens = HEURISTICS[name](b, sigma)
         assert on_budget(b.cost, widths, sigma, (1, 8), 0.1) and isinstance(tokens, int)
         again = HEURISTICS[name](b, sigma)
         assert (again[0] == widths).all() and again[1] == tokens
     assert (np.ptp(widths / b.cost.full, axis=0) > 0).any()  # it has an opinion
-    with torch.inference_mode(): assert torch.equal(b.elastic.model(b.search.ids).logits, before)
+    with torch.inference_mode():
+        assert torch.equal(b.elastic.model(b.search.ids).logits, before)
     lins = [m.out for m in b.elastic.layout.modules.values()]
     assert not any(lin._forward_hooks or lin._forward_pre_hooks for lin in lins)
     assert not any(p.requires_grad or p.grad is not None for p in b.elastic.model.parameters())
@@ -86,9 +95,11 @@ def test_steps_and_bounds_of_the_bench_are_kept(name, step, p_min, sigma, benche
 @pytest.mark.parametrize('name', NAMES)
 def test_impossible_targets(name, benches):
     b = benches('llama')
-    with pytest.raises(InfeasibleBudget, match='infeasible'): HEURISTICS[name](b, 0.97)
+    with pytest.raises(InfeasibleBudget, match='infeasible'):
+        HEURISTICS[name](b, 0.97)
     for bad in (-0.1, 1.0, float('nan')):
-        with pytest.raises(ValueError, match=r'sparsity'): HEURISTICS[name](b, bad)
+        with pytest.raises(ValueError, match=r'sparsity'):
+            HEURISTICS[name](b, bad)
     assert (b.elastic.widths == b.cost.full).all()
 
 
@@ -96,36 +107,49 @@ def test_forward_tokens_are_counted(benches, monkeypatch):
     b = benches('llama')
     assert [HEURISTICS[n](b, 0.3)[1] for n in ('flap', 'owl', 'alpha')] == [0, 0, 0]
     seen = []
-    hook = b.elastic.model.base_model.register_forward_pre_hook(lambda m, args: seen.append(args[0].numel()))
+    hook = b.elastic.model.base_model.register_forward_pre_hook(
+        lambda m, args: seen.append(args[0].numel()))
     try:
         assert HEURISTICS['gate'](b, 0.3, blocks=2)[1] == 3 * sum(seen) == 3 * 48
         seen.clear()
         assert HEURISTICS['sensitivity'](b, 0.3, points=2)[1] == sum(seen) == (1 + 6 * 2) * 2 * 24
-    finally: hook.remove()
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_bfloat16(family):
     b = make_bench(family, dtype=torch.bfloat16)
-    for name in NAMES: assert on_budget(b.cost, HEURISTICS[name](b, 0.3)[0], 0.3, (1, 8), 0.1)
-    with output_biases(b.elastic), b.elastic.at(b.cost.full // 2, BiasCompensation(b.elastic, b.stats)), torch.inference_mode():
+    for name in NAMES:
+        assert on_budget(b.cost, HEURISTICS[name](b, 0.3)[0], 0.3, (1, 8), 0.1)
+    with output_biases(b.elastic), b.elastic.at(b.cost.full // 2,
+                                                BiasCompensation(b.elastic,
+                                                                 b.stats)), torch.inference_mode():
         assert torch.isfinite(b.elastic.model(b.search.ids).logits).all()
 
 
 def test_every_gate_stands_for_its_own_module():
     "A module that is cut off has a saliency of 0, and no other has"
     for family, (i, j) in itertools.product(FAMILIES, ((0, 0), (2, 1))):
-        model = tiny_model(family); layout = Layout(model)
-        for p in layout.modules[i, KINDS[j]].out.parameters(): p.data.zero_()
-        s = gate_saliency(model, layout, Blocks(torch.randint(0, 211, (2, 16), generator=torch.Generator().manual_seed(0)), 15))
+        model = tiny_model(family)
+        layout = Layout(model)
+        for p in layout.modules[i, KINDS[j]].out.parameters():
+            p.data.zero_()
+        s = gate_saliency(model, layout,
+                          Blocks(torch.randint(0, 211, (2, 16),
+                                               generator=torch.Generator().manual_seed(0)), 15))
         assert np.argwhere(s == 0).tolist() == [[i, j]]
 
 
 def test_saliency_is_a_mean_over_blocks():
-    model = tiny_model(); layout = Layout(model)
+    model = tiny_model()
+    layout = Layout(model)
     text = Blocks(torch.randint(0, 211, (3, 16), generator=torch.Generator().manual_seed(0)), 15)
-    with torch.inference_mode(): whole = gate_saliency(model, layout, text)  # a caller's mode does not matter
-    np.testing.assert_allclose(whole, np.mean([gate_saliency(model, layout, text[i]) for i in range(3)], 0), rtol=1e-4)
+    with torch.inference_mode():
+        whole = gate_saliency(model, layout, text)  # a caller's mode does not matter
+    np.testing.assert_allclose(whole,
+                               np.mean([gate_saliency(model, layout, text[i]) for i in range(3)],
+                                       0), rtol=1e-4)
 
 
 @given(st.integers(0, 10**6), st.floats(0.05, 0.8))
@@ -138,7 +162,8 @@ def test_retentions_come_back(seed, sigma):
     sigma = lo + (hi - lo) * sigma
     widths = solve(rng.normal(size=(5, 2)), cost, sigma, (1, 4))
     sigma = cost.sparsity(widths)  # on budget to the unit
-    assert (solve(retention_scores(widths / cost.full, cost, (1, 4)), cost, sigma, (1, 4)) == widths).all()
+    assert (solve(retention_scores(widths / cost.full, cost, (1, 4)), cost, sigma, (1, 4))
+            == widths).all()
 
 
 @given(st.integers(0, 10**6), st.floats(0, 0.85))
@@ -150,12 +175,15 @@ def test_proportional_retention_is_on_budget_and_in_order(seed, sigma):
     least = bounds(cost, (1, 4))[0] / cost.full
     if sigma > cost.sparsity(least * cost.full): return
     r = proportional_retention(g, cost, sigma, (1, 4))
-    assert abs(cost.sparsity(cost.full * r) - sigma) < 1e-9 and (least <= r).all() and (r <= 1).all()
-    for j in range(2): assert (np.diff(r[np.argsort(g[:, j]), j]) >= -1e-12).all()
+    assert (abs(cost.sparsity(cost.full * r) - sigma) < 1e-9 and (least <= r).all()
+            and (r <= 1).all())
+    for j in range(2):
+        assert (np.diff(r[np.argsort(g[:, j]), j]) >= -1e-12).all()
 
 
 def test_layer_shares_of_owl_and_alpha():
-    "More outliers keep more; a larger exponent keeps less; means are exact while nothing is clipped"
+    """More outliers keep more; a larger exponent keeps less; means are exact while nothing is
+    clipped"""
     x = np.array([3., 1., 2., 7.])
     for r, sign in ((owl_retention(x, 0.4), 1), (alpha_retention(x, 0.4), -1)):
         assert (r[:, 0] == r[:, 1]).all() and abs(r.mean() - 0.6) < 1e-12
@@ -168,7 +196,8 @@ def test_flap_counts_the_cost_of_a_unit(benches):
     b = benches('llama')
     dear = Cost(np.full_like(b.cost.unit, 7), b.cost.full)
     widths = [flap_widths(b.elastic.layout, b.stats, c, 0.4, (1, 1)) for c in (b.cost, dear)]
-    assert (widths[0] != widths[1]).any() and all(on_budget(c, w, 0.4, (1, 1), 0.1) for c, w in zip((b.cost, dear), widths))
+    assert ((widths[0] != widths[1]).any()
+            and all(on_budget(c, w, 0.4, (1, 1), 0.1) for c, w in zip((b.cost, dear), widths)))
 
 
 
@@ -178,7 +207,8 @@ def test_lent_biases_go_back_after_an_error(benches):
         with output_biases(em):
             assert all(m.out.bias is not None for m in em.layout.modules.values())
             raise RuntimeError('stop')
-    assert all(m.out.bias is None for m in em.layout.modules.values()) and em.dense_out((0, 'ffn'))[1] is None
+    assert (all(m.out.bias is None for m in em.layout.modules.values())
+            and em.dense_out((0, 'ffn'))[1] is None)
     assert not any('bias' in n for n, _ in em.model.named_parameters())
 
 
@@ -193,7 +223,8 @@ def test_choose_is_the_best_choice(seed):
     add = lambda table, pick: sum(t[o] for t, o in zip(table, pick))
     fits = [p for p in itertools.product(*map(range, sizes)) if add(costs, p) <= capacity]
     if not fits:
-        with pytest.raises(ValueError, match='no choice'): choose(losses, costs, capacity)
+        with pytest.raises(ValueError, match='no choice'):
+            choose(losses, costs, capacity)
         return
     pick = choose(losses, costs, capacity)
     assert add(costs, pick) <= capacity and add(losses, pick) == min(add(losses, p) for p in fits)
@@ -203,9 +234,14 @@ class Additive:
     "An evaluator whose loss really is additive"
     def __init__(self, full, seed):
         rng = np.random.default_rng(seed)
-        self.full, self.weight, self.power = full, rng.gamma(1, size=full.shape), rng.uniform(0.5, 3, full.shape)
-    def dense(self, idx): return np.ones(len(idx))
-    def __call__(self, widths, idx): return np.full(len(idx), 1 + (self.weight * (1 - widths / self.full)**self.power).sum())
+        self.full, self.weight = full, rng.gamma(1, size=full.shape)
+        self.power = rng.uniform(0.5, 3, full.shape)
+
+    def dense(self, idx):
+        return np.ones(len(idx))
+
+    def __call__(self, widths, idx):
+        return np.full(len(idx), 1 + (self.weight * (1 - widths / self.full)**self.power).sum())
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -213,11 +249,13 @@ def test_nothing_beats_the_knapsack_where_losses_add_up(seed):
     cost = Cost(np.tile([90, 4], (4, 1)), np.tile([3, 128], (4, 1)))
     ev = Additive(cost.full, seed)
     table = sensitivity_table(ev, cost, [0], (1, 16), points=99)  # every width
-    assert len(table) == 4 * (2 + 7) and (table.groupby(['layer', 'kind']).width.nunique() > 1).all()
+    assert (len(table) == 4 * (2 + 7)
+            and (table.groupby(['layer', 'kind']).width.nunique() > 1).all())
     widths = knapsack(table, cost, 0.4, (1, 16))
     assert on_budget(cost, widths, 0.4, (1, 16), 0.1)
     best, rng = ev(widths, [0])[0], np.random.default_rng(seed)
-    for _ in range(500): assert ev(solve(rng.normal(0, 2, (4, 2)), cost, 0.4, (1, 16)), [0])[0] >= best - 1e-9
+    for _ in range(500):
+        assert ev(solve(rng.normal(0, 2, (4, 2)), cost, 0.4, (1, 16)), [0])[0] >= best - 1e-9
     coarse = knapsack(table, cost, 0.4, (1, 16), cells=20)
     assert on_budget(cost, coarse, 0.4, (1, 16), 0.1)
 
@@ -225,27 +263,38 @@ def test_nothing_beats_the_knapsack_where_losses_add_up(seed):
 def test_a_broken_width_is_avoided():
     cost = Cost(np.tile([90, 4], (2, 1)), np.tile([3, 128], (2, 1)))
     class Broken(Additive):
-        def __call__(self, w, idx): return super().__call__(w, idx) * (np.nan if w[1, 0] < 3 else 1)
+        def __call__(self, w, idx):
+            return super().__call__(w, idx) * (np.nan if w[1, 0] < 3 else 1)
     table = sensitivity_table(Broken(cost.full, 0), cost, [0], (1, 16))
     assert np.isfinite(table.loss).all() and knapsack(table, cost, 0.4, (1, 16))[1, 0] == 3
 
 
 def test_bad_input_is_named():
     cost = Cost(np.ones((2, 2)), np.full((2, 2), 64))
-    with pytest.raises(ValueError, match=r'\(2, 2\), got shape \(3, 2\)'): retention_scores(np.ones((3, 2)), cost)
-    with pytest.raises(ValueError, match='from 0.5 to 1.5'): retention_scores(np.array([[0.5, 1.5]] * 2), cost)
-    with pytest.raises(ValueError, match='not all 0'): proportional_retention(np.zeros((2, 2)), cost, 0.3)
-    with pytest.raises(ValueError, match='points is 0'): sensitivity_table(Additive(cost.full, 0), cost, [0], points=0)
+    with pytest.raises(ValueError, match=r'\(2, 2\), got shape \(3, 2\)'):
+        retention_scores(np.ones((3, 2)), cost)
+    with pytest.raises(ValueError, match='from 0.5 to 1.5'):
+        retention_scores(np.array([[0.5, 1.5]] * 2), cost)
+    with pytest.raises(ValueError, match='not all 0'):
+        proportional_retention(np.zeros((2, 2)), cost, 0.3)
+    with pytest.raises(ValueError, match='points is 0'):
+        sensitivity_table(Additive(cost.full, 0), cost, [0], points=0)
     empty = pd.DataFrame(columns=['layer', 'kind', 'width', 'loss'])
-    with pytest.raises(ValueError, match='layer 0 attn'): knapsack(empty, cost, 0.3)
+    with pytest.raises(ValueError, match='layer 0 attn'):
+        knapsack(empty, cost, 0.3)
 
 
 def test_flap_takes_what_hardly_changes():
-    "24 channels of one FFN that never change are the first to go, and the only ones where that is enough"
+    """24 channels of one FFN that never change are the first to go, and the only ones where that is
+    enough"""
     b = make_bench()
     n, mean = b.stats.tokens, b.stats.mean((1, 'ffn'))
-    b.stats.gram[1, 'ffn'] = n * (torch.outer(mean, mean) + torch.diag(torch.where(torch.arange(96) < 72, 100.0, 0.0)))
+    b.stats.gram[1,
+                 'ffn'] = (n
+                           * (torch.outer(mean, mean)
+                              + torch.diag(torch.where(torch.arange(96) < 72, 100.0, 0.0))))
     lin = b.elastic.layout.modules[1, 'ffn'].out
     lin.weight.data = torch.ones_like(lin.weight)
-    want = b.cost.full.copy(); want[1, 1] = 72
+    want = b.cost.full.copy()
+    want[1, 1] = 72
     assert (flap_widths(b.elastic.layout, b.stats, b.cost, 0.05, (1, 8)) == want).all()

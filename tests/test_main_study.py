@@ -1,4 +1,5 @@
-"Cells of the main study: every method and variant runs, keeps the budget, and is measured once; the tables read what is there"
+"""Cells of the main study: every method and variant runs, keeps the budget, and is measured once;
+the tables read what is there"""
 
 import numpy as np
 import pytest
@@ -7,8 +8,9 @@ from ffp_nb.core.budget import InfeasibleBudget
 from ffp_nb.search.heuristics import HEURISTICS
 from ffp_nb.core.runs import RunDir
 from ffp_nb.studies import cells
-from ffp_nb.studies.cells import (VARIANTS, Cell, cell_settings, clip_in_order, fit_episodes, planned_tokens, read_cells, run_cell,
-                                  run_cells, selection_nll, trace_cell)
+from ffp_nb.studies.cells import (VARIANTS, Cell, cell_settings, clip_in_order, fit_episodes,
+                                  planned_tokens, read_cells, run_cell, run_cells, selection_nll,
+                                  trace_cell)
 from ffp_nb.studies.searchers import cost_runs, cost_table, read_traces, study_cells
 
 
@@ -26,22 +28,28 @@ def test_every_variant_runs_on_budget_and_leaves_the_bench_alone(bench, tmp_path
     assert -1e-9 <= bench.cost.sparsity(widths) - 0.4 < (step if variant != 'clip' else 1)
     assert r['config']['profile']['batch'] == dict(batch8=8, batch32=32).get(variant, 4)
     assert (r['result']['before'] > 0) == (variant in ('warm', 'transfer'))
-    assert len(r['result']['nll']['static']) == 4 and r['result']['forward_tokens'] > r['result']['before']
+    assert (len(r['result']['nll']['static']) == 4
+            and r['result']['forward_tokens'] > r['result']['before'])
 
 
 @pytest.mark.parametrize('method', ['ffp', 'random-search', 'eas', 'cma', 'tpe', 'ddpg'])
-def test_a_killed_search_of_any_method_goes_on_to_the_same_record(bench, tmp_path, monkeypatch, method):
+def test_a_killed_search_of_any_method_goes_on_to_the_same_record(bench, tmp_path, monkeypatch,
+                                                                  method):
     whole = run(bench, tmp_path / 'a', 0.4, method, modes=('static',))
     save = RunDir.save_checkpoint
     def killed(self, state):
         save(self, state)
         raise KeyboardInterrupt
     monkeypatch.setattr(RunDir, 'save_checkpoint', killed)
-    with pytest.raises(KeyboardInterrupt): run(bench, tmp_path / 'b', 0.4, method, modes=('static',))
+    with pytest.raises(KeyboardInterrupt):
+        run(bench, tmp_path / 'b', 0.4, method, modes=('static',))
     assert not list((tmp_path / 'b').glob('records/*.json'))
     monkeypatch.setattr(RunDir, 'save_checkpoint', save)
     again = run(bench, tmp_path / 'b', 0.4, method, modes=('static',))
-    same = lambda r: {k: r['result'][k] for k in ('widths', 'nll', 'forward_tokens')} | {k: r['result']['search'][k] for k in ('scores', 'reward')}
+    same = lambda r: {k: r['result'][k]
+                      for k in ('widths', 'nll', 'forward_tokens')} | {k: r['result']['search'][k]
+                                                                       for k in ('scores',
+                                                                                 'reward')}
     assert same(again) == same(whole)
 
 
@@ -51,14 +59,16 @@ def test_heuristics_are_cells_too(bench, tmp_path, method):
     r = run(bench, tmp_path, 0.4, method, modes=modes)
     assert tuple(r['result']['nll']) == modes and 'search' not in r['result']
     assert r['result']['sparsity'] >= 0.4
-    if method == 'flap': assert r['result']['nll']['bias'] != r['result']['nll']['none']
+    if method == 'flap':
+        assert r['result']['nll']['bias'] != r['result']['nll']['none']
 
 
 def test_a_cell_is_measured_once(bench, tmp_path, monkeypatch):
     first = run(bench, tmp_path, 0.4, modes=('static',))
     monkeypatch.setattr(cells, '_searched', lambda *a: pytest.fail('searched again'))
     assert run(bench, tmp_path, 0.4, modes=('static',)) == first
-    with pytest.raises(pytest.fail.Exception): run(bench, tmp_path, 0.4, seed=1, modes=('static',))
+    with pytest.raises(pytest.fail.Exception):
+        run(bench, tmp_path, 0.4, seed=1, modes=('static',))
 
 
 def test_equal_tokens(bench):
@@ -69,15 +79,18 @@ def test_equal_tokens(bench):
     # what is planned is an upper bound: blocks that come twice have their dense reference once
     bench_config, bench.config = bench.config, c
     from ffp_nb.search.loop import Search
-    used = Search(bench.evaluator(), bench.cost, c.search_config()).run(progress=False).forward_tokens
+    used = Search(bench.evaluator(), bench.cost,
+                  c.search_config()).run(progress=False).forward_tokens
     bench.config = bench_config
     assert 0.9 * planned_tokens(c, pool) < used <= planned_tokens(c, pool)
-    with pytest.raises(ValueError, match='10 forward tokens; two updates need'): fit_episodes(bench.config, 10, pool)
+    with pytest.raises(ValueError, match='10 forward tokens; two updates need'):
+        fit_episodes(bench.config, 10, pool)
 
 
 def test_traces_and_selection(bench, tmp_path):
     records = tmp_path / 'records'
-    found = [run(bench, tmp_path, 0.4, m, seed, v, modes=('static',)) for m in ('ffp', 'random-search', 'eas') for seed in (0, 1)
+    found = [run(bench, tmp_path, 0.4, m, seed, v, modes=('static',))
+             for m in ('ffp', 'random-search', 'eas') for seed in (0, 1)
              for v in ('default', 'none')]
     for r in found:
         t = trace_cell(bench, r, records, points=3, blocks=2)
@@ -85,30 +98,38 @@ def test_traces_and_selection(bench, tmp_path):
     # the last guess of the agent, measured by hand
     guess = np.array(found[0]['result']['search']['updates'][-1]['guess'])
     by_hand = bench.perplexity(guess, bench.selection[:2], bench.static).mean_nll
-    assert trace_cell(bench, found[0], records, points=3, blocks=2).nll.iloc[-1] == pytest.approx(by_hand)
+    assert (trace_cell(bench, found[0], records, points=3, blocks=2).nll.iloc[-1]
+            == pytest.approx(by_hand))
     table = read_cells(records)
     assert len(table) == len(found) and set(table.policy) == {'ffp', 'random-search', 'eas'}
     cost = cost_table(cost_runs(read_traces(table, records)))
     own = cost.set_index(['policy', 'variant']).loc[('eas', 'none')]
     assert own.times_cheaper == own.low == own.high == 1 and own.behind == 0
     s = selection_nll(bench, found, records)
-    by_hand = bench.perplexity(np.array(found[1]['result']['widths']), bench.selection[:3], bench.static).mean_nll
-    assert s[found[1]['config_id']] == pytest.approx(by_hand, abs=1e-4) and len(s) == len({r['config_id'] for r in found})
+    by_hand = bench.perplexity(np.array(found[1]['result']['widths']), bench.selection[:3],
+                               bench.static).mean_nll
+    assert (s[found[1]['config_id']] == pytest.approx(by_hand, abs=1e-4)
+            and len(s) == len({r['config_id'] for r in found}))
 
 
 def test_clipping_serves_the_first_modules_and_never_overspends(bench):
     rng = np.random.default_rng(0)
     for sparsity in (0.1, 0.4, 0.6):
         for scale in (0.1, 1, 5):
-            w = clip_in_order(rng.normal(size=bench.cost.full.shape) * scale, bench.cost, sparsity, (1, 8))
+            w = clip_in_order(rng.normal(size=bench.cost.full.shape) * scale, bench.cost, sparsity,
+                              (1, 8))
             assert bench.cost.sparsity(w) >= sparsity - 1e-9
-    with pytest.raises(InfeasibleBudget, match='0.95'): clip_in_order(np.zeros(bench.cost.full.shape), bench.cost, 0.95, (1, 8))
+    with pytest.raises(InfeasibleBudget, match='0.95'):
+        clip_in_order(np.zeros(bench.cost.full.shape), bench.cost, 0.95, (1, 8))
     greedy = clip_in_order(np.full(bench.cost.full.shape, 9.0), bench.cost, 0.5, (1, 8))
     assert (greedy[0] == bench.cost.full[0]).all() and greedy[-1, 1] < bench.cost.full[-1, 1]
 
 
 def test_bad_cells():
-    with pytest.raises(ValueError, match="variant 'fancy'; expected one of default"): Cell('m', 0.3, variant='fancy')
-    with pytest.raises(ValueError, match='expected some of none, static'): Cell('m', 0.3, modes=('lora',))
+    with pytest.raises(ValueError, match="variant 'fancy'; expected one of default"):
+        Cell('m', 0.3, variant='fancy')
+    with pytest.raises(ValueError, match='expected some of none, static'):
+        Cell('m', 0.3, modes=('lora',))
     assert len({c.name for c in study_cells()}) == len(study_cells())
-    with pytest.raises(KeyError): run_cells([Cell('opt', 0.3)], profile='huge')
+    with pytest.raises(KeyError):
+        run_cells([Cell('opt', 0.3)], profile='huge')

@@ -1,4 +1,5 @@
-"From a folder to a smaller folder, for every family: on budget, the same model after loading, the same again"
+"""From a folder to a smaller folder, for every family: on budget, the same model after loading,
+the same again"""
 import json
 import shutil
 
@@ -19,7 +20,8 @@ from ffp_nb.pipeline.config import Profile, PruneConfig
 
 SIGMA = 0.4
 TINY = Profile(32, 4, 2, 8, 4, 1, 2, 2)  # as in the fixture `ffp`
-SMALL_UNITS = dict(step=(1, 4), profile=TINY, dtype='float32', sparsity=SIGMA)  # finer than the command line's 32 channels
+# finer than the command line's 32 channels
+SMALL_UNITS = dict(step=(1, 4), profile=TINY, dtype='float32', sparsity=SIGMA)
 
 
 def base(folder, **options):
@@ -28,14 +30,16 @@ def base(folder, **options):
             *(o for k, v in options.items() for o in ('--' + k.replace('_', '-'), v))]
 
 
-def record(out): return json.loads(next(out.glob('prune-*.json')).read_text())
+def record(out):
+    return json.loads(next(out.glob('prune-*.json')).read_text())
 
 
 def on_budget(cost, widths, sigma, step=(1, 32)):
     "At least sigma, and no step still fits"
     spare = (cost.sparsity(widths) - sigma) * cost.dense
     upper = bounds(cost, step)[1]
-    open_steps = [cost.unit[i, j] * min(step[j], upper[i, j] - widths[i, j]) for i, j in np.argwhere(widths < upper)]
+    open_steps = [cost.unit[i, j] * min(step[j], upper[i, j] - widths[i, j])
+                  for i, j in np.argwhere(widths < upper)]
     return -1e-6 <= spare < min(open_steps)
 
 
@@ -44,7 +48,8 @@ def test_prune_end_to_end(family, family_folder, ffp, tmp_path, monkeypatch):
     folder, out, held = family_folder(family), tmp_path / 'out', {}
     save = prune.save_pruned
     def keep(elastic, *a, **kw):  # the model in memory, at the moment that it is saved
-        with torch.inference_mode(): held.update(logits=elastic.model(ids).logits.clone(), dtype=elastic.dtype)
+        with torch.inference_mode():
+            held.update(logits=elastic.model(ids).logits.clone(), dtype=elastic.dtype)
         return save(elastic, *a, **kw)
     monkeypatch.setattr(prune, 'save_pruned', keep)
     ids = torch.randint(0, 211, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -57,37 +62,45 @@ def test_prune_end_to_end(family, family_folder, ffp, tmp_path, monkeypatch):
     ours = table[table.method == 'ffp']
     assert np.allclose(ours.sparsity, cost.sparsity(widths))
     assert (table.sparsity[table.method != 'dense'] >= SIGMA - 1e-9).all()
-    assert list(ours.calibration) == ['none', 'static', 'sequential'] and np.isfinite(table.ppl).all()
+    assert (list(ours.calibration) == ['none', 'static', 'sequential']
+            and np.isfinite(table.ppl).all())
     assert {'dense', 'uniform'} <= set(table.method) and 'sequential' in result.stdout
 
     model, tokenizer = load_pruned(out / 'model')
     assert model.dtype == torch.float32
     text = load_corpus(str(folder / 'text.txt'))['test']
-    words = load_model(str(folder / 'dense'), 'float32')[1](text, add_special_tokens=False)['input_ids']
+    words = load_model(str(folder / 'dense'), 'float32')[1](text,
+                                                            add_special_tokens=False)['input_ids']
     assert tokenizer(text, add_special_tokens=False)['input_ids'] == words and len(set(words)) > 10
-    with torch.inference_mode(): assert torch.equal(model(ids).logits, held['logits'])
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, held['logits'])
     rep = Layout(load_model(str(folder / 'dense'), 'float32')[0]).q_per_kv
-    assert model.config.pruned_widths == [dict(heads=int(a) * rep, kv_heads=int(a), ffn=int(f)) for a, f in widths]
+    assert (model.config.pruned_widths
+            == [dict(heads=int(a) * rep, kv_heads=int(a), ffn=int(f)) for a, f in widths])
     small = sum(p.numel() for p in model.parameters())
     dense = sum(p.numel() for p in load_model(str(folder / 'dense'), 'float32')[0].parameters())
-    assert dense - small == cost.dense - cost.total(widths), 'the folder holds what the budget counts'
+    assert dense - small == cost.dense - cost.total(
+        widths), 'the folder holds what the budget counts'
 
     seen = {}
     def spy(*a, **kw):
         seen['p'] = perplexity(*a, **kw)
         return seen['p']
     monkeypatch.setattr('ffp_nb.core.perplexity.perplexity', spy)
-    worked(ffp('eval', '--model', out / 'model', '--text', folder / 'text.txt', '--dtype', 'float32',
-               '--block-len', TINY.block_len, '--max-blocks', TINY.test_blocks))
+    worked(ffp('eval', '--model', out / 'model', '--text', folder / 'text.txt', '--dtype',
+               'float32', '--block-len', TINY.block_len, '--max-blocks', TINY.test_blocks))
     last = ours[ours.calibration == 'sequential'].iloc[0]
-    assert seen['p'].ppl == pytest.approx(last.ppl, rel=1e-6) and seen['p'].mean_nll == pytest.approx(last.nll, rel=1e-7)
+    assert (seen['p'].ppl == pytest.approx(last.ppl, rel=1e-6)
+            and seen['p'].mean_nll == pytest.approx(last.nll, rel=1e-7))
     if family == 'llama':
-        for name in ('retention.png', 'search.png'): assert (out / name).read_bytes().startswith(b'\x89PNG')
+        for name in ('retention.png', 'search.png'):
+            assert (out / name).read_bytes().startswith(b'\x89PNG')
 
 
 @pytest.mark.parametrize('family', ['llama', 'opt'])
 def test_whole_modules_may_go(family, family_folder, ffp, tmp_path):
-    "A target that is out of reach as long as every module keeps a unit; with --remove it is met, and the folder loads"
+    """A target that is out of reach as long as every module keeps a unit; with --remove it is met,
+    and the folder loads"""
     folder, out = family_folder(family), tmp_path / 'out'
     options = base(folder, sparsity=0.85)
     result = ffp('prune', *options, '--out', out)
@@ -99,17 +112,21 @@ def test_whole_modules_may_go(family, family_folder, ffp, tmp_path):
     table = pd.read_csv(out / 'table.csv')
     assert np.isfinite(table.ppl).all()
     model, tokenizer = load_pruned(out / 'model')
-    blocks = token_blocks(load_corpus(str(folder / 'text.txt'))['test'], tokenizer, Convention(32, 32, max_blocks=2))
+    blocks = token_blocks(load_corpus(str(folder / 'text.txt'))['test'], tokenizer,
+                          Convention(32, 32, max_blocks=2))
     assert perplexity(model, blocks).ppl == pytest.approx(table.ppl.iloc[-1], rel=1e-5)
 
 
 def test_dense_folder_evaluates_as_the_table_says(family_folder, ffp, tmp_path):
     folder = family_folder('llama')
-    worked(ffp('prune', *base(folder, method='uniform-ffn', calibration='static'), '--out', tmp_path / 'out'))
+    worked(ffp('prune', *base(folder, method='uniform-ffn', calibration='static'), '--out',
+               tmp_path / 'out'))
     table = pd.read_csv(tmp_path / 'out' / 'table.csv')
     model, tokenizer = load_model(str(folder / 'dense'), 'float32')
-    blocks = token_blocks(load_corpus(str(folder / 'text.txt'))['test'], tokenizer, Convention(32, 32, max_blocks=2))
-    assert perplexity(model, blocks).ppl == pytest.approx(table.ppl[table.method == 'dense'].item(), rel=1e-6)
+    blocks = token_blocks(load_corpus(str(folder / 'text.txt'))['test'], tokenizer,
+                          Convention(32, 32, max_blocks=2))
+    assert (perplexity(model, blocks).ppl
+            == pytest.approx(table.ppl[table.method == 'dense'].item(), rel=1e-6))
 
 
 def test_opt_is_calibrated_with_intercept(family_folder, tmp_path, monkeypatch):
@@ -119,7 +136,8 @@ def test_opt_is_calibrated_with_intercept(family_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, '_refit', lambda *a: fits.append(a[3] is not None) or refit(*a))
     dense = Layout(load_model(str(folder / 'dense'), 'float32')[0])
     for calibration in ('none', 'static', 'sequential'):
-        config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), method='uniform', calibration=calibration, **SMALL_UNITS)
+        config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), method='uniform',
+                             calibration=calibration, **SMALL_UNITS)
         prune.prune(config, tmp_path / calibration, progress=False)
         model, _ = load_pruned(tmp_path / calibration / 'model')
         bench = prune.Bench.load(config, progress=False)
@@ -137,7 +155,8 @@ def test_opt_is_calibrated_with_intercept(family_folder, tmp_path, monkeypatch):
 def test_static_intercept_keeps_the_mean_output(family_folder):
     "Ridge with intercept leaves no bias on the text that it was fitted on"
     folder = family_folder('opt')
-    bench = prune.Bench.load(PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), method='uniform', **SMALL_UNITS), progress=False)
+    bench = prune.Bench.load(PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'),
+                                         method='uniform', **SMALL_UNITS), progress=False)
     for (i, kind), m in bench.elastic.layout.modules.items():
         W, b = bench.elastic.dense_out((i, kind))
         mean = bench.stats.mean((i, kind))
@@ -148,15 +167,21 @@ def test_static_intercept_keeps_the_mean_output(family_folder):
 def test_taylor_order_comes_from_gradients(family_folder, ffp, tmp_path):
     "The bench sorts by gradients of the dense model, and the command line has the criterion"
     folder = family_folder('llama')
-    load = lambda criterion: prune.Bench.load(PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), method='uniform', criterion=criterion, **SMALL_UNITS), progress=False)
+    load = lambda criterion: prune.Bench.load(PruneConfig(str(folder / 'dense'),
+                                                          str(folder / 'text.txt'),
+                                                          method='uniform', criterion=criterion,
+                                                          **SMALL_UNITS), progress=False)
     bench, other = load('taylor'), load('wanda')
     model = load_model(str(folder / 'dense'), 'float32')[0]
-    scores = taylor_scores(model, layout := Layout(model), bench.calibration[:prune.TAYLOR_BLOCKS], progress=False)
+    scores = taylor_scores(model, layout := Layout(model), bench.calibration[:prune.TAYLOR_BLOCKS],
+                           progress=False)
     for key, m in layout.modules.items():
         sorted_units = bench.elastic.columns[key][::m.cols] // m.cols
         assert torch.equal(sorted_units, scores[key].argsort(descending=True, stable=True))
-    assert any(not torch.equal(c, other.elastic.columns[k]) for k, c in bench.elastic.columns.items())
-    worked(ffp('prune', *base(folder, method='uniform', criterion='taylor'), '--out', tmp_path / 'out', pictures=False))
+    assert any(not torch.equal(c, other.elastic.columns[k])
+               for k, c in bench.elastic.columns.items())
+    worked(ffp('prune', *base(folder, method='uniform', criterion='taylor'), '--out',
+               tmp_path / 'out', pictures=False))
     assert record(tmp_path / 'out')['config']['criterion'] == 'taylor'
 
 
@@ -165,10 +190,13 @@ def test_seeds(family_folder, tmp_path, method):
     "The same seed gives the same widths, another seed others; all on budget"
     folder, found = family_folder('llama'), []
     for i, seed in enumerate((3, 3, 4)):
-        config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), method=method, seed=seed, **SMALL_UNITS)
+        config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), method=method,
+                             seed=seed, **SMALL_UNITS)
         bench = prune.Bench.load(config, progress=False)
-        widths, result = prune.find_widths(bench, prune.open_run(tmp_path / str(i), bench), progress=False)
-        assert on_budget(bench.cost, widths, SIGMA, config.step) and abs(bench.cost.sparsity(widths) - SIGMA) < 0.01
+        widths, result = prune.find_widths(bench, prune.open_run(tmp_path / str(i), bench),
+                                           progress=False)
+        assert (on_budget(bench.cost, widths, SIGMA, config.step)
+                and abs(bench.cost.sparsity(widths) - SIGMA) < 0.01)
         found.append((widths, [r['scores'] for r in result.log] if result else widths.tolist()))
     assert np.array_equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
     assert not np.array_equal(found[0][0], found[2][0]) and found[0][1] != found[2][1]
@@ -176,12 +204,16 @@ def test_seeds(family_folder, tmp_path, method):
 
 def test_same_command_same_files(family_folder, ffp, tmp_path):
     folder = family_folder('qwen2')
-    for name in 'ab': worked(ffp('prune', *base(folder), '--out', tmp_path / name))
-    for name in ('table.csv', 'search/policies.jsonl', 'model/config.json', 'model/model.safetensors'):
+    for name in 'ab':
+        worked(ffp('prune', *base(folder), '--out', tmp_path / name))
+    for name in ('table.csv', 'search/policies.jsonl', 'model/config.json',
+                 'model/model.safetensors'):
         assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes(), name
     a, b = (record(tmp_path / o) for o in 'ab')
     assert a['config_id'] == b['config_id'] and a['forward_tokens'] == b['forward_tokens'] > 0
-    strip = lambda r: {**r['result'], 'updates': [{k: v for k, v in u.items() if k != 'wall_s'} for u in r['result']['updates']]}
+    strip = lambda r: {**r['result'],
+                       'updates': [{k: v for k, v in u.items() if k != 'wall_s'}
+                                   for u in r['result']['updates']]}
     assert strip(a) == strip(b)
 
 
@@ -197,12 +229,14 @@ def test_resume_and_no_resume(family_folder, ffp, tmp_path, steps):
     folder, out = family_folder('llama'), tmp_path / 'out'
     worked(ffp('search', *base(folder), '--out', out))
     assert steps == [0, 1]
-    log, widths = (out / 'search' / 'policies.jsonl').read_bytes(), (out / 'widths.json').read_bytes()
+    log = (out / 'search' / 'policies.jsonl').read_bytes()
+    widths = (out / 'widths.json').read_bytes()
     assert len(log.splitlines()) == TINY.episodes
     worked(ffp('search', *base(folder), '--resume', '--out', out))
     worked(ffp('prune', *base(folder), '--out', out))  # the same search serves it
     assert steps == [0, 1]
-    assert (out / 'search' / 'policies.jsonl').read_bytes() == log and (out / 'widths.json').read_bytes() == widths
+    assert ((out / 'search' / 'policies.jsonl').read_bytes() == log
+            and (out / 'widths.json').read_bytes() == widths)
     assert record(out)['result']['widths'] == json.loads(widths)['widths']
     worked(ffp('search', *base(folder), '--no-resume', '--out', out))
     assert steps == [0, 1, 0, 1]
@@ -224,7 +258,8 @@ def test_interrupted_by_the_user(family_folder, ffp, tmp_path, steps, monkeypatc
     with monkeypatch.context() as m:
         m.setattr(rivals.SEARCHERS["ffp"], 'ask', interrupted)
         result = ffp('search', *base(folder), '--out', tmp_path / 'out')
-    assert result.exit_code == 130 and 'the same command goes on' in result.stderr and 'Traceback' not in result.output
+    assert (result.exit_code == 130 and 'the same command goes on' in result.stderr
+            and 'Traceback' not in result.output)
     worked(ffp('search', *base(folder), '--out', tmp_path / 'out'))
     assert steps == [0, 1, 0, 1, 1]
     for name in ('search/policies.jsonl', 'widths.json'):
@@ -240,14 +275,17 @@ def test_another_repair_uses_the_same_search(family_folder, ffp, tmp_path, steps
     second = pd.read_csv(out / 'table.csv')
     assert steps == [0, 1] and len(list(out.glob('prune-*.json'))) == 2
     assert list(second.calibration[second.method == 'ffp']) == ['none', 'static']
-    pd.testing.assert_frame_equal(second, first[first.calibration != 'sequential'].reset_index(drop=True))
+    pd.testing.assert_frame_equal(second,
+                                  first[first.calibration != 'sequential'].reset_index(drop=True))
 
 
 def test_a_moved_text_is_another_configuration_only_if_it_differs(tmp_path, ffp):
-    "The hash of the text is part of a run's configuration: an edited file does not go on with the old search"
+    """The hash of the text is part of a run's configuration: an edited file does not go on with the
+    old search"""
     folder, out = make_folder(tmp_path), tmp_path / 'out'
     worked(ffp('search', *base(folder), '--out', out))
-    shutil.copy(folder / 'text.txt', folder / 'copy.txt'); shutil.move(folder / 'copy.txt', folder / 'text.txt')
+    shutil.copy(folder / 'text.txt', folder / 'copy.txt')
+    shutil.move(folder / 'copy.txt', folder / 'text.txt')
     worked(ffp('search', *base(folder), '--out', out))
     text = (folder / 'text.txt').read_text()
     (folder / 'text.txt').write_text('w3 w4 w5\n\n' + text)
@@ -266,22 +304,27 @@ def test_changed_weights_under_the_same_name_are_noticed(tmp_path, ffp):
 
 
 def test_zero_shot_and_export_from_the_shell(family_folder, ffp, tmp_path):
-    "`ffp eval --tasks` gives what `zero_shot` gives on the saved folder; `ffp export` says why it cannot"
+    """`ffp eval --tasks` gives what `zero_shot` gives on the saved folder; `ffp export` says why it
+    cannot"""
     from ffp_nb.pipeline.tasks import zero_shot
     folder, out, rng = family_folder('opt'), tmp_path / 'out', np.random.default_rng(0)
     worked(ffp('prune', *base(folder, method='uniform', calibration='static'), '--out', out))
     (tmp_path / 'zero-shot').mkdir()
     words = lambda n: ' '.join(f'w{i}' for i in rng.integers(3, 211, n))
-    docs = [dict(query=f'Question: {words(5)}\n', choices=[words(2), words(3)], gold=i % 2) for i in range(6)]
+    docs = [dict(query=f'Question: {words(5)}\n', choices=[words(2), words(3)], gold=i % 2)
+            for i in range(6)]
     (tmp_path / 'zero-shot' / 'piqa.jsonl').write_text('\n'.join(map(json.dumps, docs)))
-    options = '--model', out / 'model', '--dtype', 'float32', '--data', tmp_path, '--csv', tmp_path / 'table.csv'
+    options = ('--model', out / 'model', '--dtype', 'float32', '--data', tmp_path,
+               '--csv', tmp_path / 'table.csv')
     result = worked(ffp('eval', *options, '--tasks', 'piqa', '--limit', 4))
     table = pd.read_csv(tmp_path / 'table.csv')
     want = zero_shot(*load_pruned(out / 'model'), 'piqa', limit=4, data=tmp_path, progress=False)
-    pd.testing.assert_frame_equal(table.drop(columns='model'), want, check_dtype=False, check_exact=False)
+    pd.testing.assert_frame_equal(table.drop(columns='model'), want, check_dtype=False,
+                                  check_exact=False)
     assert 'piqa' in result.stdout and table.documents.iloc[0] == 4
     for bad, message in (('boolq', 'boolq.jsonl'), ('chess', 'lambada_openai')):
         result = ffp('eval', *options, '--tasks', bad)
         assert result.exit_code == 1 and message in result.stderr
     result = ffp('export', out / 'model', '--gguf', tmp_path / 'x.gguf')
-    assert result.exit_code == 1 and 'llama.cpp has no architecture' in result.stderr and not (tmp_path / 'x.gguf').exists()
+    assert (result.exit_code == 1 and 'llama.cpp has no architecture' in result.stderr
+            and not (tmp_path / 'x.gguf').exists())

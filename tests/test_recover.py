@@ -1,4 +1,5 @@
-"A recovered model is trained from the pruned one, is the same for the same seed, and goes wherever a pruned model goes"
+"""A recovered model is trained from the pruned one, is the same for the same seed, and goes
+wherever a pruned model goes"""
 import json
 import subprocess
 import sys
@@ -25,12 +26,14 @@ from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 folder, data = sys.argv[1:]
 ids, logits = torch.load(data)
-with torch.inference_mode(): print('RESULT', float((AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)(ids).logits - logits).abs().max()))
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+with torch.inference_mode(): print('RESULT', float((model(ids).logits - logits).abs().max()))
 '''
 
 
 @pytest.fixture(scope='module')
-def text(): return Blocks(torch.randint(0, 211, (8, 32), generator=torch.Generator().manual_seed(0)), 31)
+def text():
+    return Blocks(torch.randint(0, 211, (8, 32), generator=torch.Generator().manual_seed(0)), 31)
 
 
 def pruned(family, text, **size):
@@ -40,7 +43,8 @@ def pruned(family, text, **size):
     return em, Calibrator(em, collect_stats(em.model, em.layout, text, progress=False), 0.1), widths
 
 
-def small(method, **kw): return Recipe(method, **dict(tokens=512, rank=4) | kw)
+def small(method, **kw):
+    return Recipe(method, **dict(tokens=512, rank=4) | kw)
 
 
 @pytest.mark.parametrize('family', ['llama', 'opt'])
@@ -49,16 +53,20 @@ def test_a_saved_one_opens_without_this_package_and_peft(family, method, text, t
     em, static, widths = pruned(family, text)
     found = recover(em, widths, text, small(method), static, progress=False)
     folder = save_recovered(found, None, tmp_path / 'model', files={'note.txt': 'trained'})
-    with torch.inference_mode(): logits = found.model(text.ids).logits
+    with torch.inference_mode():
+        logits = found.model(text.ids).logits
     torch.save((text.ids, logits), tmp_path / 'data.pt')
-    run = subprocess.run([sys.executable, '-c', STRANGER, str(folder), str(tmp_path / 'data.pt')], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, '-c', STRANGER, str(folder), str(tmp_path / 'data.pt')],
+                         capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert float(run.stdout.split('RESULT')[1]) == 0.0
     config = json.loads((folder / 'config.json').read_text())
-    assert [w['ffn'] for w in config['pruned_widths']] == widths[:, 1].tolist() and (folder / 'note.txt').exists()
+    assert ([w['ffn'] for w in config['pruned_widths']] == widths[:, 1].tolist()
+            and (folder / 'note.txt').exists())
     assert not [f.name for f in folder.iterdir() if 'adapter' in f.name]
     # training moved the weights: the folder is not that of the model before it
-    with em.at(widths, static), torch.inference_mode(): assert (em.model(text.ids).logits - logits).abs().max() > 1e-3
+    with em.at(widths, static), torch.inference_mode():
+        assert (em.model(text.ids).logits - logits).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize('method', ['lora', 'finetune'])
@@ -68,9 +76,11 @@ def test_a_saved_one_becomes_a_gguf(method, text, tmp_path):
     from ffp_nb.export.gguf import LlamaCpp, export_gguf
     em, static, widths = pruned('llama', text, vocab=300)
     found = recover(em, widths, text, small(method), static, progress=False)
-    path = export_gguf(save_recovered(found, byte_tokenizer(), tmp_path / 'model'), tmp_path / 'model.gguf', 'f32')
+    path = export_gguf(save_recovered(found, byte_tokenizer(), tmp_path / 'model'),
+                       tmp_path / 'model.gguf', 'f32')
     ids = text.ids[:1, :12]
-    with torch.inference_mode(): want = -found.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    with torch.inference_mode():
+        want = -found.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     np.testing.assert_allclose(LlamaCpp(path).nll(ids[0].tolist()), want.numpy(), atol=5e-4)
 
 
@@ -84,19 +94,26 @@ def test_tied_embeddings_stay_tied(text, tmp_path):
     assert found.model.lm_head.weight is found.model.model.embed_tokens.weight
     assert not torch.equal(found.model.lm_head.weight, em.model.lm_head.weight)
     again, _ = load_pruned(save_recovered(found, None, tmp_path / 'model'))
-    with torch.inference_mode(): assert torch.equal(again(text.ids).logits, found.model(text.ids).logits)
+    with torch.inference_mode():
+        assert torch.equal(again(text.ids).logits, found.model(text.ids).logits)
 
 
 def test_an_adapter_is_refused_by_name_and_nothing_is_written(text, tmp_path):
     em, static, widths = pruned('llama', text)
     found = recover(em, widths, text, small('adapter'), static, progress=False)
     folder = tmp_path / 'model'
-    with pytest.raises(ValueError, match="adapters cannot be saved.*Recover with 'lora' or 'finetune'"): save_recovered(found, None, folder)
-    folder.mkdir(); (folder / 'mine').write_text('old')
-    with pytest.raises(ValueError, match='adapters cannot be saved'): save_recovered(found, None, folder, overwrite=True)
-    assert (folder / 'mine').read_text() == 'old' and [o.name for o in tmp_path.iterdir()] == ['model']
+    with pytest.raises(ValueError, match="adapters cannot be saved.*Recover with 'lora' or "
+                                         "'finetune'"):
+        save_recovered(found, None, folder)
+    folder.mkdir()
+    (folder / 'mine').write_text('old')
+    with pytest.raises(ValueError, match='adapters cannot be saved'):
+        save_recovered(found, None, folder, overwrite=True)
+    assert ((folder / 'mine').read_text() == 'old'
+            and [o.name for o in tmp_path.iterdir()] == ['model'])
     other = recover(em, widths, text, small('finetune'), static, progress=False)
-    with pytest.raises(FileExistsError): save_recovered(other, None, folder)
+    with pytest.raises(FileExistsError):
+        save_recovered(other, None, folder)
 
 
 @pytest.mark.parametrize('method', LR)
@@ -108,7 +125,8 @@ def test_a_seed_decides(method, text):
     torch.manual_seed(6)  # the caller's stream has no part in it
     b, c = make(), make(seed=1)
     assert a.losses == b.losses and a.losses != c.losses
-    assert all(torch.equal(p, q) for p, q in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+    assert all(torch.equal(p, q)
+               for p, q in zip(a.model.state_dict().values(), b.model.state_dict().values()))
 
 
 @pytest.mark.parametrize('method', LR)
@@ -116,8 +134,11 @@ def test_equal_tokens_for_all(method, text):
     em, static, widths = pruned('opt', text)
     seen, forward = [], em.model.base_model.__class__.forward
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(em.model.base_model.__class__, 'forward', lambda self, ids, *a, **kw: (seen.append(ids.clone()), forward(self, ids, *a, **kw))[1])
-        found = recover(em, widths, text, small(method, tokens=700, batch=3), static, progress=False)
+        m.setattr(em.model.base_model.__class__, 'forward',
+                  lambda self, ids, *a, **kw: (seen.append(ids.clone()),
+                                               forward(self, ids, *a, **kw))[1])
+        found = recover(em, widths, text, small(method, tokens=700, batch=3), static,
+                        progress=False)
     seen = seen[:-1]  # the last pass sees whether the last step has broken the model
     assert found.tokens == 672 == sum(o.numel() for o in seen) and len(found.losses) == 7
     # blocks come once each before any comes again
@@ -130,15 +151,18 @@ def test_scored_tokens_alone_are_trained_on(method, text):
     em, static, widths = pruned('llama', text)
     part = Blocks(text.ids, 10)
     found = recover(em, widths, part, small(method, tokens=256, batch=8), static, progress=False)
-    with em.at(widths, static): want = block_nll(em.model, part).sum() / 80
+    with em.at(widths, static):
+        want = block_nll(em.model, part).sum() / 80
     assert found.losses[0] == pytest.approx(want, abs=1e-4)
 
 
 def test_every_setting_is_used(text):
     em, static, widths = pruned('llama', text)
-    make = lambda **kw: recover(em, widths, text, small('lora', **dict(lr=1e-2) | kw), static, progress=False).losses
+    make = lambda **kw: recover(em, widths, text, small('lora', **dict(lr=1e-2) | kw), static,
+                                progress=False).losses
     base = make()
-    for kw in (dict(lr=2e-2), dict(rank=2), dict(batch=2), dict(warmup=0.6), dict(clip=1e-3), dict(weight_decay=5.0), dict(seed=3)):
+    for kw in (dict(lr=2e-2), dict(rank=2), dict(batch=2), dict(warmup=0.6), dict(clip=1e-3),
+               dict(weight_decay=5.0), dict(seed=3)):
         assert make(**kw) != base, kw
     assert make(tokens=384) != base[:3]  # the learning rate falls over the tokens that there are
 
@@ -147,36 +171,49 @@ def test_a_blow_up_names_the_step_and_breaks_nothing(text, tmp_path):
     em, static, widths = pruned('llama', text)
     em.set(widths, static)
     before = {n: p.clone() for n, p in em.model.state_dict().items()}
-    with pytest.raises(ValueError, match=r'broke down at step 2 of 4: loss (nan|inf).*Use a lr below 1e\+30'):
+    with pytest.raises(ValueError, match=r'broke down at step 2 of 4: loss (nan|inf).*Use a lr '
+                                         r'below 1e\+30'):
         recover(em, widths, text, small('finetune', lr=1e30, warmup=0.0), static, progress=False)
-    assert (em.widths == widths).all() and all(torch.equal(before[n], p) for n, p in em.model.state_dict().items())
+    assert ((em.widths == widths).all()
+            and all(torch.equal(before[n], p) for n, p in em.model.state_dict().items()))
     # the last step, too: it has no loss behind it
     with pytest.raises(ValueError, match='broke down at step 1 of 1'):
-        recover(em, widths, text, small('finetune', lr=1e30, tokens=128, warmup=0.0), static, progress=False)
+        recover(em, widths, text, small('finetune', lr=1e30, tokens=128, warmup=0.0), static,
+                progress=False)
 
 
 def test_bad_input(text):
     em, static, widths = pruned('llama', text)
-    go = lambda blocks=text, w=widths, **kw: recover(em, w, blocks, Recipe(**kw), static, progress=False)
-    for match, call in {'100 tokens; one step of 4 blocks of 32 takes 128': lambda: go(tokens=100), 'no blocks to train on': lambda: go(text[:0]),
-                        'gives token 999': lambda: go(Blocks(text.ids.clone().fill_(999), 31)), "method 'lorra'": lambda: go(method='lorra'),
-                        'lr -1': lambda: go(lr=-1), 'expected integers of shape': lambda: go(w=widths[:2]),
+    go = lambda blocks=text, w=widths, **kw: recover(em, w, blocks, Recipe(**kw), static,
+                                                     progress=False)
+    for match, call in {'100 tokens; one step of 4 blocks of 32 takes 128': lambda: go(tokens=100),
+                        'no blocks to train on': lambda: go(text[:0]),
+                        'gives token 999': lambda: go(Blocks(text.ids.clone().fill_(999), 31)),
+                        "method 'lorra'": lambda: go(method='lorra'), 'lr -1': lambda: go(lr=-1),
+                        'expected integers of shape': lambda: go(w=widths[:2]),
                         'nothing to train': lambda: go(w=widths * 0)}.items():
-        with pytest.raises(ValueError, match=match): call()
+        with pytest.raises(ValueError, match=match):
+            call()
     assert (em.widths == em.layout.full).all()
 
 
 def test_without_peft(text, monkeypatch):
     em, static, widths = pruned('llama', text)
     monkeypatch.setitem(sys.modules, 'peft', None)
-    with pytest.raises(ImportError, match='pip install'): recover(em, widths, text, small('lora'), progress=False)
+    with pytest.raises(ImportError, match='pip install'):
+        recover(em, widths, text, small('lora'), progress=False)
     recover(em, widths, text, small('adapter'), progress=False)
 
 
 def test_a_run_folder_belongs_to_its_settings(text, tmp_path):
     em, static, widths = pruned('llama', text)
     recipe = small('lora')
-    a = recover(em, widths, text, recipe, static, RunDir(tmp_path, vars(recipe)), every=3, progress=False)
-    b = recover(em, widths, text, recipe, static, RunDir(tmp_path, vars(recipe)), progress=False)  # finished: read, not trained
-    assert a.losses == b.losses and all(torch.equal(p, q) for p, q in zip(a.model.state_dict().values(), b.model.state_dict().values()))
-    with pytest.raises(ConfigMismatch, match='lr'): RunDir(tmp_path, vars(small('lora', lr=1e-5)))
+    a = recover(em, widths, text, recipe, static, RunDir(tmp_path, vars(recipe)), every=3,
+                progress=False)
+    # finished: read, not trained
+    b = recover(em, widths, text, recipe, static, RunDir(tmp_path, vars(recipe)), progress=False)
+    assert (a.losses == b.losses
+            and all(torch.equal(p, q)
+                    for p, q in zip(a.model.state_dict().values(), b.model.state_dict().values())))
+    with pytest.raises(ConfigMismatch, match='lr'):
+        RunDir(tmp_path, vars(small('lora', lr=1e-5)))

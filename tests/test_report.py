@@ -1,4 +1,5 @@
-"`ffp report`: what it says of real run folders, whatever state they are in, and what it never touches"
+"""`ffp report`: what it says of real run folders, whatever state they are in, and what it never
+touches"""
 import json
 import shutil
 
@@ -36,13 +37,17 @@ def test_finished_run(world, pruned, ffp):
     before = files(pruned)
     out = worked(ffp('report', pruned)).stdout
     now = files(pruned)
-    assert {k: v for k, v in now.items() if not k.startswith('report/')} == before, 'a report changes nothing of the run'
+    assert {k: v for k, v in now.items()
+            if not k.startswith('report/')} == before, 'a report changes nothing of the run'
     assert {k for k in now if k.startswith('report/')} == {f'report/{n}' for n in (
-        'report.md', 'measured.json', 'rewards.png', 'exploration.png')}  # two updates at one target do not tell what a step costs
-    assert all(now[k].startswith(b'\x89PNG') for k in now if k.startswith('report/') and k.endswith('.png'))
+        # two updates at one target do not tell what a step costs
+        'report.md', 'measured.json', 'rewards.png', 'exploration.png')}
+    assert all(now[k].startswith(b'\x89PNG') for k in now
+               if k.startswith('report/') and k.endswith('.png'))
     text = now['report/report.md'].decode()
     record = read_json(next(pruned.glob('prune-*.json')))['result']
-    for words in ('Finished: 2 of 2 updates', '0 of 8 policies spent too much', 'None of 8 gave NaN', f"gets {record['reward']:.3f}",
+    for words in ('Finished: 2 of 2 updates', '0 of 8 policies spent too much',
+                  'None of 8 gave NaN', f"gets {record['reward']:.3f}",
                   'Did the reward rise? Too early'):
         assert words in text, words
         assert words in ' '.join(out.split()), words
@@ -51,7 +56,8 @@ def test_finished_run(world, pruned, ffp):
 def test_figures_are_those_of_the_log(world):
     "Against the log read with nothing but json"
     run = read_run(world / 'pruned')
-    rows = [json.loads(line) for line in (world / 'pruned' / 'search' / 'policies.jsonl').read_text().splitlines()]
+    rows = [json.loads(line)
+            for line in (world / 'pruned' / 'search' / 'policies.jsonl').read_text().splitlines()]
     frame = reward_frame(run).set_index('update')
     for u in (0, 1):
         rewards = [r['reward'] for r in rows if r['update'] == u]
@@ -60,14 +66,17 @@ def test_figures_are_those_of_the_log(world):
     assert frame.forward_tokens.tolist() == [rows[0]['forward_tokens'], rows[-1]['forward_tokens']]
     assert findings(run)[0]['forward_tokens'] == rows[-1]['forward_tokens']
     # the winner is the search's own, not the best of its log
-    assert run.result['widths'] == read_json(next((world / 'pruned').glob('prune-*.json')))['result']['widths']
+    assert (run.result['widths']
+            == read_json(next((world / 'pruned').glob('prune-*.json')))['result']['widths'])
 
 
 def test_seeds_are_compared(world, ffp, tmp_path):
     out = tmp_path / 'both'
-    worked(ffp('report', world / 'pruned', world / 'searched', '--out', out, '--measure', '--points', 1, '--blocks', 1))
+    worked(ffp('report', world / 'pruned', world / 'searched', '--out', out, '--measure',
+               '--points', 1, '--blocks', 1))
     text = (out / 'report.md').read_text()
-    assert {'seeds.png', '1-rewards.png', '2-rewards.png'} <= set(files(out)) and '## Agreement' in text and '| shuffled' in text
+    assert ({'seeds.png', '1-rewards.png', '2-rewards.png'} <= set(files(out))
+            and '## Agreement' in text and '| shuffled' in text)
     assert 'seed 0' in text and 'seed 1' in text and 'widths of the runs: result.' in text
 
 
@@ -75,7 +84,8 @@ def test_unfinished_run(world, pruned, ffp):
     "Killed in its second update: the log of the first is there, and its checkpoint"
     run, log = read_run(pruned), pruned / 'search' / 'policies.jsonl'
     shutil.move(pruned / 'search' / 'checkpoint.prev', pruned / 'search' / 'checkpoint.pt')
-    log.write_text('\n'.join(log.read_text().splitlines()[:6]) + '\n{"episode": 6, "upd')  # two rows behind it, and a torn one
+    # two rows behind it, and a torn one
+    log.write_text('\n'.join(log.read_text().splitlines()[:6]) + '\n{"episode": 6, "upd')
     half = read_run(pruned)
     assert half.log == run.log[:4] and half.updates == run.updates[:1] and half.result is None
     assert 'Unfinished: 1 of 2' in worked(ffp('report', pruned)).stdout
@@ -84,19 +94,23 @@ def test_unfinished_run(world, pruned, ffp):
 def test_measured(world, pruned, ffp, monkeypatch):
     worked(ffp('report', pruned, '--measure', '--points', 2, '--blocks', 2))
     now = files(pruned / 'report')
-    assert {'trace.png', 'gain.png', 'slack.png', 'retention.png'} <= set(now) and '8 of 8 policies are exactly on it' in now['report.md'].decode()
+    assert ({'trace.png', 'gain.png', 'slack.png', 'retention.png'} <= set(now)
+            and '8 of 8 policies are exactly on it' in now['report.md'].decode())
     m = next(iter(json.loads(now['measured.json']).values()))
-    assert set(m['uniforms']) == {'uniform', 'uniform-ffn'} and [t['update'] for t in m['trace']] == [0, 1] and len(m['gain']) == 6
+    assert (set(m['uniforms']) == {'uniform', 'uniform-ffn'}
+            and [t['update'] for t in m['trace']] == [0, 1] and len(m['gain']) == 6)
     # the bench is that of the run: the winner gets there what it got in the search
     run = read_run(pruned)
     bench = report.load_bench(run, progress=False)
     idx = sorted(int(i) for i in np.random.default_rng([0, 2]).permutation(len(bench.search))[:2])
-    assert np.isclose(bench.evaluator().reward(np.array(run.result['widths']), idx), run.result['reward'])
+    assert np.isclose(bench.evaluator().reward(np.array(run.result['widths']), idx),
+                      run.result['reward'])
     assert m['cost']['full'] == bench.cost.full.tolist() and log_cost(run.log) is None
     # kept for a report without the model
     monkeypatch.setattr(prune, 'load_model', lambda *a, **kw: pytest.fail('the model was loaded'))
     worked(ffp('report', pruned))
-    assert 'uniform-ffn gets' in (pruned / 'report' / 'report.md').read_text() and files(pruned / 'report') == now
+    assert ('uniform-ffn gets' in (pruned / 'report' / 'report.md').read_text()
+            and files(pruned / 'report') == now)
 
 
 @pytest.mark.parametrize('change, words', [
@@ -110,20 +124,28 @@ def test_no_search_there(world, ffp, tmp_path, change, words):
     assert not (tmp_path / 'out').exists()
 
 
-def cut(path): path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 3])
+def cut(path):
+    path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 3])
 
 
-@pytest.mark.parametrize('names, damage, words', [
-    (['config.json'], cut, ('config.json', 'restore')),
-    (['checkpoint.pt', 'checkpoint.prev'], flip, ('no checkpoint can be read', 'checkpoint.prev')),
-    (['policies.jsonl'], cut, ('policies.jsonl', 'rows', 'restore')),
-    (['policies.jsonl'], lambda o: o.write_bytes(o.read_bytes().replace(b'{"episode": 2', b'\x00"', 1)), ('line 3', 'policies.jsonl')),
-    (['policies.jsonl'], lambda o: o.write_bytes(o.read_bytes().replace(b'"reward"', b'"r"')), ('line 1', 'reward')),
-    (['policies.jsonl'], lambda o: o.write_bytes(b'[1, 2]\n' * 8), ('line 1', '[1, 2]')),
-])
+@pytest.mark.parametrize('names, damage, words',
+                         [(['config.json'], cut, ('config.json', 'restore')),
+                          (['checkpoint.pt', 'checkpoint.prev'], flip,
+                           ('no checkpoint can be read', 'checkpoint.prev')),
+                          (['policies.jsonl'], cut, ('policies.jsonl', 'rows', 'restore')),
+                          (['policies.jsonl'],
+                           lambda o: o.write_bytes(o.read_bytes().replace(b'{"episode": 2',
+                                                                          b'\x00"', 1)),
+                           ('line 3', 'policies.jsonl')),
+                          (['policies.jsonl'],
+                           lambda o: o.write_bytes(o.read_bytes().replace(b'"reward"', b'"r"')),
+                           ('line 1', 'reward')),
+                          (['policies.jsonl'], lambda o: o.write_bytes(b'[1, 2]\n' * 8),
+                           ('line 1', '[1, 2]')),])
 def test_damaged_run(pruned, ffp, names, damage, words):
     worked(ffp('report', pruned))
-    for name in names: damage(pruned / 'search' / name)
+    for name in names:
+        damage(pruned / 'search' / name)
     before = files(pruned)
     refused(ffp('report', pruned), *words)
     assert files(pruned) == before, 'the report of before stays'
@@ -133,15 +155,19 @@ def test_newest_checkpoint_damaged(pruned, ffp):
     flip(pruned / 'search' / 'checkpoint.pt')
     before = files(pruned)
     assert 'Unfinished: 1 of 2' in worked(ffp('report', pruned)).stdout
-    assert {k: v for k, v in files(pruned).items() if not k.startswith('report/')} == before, 'reading moves nothing away'
+    assert {k: v for k, v in files(pruned).items()
+            if not k.startswith('report/')} == before, 'reading moves nothing away'
 
 
-@pytest.mark.parametrize('what, words', [('text', ('text', 'not what the run read')), ('weights', ('weights', 'not those of the run'))])
+@pytest.mark.parametrize('what, words',
+                         [('text', ('text', 'not what the run read')),
+                          ('weights', ('weights', 'not those of the run'))])
 def test_measured_on_something_else(world, ffp, tmp_path, what, words):
     folder = shutil.copytree(world, tmp_path / 'copy')
     config = folder / 'pruned' / 'search' / 'config.json'
     c = read_json(config)
-    c |= dict(text_sha256={**c['text_sha256'], 'search': 'another'}) if what == 'text' else dict(weights='another')
+    c |= (dict(text_sha256={**c['text_sha256'], 'search': 'another'}) if what == 'text'
+          else dict(weights='another'))
     config.write_text(json.dumps(c))
     refused(ffp('report', folder / 'pruned', '--measure'), *words, '--measure')
     worked(ffp('report', folder / 'pruned'))
@@ -149,7 +175,8 @@ def test_measured_on_something_else(world, ffp, tmp_path, what, words):
 
 def test_out_cannot_be_made(world, ffp, tmp_path):
     (tmp_path / 'file').write_text('mine')
-    refused(ffp('report', world / 'pruned', '--out', tmp_path / 'file'), 'a part of this path is a file')
+    refused(ffp('report', world / 'pruned', '--out', tmp_path / 'file'),
+            'a part of this path is a file')
     refused(ffp('report', world / 'pruned', '--out', tmp_path / 'out', '--points', 0), 'points 0')
     assert (tmp_path / 'file').read_text() == 'mine' and not (tmp_path / 'out').exists()
 
@@ -159,22 +186,29 @@ def test_out_cannot_be_made(world, ffp, tmp_path):
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp('data'), np.random.default_rng(0)
-    for task in ('piqa', 'boolq'): write(folder, task, [line(task, rng) for _ in range(20)])
+    for task in ('piqa', 'boolq'):
+        write(folder, task, [line(task, rng) for _ in range(20)])
     return folder
 
 
 def test_eval_part_and_metric(world, ffp, data, tmp_path):
     def table(*options):
-        worked(ffp('eval', '--model', world / 'dense', '--dtype', 'float32', '--data', data, '--tasks', 'piqa,boolq', '--csv', tmp_path / 't.csv', *options))
+        worked(ffp('eval', '--model', world / 'dense', '--dtype', 'float32', '--data', data,
+                   '--tasks', 'piqa,boolq', '--csv', tmp_path / 't.csv', *options))
         return pd.read_csv(tmp_path / 't.csv').set_index(['task', 'metric'])
     whole, halves = table(), {part: table('--part', part) for part in ('dev', 'test')}
-    sizes = {part: len(load_tasks(['piqa'], part=part, data=data).tasks['piqa'].eval_docs) for part in halves}
-    assert {p: t.documents['piqa', 'acc_norm'] for p, t in halves.items()} == sizes and min(sizes.values()) > 0
+    sizes = {part: len(load_tasks(['piqa'], part=part, data=data).tasks['piqa'].eval_docs)
+             for part in halves}
+    assert ({p: t.documents['piqa', 'acc_norm'] for p, t in halves.items()} == sizes
+            and min(sizes.values()) > 0)
     # right answers of the parts add up to those of all
     for key in (('piqa', 'acc_norm'), ('boolq', 'acc')):
-        assert np.isclose(sum(t.value[key] * t.documents[key] for t in halves.values()), whole.value[key] * whole.documents[key])
-    assert whole.index[-1] == ('average', 'acc_norm of 2') and table('--metric', 'acc').index.tolist()[-1] == ('average', 'acc of 2')
-    assert [m for t, m in table('--metric', 'all', '--part', 'dev').index if t == 'piqa'] == ['acc_norm', 'acc']
+        assert np.isclose(sum(t.value[key] * t.documents[key] for t in halves.values()),
+                          whole.value[key] * whole.documents[key])
+    assert (whole.index[-1] == ('average', 'acc_norm of 2')
+            and table('--metric', 'acc').index.tolist()[-1] == ('average', 'acc of 2'))
+    assert ([m for t, m in table('--metric', 'all', '--part', 'dev').index if t == 'piqa']
+            == ['acc_norm', 'acc'])
 
 
 @pytest.mark.parametrize('options, words', [
@@ -185,5 +219,6 @@ def test_eval_part_and_metric(world, ffp, data, tmp_path):
 ])
 def test_eval_bad_part_and_metric(world, ffp, data, monkeypatch, options, words):
     from ffp_nb import export
-    monkeypatch.setattr(export, 'open_model', lambda *a, **kw: pytest.fail('the model was loaded first'))
+    monkeypatch.setattr(export, 'open_model',
+                        lambda *a, **kw: pytest.fail('the model was loaded first'))
     refused(ffp('eval', '--model', world / 'dense', '--data', data, *options), *words)

@@ -29,12 +29,15 @@ run = RunDir(sys.argv[1], asdict(config))
 search = Search(Evaluator(em, pool, weights), param_cost(em.layout), config, run)
 print('update', search.update, flush=True)
 r = search.run(progress=False)
-write_json(sys.argv[1] + '/result.json', dict(widths=r.widths, scores=r.scores, reward=r.reward, source=r.source,
-           tokens=r.forward_tokens, broken=r.broken, std=r.updates[-1]['std']))
+found = dict(widths=r.widths, scores=r.scores, reward=r.reward, source=r.source)
+write_json(sys.argv[1] + '/result.json',
+           found | dict(tokens=r.forward_tokens, broken=r.broken, std=r.updates[-1]['std']))
 '''
 
 
-def start(folder): return subprocess.Popen([sys.executable, '-c', CHILD, str(folder)], stdout=subprocess.PIPE, text=True)
+def start(folder):
+    return subprocess.Popen([sys.executable, '-c', CHILD, str(folder)], stdout=subprocess.PIPE,
+                            text=True)
 
 
 def finished(folder):
@@ -60,7 +63,8 @@ def test_killed_anywhere(reference, tmp_path):
         child = start(tmp_path / 'run')
         resumed_at.append(int(child.stdout.readline().split()[1]))
         time.sleep(rng.uniform(0.02, 0.35) * seconds)
-        child.send_signal(signal.SIGKILL); child.wait()
+        child.send_signal(signal.SIGKILL)
+        child.wait()
     child = start(tmp_path / 'run')
     resumed_at.append(int(child.stdout.readline().split()[1]))
     assert child.wait() == 0

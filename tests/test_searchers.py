@@ -20,7 +20,8 @@ CONFIG = SearchConfig(0.4, episodes=48, batch=8, blocks=1, step=(1, 4), final_bl
 
 
 @pytest.fixture(scope='module')
-def model(): return ElasticModel(tiny_model('llama', seed=1))
+def model():
+    return ElasticModel(tiny_model('llama', seed=1))
 
 
 def make(model, name, run=None, seed=3, config=CONFIG, **kw):
@@ -36,8 +37,10 @@ def test_resume_is_bit_for_bit(model, name, tmp_path):
     want = whole.run(progress=False)
     for cut in (1, 3, 5):  # while the target moves, and after
         search = make(model, name, RunDir(tmp_path / str(cut), asdict(CONFIG)))
-        for _ in range(cut): search.step()
-        search = make(model, name, RunDir(tmp_path / str(cut), asdict(CONFIG)), seed=99)  # all that counts is in the state
+        for _ in range(cut):
+            search.step()
+        # all that counts is in the state
+        search = make(model, name, RunDir(tmp_path / str(cut), asdict(CONFIG)), seed=99)
         assert search.update == cut
         got = search.run(progress=False)
         assert got.log == want.log and got.reward == want.reward and got.source == want.source
@@ -57,7 +60,8 @@ def test_a_model_that_breaks_is_survived(model, name):
     "All rewards 0 at first, then good ones: scores stay finite and the search ends"
     search = make(model, name)
     class Broken(Evaluator):
-        def __call__(self, widths, idx): return super().__call__(widths, idx) * (np.nan if search.update < 4 else 1)
+        def __call__(self, widths, idx):
+            return super().__call__(widths, idx) * (np.nan if search.update < 4 else 1)
     search.evaluator.__class__ = Broken
     result = search.run(progress=False)
     assert result.broken == 32 and result.reward > 0
@@ -70,30 +74,37 @@ def test_a_configuration_names_it(model, name):
     config = replace(CONFIG, method=name, seed=3, agent=RIVALS[name])
     a = Search(make(model, name).evaluator, param_cost(model.layout), config)
     a.step()
-    b = make(model, name, config=config); b.step()
+    b = make(model, name, config=config)
+    b.step()
     assert type(a.searcher) is SEARCHERS[name] and a.log == b.log
 
 
 @pytest.mark.parametrize('name', ['eas', 'cma'])
 def test_a_batch_of_one_is_refused(model, name):
     search = make(model, name, config=SearchConfig(0.4, episodes=4, batch=1, blocks=1, step=(1, 4)))
-    with pytest.raises(ValueError, match='batch 1: .* expected at least 2'): search.run(progress=False)
+    with pytest.raises(ValueError, match='batch 1: .* expected at least 2'):
+        search.run(progress=False)
 
 
 @pytest.mark.parametrize('name, package', [('cma', 'cmaes'), ('tpe', 'optuna')])
 def test_a_missing_package_is_named(name, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=f'the package {package}.*pip install'): SEARCHERS[name](4)
+    with pytest.raises(ImportError, match=f'the package {package}.*pip install'):
+        SEARCHERS[name](4)
 
 
-@pytest.mark.parametrize('name, bad', [('eas', dict(mutate=2)), ('eas', dict(parents=0)), ('cma', dict(sigma=float('nan'))),
-                                       ('tpe', dict(startup=0)), ('ddpg', dict(share=[1, 2, 3])),
-                                       ('ddpg', dict(share=[[0, 0]] * 4))])
+@pytest.mark.parametrize('name, bad',
+                         [('eas', dict(mutate=2)), ('eas', dict(parents=0)),
+                          ('cma', dict(sigma=float('nan'))), ('tpe', dict(startup=0)),
+                          ('ddpg', dict(share=[1, 2, 3])), ('ddpg', dict(share=[[0, 0]] * 4))])
 def test_bad_settings_are_refused(name, bad):
-    with pytest.raises(ValueError, match=next(iter(bad))): SEARCHERS[name](4, **bad)
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        SEARCHERS[name](4, **bad)
 
 
 def test_no_library_is_imported_before_it_is_needed():
     import subprocess
-    code = "import sys, ffp_nb.search.rivals; print(sorted({'optuna', 'cmaes', 'ffp_nb.search.loop'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
+    code = ("import sys, ffp_nb.search.rivals; print(sorted({'optuna', 'cmaes', "
+            "'ffp_nb.search.loop'} & set(sys.modules)))")
+    assert (subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                           check=True).stdout == '[]\n')

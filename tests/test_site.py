@@ -11,13 +11,17 @@ NBS = ROOT / 'nbs'
 ARXIV = re.compile(r'arxiv(?:\.org/abs/|[ :])\s*(\d{4}\.\d{4,5})', re.I)
 
 
-def cells(page): return json.loads((NBS / page).read_text(encoding='utf-8'))['cells']
+def cells(page):
+    return json.loads((NBS / page).read_text(encoding='utf-8'))['cells']
 
 
-def source(page, kinds=('markdown', 'code')): return '\n'.join(''.join(c['source']) for c in cells(page) if c['cell_type'] in kinds)
+def source(page, kinds=('markdown', 'code')):
+    return '\n'.join(''.join(c['source']) for c in cells(page) if c['cell_type'] in kinds)
 
 
-def shown(page): return '\n'.join(''.join(o['data'].get('text/markdown', '')) for c in cells(page) for o in c.get('outputs', []) if 'data' in o)
+def shown(page):
+    return '\n'.join(''.join(o['data'].get('text/markdown', '')) for c in cells(page)
+                     for o in c.get('outputs', []) if 'data' in o)
 
 
 def sidebar():
@@ -31,12 +35,15 @@ def sidebar():
 def bib():
     "{key: arXiv id or ''}"
     text = (NBS / 'references.bib').read_text()
-    return {k: (re.search(r'eprint = \{([\d.]+)\}', body) or ['', ''])[1] for k, body in re.findall(r'^@\w+\{(\w+),(.*?)\n(?=\n|\Z)', text, re.M | re.S)}
+    return {k: (re.search(r'eprint = \{([\d.]+)\}', body) or ['', ''])[1]
+            for k, body in re.findall(r'^@\w+\{(\w+),(.*?)\n(?=\n|\Z)', text, re.M | re.S)}
 
 
 def test_sidebar_has_every_page_once_in_reading_order():
     pages, sections = sidebar()
-    assert sorted(pages) == sorted(f.relative_to(NBS).as_posix() for f in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts)
+    assert (sorted(pages)
+            == sorted(f.relative_to(NBS).as_posix() for f in NBS.rglob('*.ipynb')
+                      if '.ipynb_checkpoints' not in f.parts))
     assert len(set(pages)) == len(pages)
     assert pages[:2] == ['index.ipynb', 'results.ipynb'] and pages[-1] == 'references.ipynb'
     assert sections == ['Components', 'Studies', 'Open questions', 'Reference']
@@ -53,7 +60,8 @@ def test_reading_order_of_the_first_page():
 def test_readme_has_what_a_newcomer_looks_for():
     text = (ROOT / 'README.md').read_text()
     heads = re.findall(r'^## (.+)$', text, re.M)
-    wanted = ['Two commands', 'What comes out', 'From a shell', 'Your own model and text', 'From Python', 'Hardware and time to expect', 'Limits', 'Citation']
+    wanted = ['Two commands', 'What comes out', 'From a shell', 'Your own model and text',
+              'From Python', 'Hardware and time to expect', 'Limits', 'Citation']
     assert [h for h in heads if h in wanted] == wanted
     assert text.index('![') < text.index('## Two commands')  # a picture first
     assert all(f'ffp {c}' in text for c in ('prune', 'search', 'eval', 'export', 'report', 'study'))
@@ -62,15 +70,20 @@ def test_readme_has_what_a_newcomer_looks_for():
 def test_every_study_is_among_the_results():
     from ffp_nb.studies.registry import STUDIES
     pages = [p for p in sidebar()[0] if p.startswith('studies/')]
-    assert pages == [f'studies/{s}.ipynb' for s in ('spine', 'families', 'speed', 'cells', *list(STUDIES)[3:])]  # cells: the unit, no study
-    heads = re.findall(r'^## \[[^]]+\]\((studies/\w+\.ipynb)\)$', source('results.ipynb', ['markdown']), re.M)
+    assert (pages
+            == [f'studies/{s}.ipynb'
+                # cells: the unit, no study
+                for s in ('spine', 'families', 'speed', 'cells', *list(STUDIES)[3:])])
+    heads = re.findall(r'^## \[[^]]+\]\((studies/\w+\.ipynb)\)$',
+                       source('results.ipynb', ['markdown']), re.M)
     assert heads == [f'studies/{s}.ipynb' for s in STUDIES]
     code = source('results.ipynb', ['code'])
     assert all(f"said('{s}')" in code for s in STUDIES)
 
 
 def test_results_hold_no_figure_that_was_typed_in():
-    text = re.sub(r'SmolLM2-135M|From 135 million to 70 billion|0\.01 nats are 1 %|\w+\.ipynb', '', source('results.ipynb', ['markdown']))
+    text = re.sub(r'SmolLM2-135M|From 135 million to 70 billion|0\.01 nats are 1 %|\w+\.ipynb', '',
+                  source('results.ipynb', ['markdown']))
     assert not re.search(r'\d', text), re.search(r'.*\d.*', text)[0]
     claims = shown('results.ipynb')
     assert all(v in claims for v in ('**reproduced**', '**in part**', '**not testable here**'))
@@ -87,4 +100,5 @@ def test_every_entry_is_on_the_page_with_a_page_that_uses_it(bib):
     for key, line in lines.items():
         pages = re.findall(r'\]\(([\w/]+\.ipynb)\)', line[line.index('Used in '):])
         assert pages and all((NBS / p).exists() for p in pages), key
-        if bib[key]: assert bib[key].replace('.', '\\.') in line, key
+        if bib[key]:
+            assert bib[key].replace('.', '\\.') in line, key

@@ -1,7 +1,8 @@
 """Run every notebook with nbdev_test, each in a fresh process, and count them.
 
-nbdev_test also exits 0 when it runs nothing, so a notebook counts only when nbdev_test says that it completed.
-Usage: python tools/notebooks.py [--workers 2] [--timeout 900], anywhere in the project (FFP_PROFILE: smoke)"""
+nbdev_test also exits 0 when it runs nothing, so a notebook counts only when nbdev_test says that it
+completed. Usage: python tools/notebooks.py [--workers 2] [--timeout 900], anywhere in the project
+(FFP_PROFILE: smoke)"""
 import os, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -17,11 +18,16 @@ def run(
     timeout:int # seconds until it is stopped
 ): # (what went wrong or None, seconds, the output of nbdev_test)
     "Run one notebook"
-    start, cmd = time.time(), [Path(sys.executable).with_name('nbdev_test'), '--path', nb, '--do_print']
-    try: p = subprocess.run(cmd, env=ENV, timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    start = time.time()
+    cmd = [Path(sys.executable).with_name('nbdev_test'), '--path', nb, '--do_print']
+    try:
+        p = subprocess.run(cmd, env=ENV, timeout=timeout, text=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT)
     except subprocess.TimeoutExpired as e:
         out = e.stdout or ''
-        return f'stopped after {timeout} s', timeout, out if isinstance(out, str) else out.decode(errors='replace')
+        return f'stopped after {timeout} s', timeout, out if isinstance(out,
+                                                                        str) else out.decode(
+            errors='replace')
     completed = f'- Completed {nb}' in p.stdout
     why = f'exit status {p.returncode}' if p.returncode else None if completed else 'was not run'
     return why, time.time()-start, p.stdout
@@ -40,10 +46,13 @@ def main(
         jobs = {ex.submit(run, f, timeout): f.relative_to(nbs) for f in todo}
         for i, job in enumerate(as_completed(jobs), 1):
             why, secs, out = job.result()
-            print(f'  [{i}/{len(todo)}] {"FAIL" if why else "ok  "} {jobs[job]} {secs:.1f} s', flush=True)
+            print(f'  [{i}/{len(todo)}] {"FAIL" if why else "ok  "} {jobs[job]} {secs:.1f} s',
+                  flush=True)
             if why:
                 bad.append(f'{jobs[job]}: {why}')
                 print(out[-8000:], flush=True)
-    if not found: bad.append(f'no notebooks in {nbs.name}/')
-    if bad: sys.exit('\n'.join(['Notebook tests failed:', *bad]))
+    if not found:
+        bad.append(f'no notebooks in {nbs.name}/')
+    if bad:
+        sys.exit('\n'.join(['Notebook tests failed:', *bad]))
     print(f'{len(todo)} of {len(found)} notebooks passed', flush=True)

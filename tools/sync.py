@@ -1,8 +1,9 @@
 """Check that modules, notebooks and README agree, without writing to the checkout.
 
-A copy of the project is exported (nbdev_export), cleaned (nbdev_clean) and given its README anew; whatever then differs
-is out of sync. Stored outputs must hold no errors and no paths of the machine they were made on.
-Usage: python tools/sync.py, anywhere in the project; `make prep` repairs what it reports."""
+A copy of the project is exported (nbdev_export), cleaned (nbdev_clean) and given its README anew;
+whatever then differs is out of sync. Stored outputs must hold no errors and no paths of the machine
+they were made on. Usage: python tools/sync.py, anywhere in the project; `make prep` repairs what it
+reports."""
 import difflib, json, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 from fastcore.script import call_parse
@@ -14,7 +15,8 @@ IGNORE = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_proc*', '
 
 def texts(root, cfg):
     "{path: text} of the files that are compared"
-    files = [*(root/cfg.nbs_path.name).rglob('*.ipynb'), *(root/cfg.lib_path.name).rglob('*.py'), root/'README.md']
+    files = [*(root/cfg.nbs_path.name).rglob('*.ipynb'), *(root/cfg.lib_path.name).rglob('*.py'),
+             root/'README.md']
     return {f.relative_to(root).as_posix(): f.read_text(encoding='utf-8')
             for f in files if f.exists() and '.ipynb_checkpoints' not in f.parts}
 
@@ -24,15 +26,23 @@ def rebuilt(root, cfg):
     with tempfile.TemporaryDirectory() as tmp:
         new = Path(tmp).resolve()/'project'
         new.mkdir()
-        for d in (cfg.nbs_path.name, cfg.lib_path.name): shutil.copytree(root/d, new/d, ignore=IGNORE)
-        for f in root.iterdir():                          # LICENSE and the like: the README may link to them
-            if f.is_file(): shutil.copy(f, new)
-            elif not (new/f.name).exists() and f.name[0] not in '._': (new/f.name).symlink_to(f)
-        for f in (new/cfg.lib_path.name).rglob('*.py'):   # so that a module whose notebook is gone does not survive
-            if GENERATED.search(f.read_text(encoding='utf-8')[:500]): f.unlink()
+        for d in (cfg.nbs_path.name, cfg.lib_path.name):
+            shutil.copytree(root/d, new/d, ignore=IGNORE)
+        # LICENSE and the like: the README may link to them
+        for f in root.iterdir():
+            if f.is_file():
+                shutil.copy(f, new)
+            elif not (new/f.name).exists() and f.name[0] not in '._':
+                (new/f.name).symlink_to(f)
+        # so that a module whose notebook is gone does not survive
+        for f in (new/cfg.lib_path.name).rglob('*.py'):
+            if GENERATED.search(f.read_text(encoding='utf-8')[:500]):
+                f.unlink()
         (new/'README.md').unlink(missing_ok=True)
-        for cmd in ([tools/'nbdev_export'], [tools/'nbdev_clean'], [sys.executable, root/'tools'/'readme.py']):
-            if subprocess.run(cmd, cwd=new).returncode: sys.exit(f'{Path(cmd[-1]).name} failed: see above')
+        for cmd in ([tools/'nbdev_export'], [tools/'nbdev_clean'],
+                    [sys.executable, root/'tools'/'readme.py']):
+            if subprocess.run(cmd, cwd=new).returncode:
+                sys.exit(f'{Path(cmd[-1]).name} failed: see above')
         return texts(new, cfg)
 
 def bad_outputs(name, text, root):
@@ -40,9 +50,13 @@ def bad_outputs(name, text, root):
     here = re.compile(f'{MACHINE.pattern}|{re.escape(str(root))}')
     for i, c in enumerate(json.loads(text)['cells']):
         for o in c.get('outputs', []):
-            if o['output_type'] == 'error': yield f'{name} cell {i}: the stored output is an error, {o["ename"]}'
-            shown = json.dumps([o.get('text'), [v for k, v in o.get('data', {}).items() if not k.startswith('image')]])
-            if m := here.search(shown): yield f'{name} cell {i}: a path of this machine in the output, {m[0]}'
+            if o['output_type'] == 'error':
+                yield f'{name} cell {i}: the stored output is an error, {o["ename"]}'
+            shown = json.dumps([o.get('text'),
+                                [v for k, v in o.get('data', {}).items()
+                                 if not k.startswith('image')]])
+            if m := here.search(shown):
+                yield f'{name} cell {i}: a path of this machine in the output, {m[0]}'
 
 @call_parse
 def main():
@@ -55,9 +69,15 @@ def main():
     for f in sorted(old.keys() | new.keys()):
         a, b = old.get(f), new.get(f)
         if a == b: continue
-        bad.append(f'{f}: ' + ('is missing' if a is None else 'has no notebook' if b is None else 'is out of sync'))
-        if None not in (a, b): bad += [*difflib.unified_diff(a.splitlines(), b.splitlines(), n=0, lineterm='')][3:9]
+        bad.append(f'{f}: '
+                   + ('is missing' if a is None else 'has no notebook' if b is None
+                      else 'is out of sync'))
+        if None not in (a, b):
+            bad += [*difflib.unified_diff(a.splitlines(), b.splitlines(), n=0, lineterm='')][3:9]
     bad += [c for f, t in old.items() if f.endswith('.ipynb') for c in bad_outputs(f, t, root)]
-    if bad: sys.exit('\n'.join([*bad, 'Run `make prep` (outputs: run the notebook again) and commit the result.']))
+    if bad:
+        sys.exit('\n'.join([*bad, 'Run `make prep` (outputs: run the notebook again) and commit '
+                                  'the result.']))
     n = sum(f.endswith('.ipynb') for f in old)
-    print(f'{n} notebooks are clean; {len(old)-n-1} files of {cfg.lib_path.name}/ and README.md match them', flush=True)
+    print(f'{n} notebooks are clean; {len(old)-n-1} files of {cfg.lib_path.name}/ and README.md '
+          'match them', flush=True)
