@@ -7,55 +7,76 @@ __all__ = ['Cost', 'param_cost', 'mac_cost', 'memory_cost', 'bounds', 'Infeasibl
            'solve', 'uniform', 'random_scores', 'retention']
 
 # %% ../../nbs/core/07_budget.ipynb #160ad2d2
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar, Any
 
 import numpy as np
+from fastcore.basics import patch
 
 # %% ../../nbs/core/07_budget.ipynb #628149dd
 @dataclass(frozen=True, eq=False)
 class Cost:
-    """An additive cost model: a unit of a module costs the same, whatever the rest of the model keeps.
+    """An additive cost model: a unit of a module costs the same, whatever the rest of the model
+    keeps.
 
-    `unit` may hold zeros (an FFN channel takes no KV cache) but nothing negative. `fixed` is what no width changes,
-    such as the biases of output projections; it counts in `dense` and cannot be removed.
-    Raises `ValueError` on wrong shapes or values."""
-    unit: np.ndarray  # (L, 2) cost of one unit of each module, int or float, in the unit that `name` says
+    `unit` may hold zeros (an FFN channel takes no KV cache) but nothing negative. `fixed` is what
+    no width changes, such as the biases of output projections; it counts in `dense` and cannot be
+    removed. Raises `ValueError` on wrong shapes or values."""
+    # (L, 2) cost of one unit of each module, int or float, in the unit that `name` says
+    unit: np.ndarray
     full: np.ndarray  # (L, 2) units of the dense model, at least 1
     fixed: float = 0  # cost that no width changes
     name: str = 'params'  # what is counted, for tables and errors
+    total: ClassVar[Callable[..., Any]]  # these are given below
+    dense: ClassVar[float]
+    sparsity: ClassVar[Callable[..., Any]]
 
     def __post_init__(self):
         unit, full = np.array(self.unit), np.array(self.full)
         if unit.ndim != 2 or unit.shape[1:] != (2,) or unit.shape != full.shape or not unit.size:
-            raise ValueError(f"unit and full have shapes {unit.shape} and {full.shape}; both must be (n_layers, 2)")
+            raise ValueError(f"unit and full have shapes {unit.shape} and {full.shape}; both "
+                             "must be (n_layers, 2)")
         if full.dtype.kind not in 'iu' or (full < 1).any():
-            raise ValueError(f"full must hold integers >= 1 (units kept when dense), got {full.min()} ({full.dtype})")
-        if not np.isfinite(unit).all() or (unit < 0).any() or not np.isfinite(self.fixed) or self.fixed < 0:
-            raise ValueError(f"costs must be finite and >= 0, got unit costs {unit.min()} to {unit.max()} "
-                             f"and fixed {self.fixed}")
-        if not unit.any(): raise ValueError("all unit costs are 0, so no width changes the cost: give unit costs > 0")
+            raise ValueError("full must hold integers >= 1 (units kept when dense), got "
+                             f"{full.min()} ({full.dtype})")
+        if not np.isfinite(unit).all() or (unit
+                                           < 0).any() or not np.isfinite(
+            self.fixed) or self.fixed < 0:
+            raise ValueError(f"costs must be finite and >= 0, got unit costs {unit.min()} to "
+                             f"{unit.max()} and fixed {self.fixed}")
+        if not unit.any():
+            raise ValueError("all unit costs are 0, so no width changes the cost: give unit "
+                             "costs > 0")
         for name, value in dict(unit=unit, full=full.astype(np.int64)).items():
             value.flags.writeable = False
             object.__setattr__(self, name, value)
 
-    def total(self,
-        widths,  # (..., L, 2) units kept
-    ):  # cost; a float for one policy, an array for a stack of them
-        "Cost of a model of these widths"
-        total = (self.unit * np.asarray(widths)).sum((-2, -1)) + self.fixed
-        return float(total) if np.ndim(total) == 0 else total.astype(float)
+    def __repr__(self):
+        return f'Cost({self.name}: {len(self.full)} layers, dense {self.dense:,.0f})'
 
-    @property
-    def dense(self) -> float: return self.total(self.full)
+# %% ../../nbs/core/07_budget.ipynb #7ad16520
+@patch
+def total(self: Cost,
+    widths,  # (..., L, 2) units kept
+):  # cost; a float for one policy, an array for a stack of them
+    "Cost of a model of these widths"
+    total = (self.unit * np.asarray(widths)).sum((-2, -1)) + self.fixed
+    return float(total) if np.ndim(total) == 0 else total.astype(float)
 
-    def sparsity(self,
-        widths,  # (..., L, 2) units kept
-    ):  # share of the dense cost that is removed, in [0, 1]
-        "Realised sparsity of these widths"
-        return 1 - self.total(widths) / self.dense
 
-    def __repr__(self): return f'Cost({self.name}: {len(self.full)} layers, dense {self.dense:,.0f})'
+@patch(as_prop=True)
+def dense(self: Cost) -> float:
+    return self.total(self.full)
+
+
+@patch
+def sparsity(self: Cost,
+    widths,  # (..., L, 2) units kept
+):  # share of the dense cost that is removed, in [0, 1]
+    "Realised sparsity of these widths"
+    return 1 - self.total(widths) / self.dense
 
 # %% ../../nbs/core/07_budget.ipynb #cee4fc16
 def param_cost(
@@ -71,20 +92,26 @@ def mac_cost(
     "Multiply-accumulates of the decoder blocks for one sequence"
     if int(seq_len) != seq_len or seq_len < 1:
         raise ValueError(f"seq_len is {seq_len}; give a number of tokens >= 1")
-    return Cost(layout.unit_macs(seq_len), layout.full, layout.fixed_macs(seq_len), f'MACs at {seq_len} tokens')
+    return Cost(layout.unit_macs(seq_len), layout.full, layout.fixed_macs(seq_len),
+                f'MACs at {seq_len} tokens')
 
 def memory_cost(
     layout,  # has `unit_params` (L, 2), `full` (L, 2), `fixed_params` and `head_dim`
     context: int,  # tokens in the KV cache, of all sequences together
     element: int = 2,  # bytes of a number: 2 in bfloat16
 ) -> Cost:
-    "Bytes of the parameters of the decoder blocks and of the KV cache: a KV group keeps a key and a value for each token"
-    if int(context) != context or context < 0: raise ValueError(f"context is {context}; give a number of tokens >= 0")
+    """Bytes of the parameters of the decoder blocks and of the KV cache: a KV group keeps a key and
+    a value for each token"""
+    if int(context) != context or context < 0:
+        raise ValueError(f"context is {context}; give a number of tokens >= 0")
     cache = np.array([2 * layout.head_dim * int(context), 0])
-    return Cost((layout.unit_params + cache) * element, layout.full, layout.fixed_params * element, f'bytes at {context} tokens')
+    return Cost((layout.unit_params + cache) * element, layout.full, layout.fixed_params * element,
+                f'bytes at {context} tokens')
 
 # %% ../../nbs/core/07_budget.ipynb #32041cb3
-_EPS = 1e-9  # 0.1 * 30 is 3.0000000000000004: shares of whole numbers are compared with this much room
+# 0.1 * 30 is 3.0000000000000004: shares of whole numbers are compared with this much room
+_EPS = 1e-9
+
 
 def _check_step(step) -> tuple[int, int]:
     "`step` as two ints >= 1"
@@ -94,31 +121,39 @@ def _check_step(step) -> tuple[int, int]:
         raise ValueError(f"step is {step}; give two integers >= 1 (KV groups, FFN channels)")
     return steps
 
+# %% ../../nbs/core/07_budget.ipynb #0b08c467
 def bounds(
     cost: Cost,  # cost model, for the full widths
     step=(1, 32),  # units that come and go together: (KV groups, FFN channels)
-    p_min=0.1,  # smallest retention, or one for each kind (attention, FFN); with 0 a module may be removed
+    # smallest retention, or one for each kind (attention, FFN); with 0 a module may be removed
+    p_min=0.1,
     p_max: float = 1.0,  # largest retention
 ) -> tuple[np.ndarray, np.ndarray]:  # lower and upper widths, int64 (L, 2)
-    """Smallest and largest widths: multiples of the step between `p_min` and `p_max` of the full width.
+    """Smallest and largest widths: multiples of the step between `p_min` and `p_max` of the full
+    width.
 
-    `lower` is at least one step unless `p_min` is 0; `upper` is the full width itself when `p_max` is 1. Raises `ValueError` if the
-    retentions are out of order or leave no width for some module."""
+    `lower` is at least one step unless `p_min` is 0; `upper` is the full width itself when `p_max`
+    is 1. Raises `ValueError` if the retentions are out of order or leave no width for some
+    module."""
     step = np.array(_check_step(step))
-    try: least = np.broadcast_to(np.asarray(p_min, dtype=float), 2)
-    except (TypeError, ValueError): least = np.array([np.nan])
+    try:
+        least = np.broadcast_to(np.asarray(p_min, dtype=float), 2)
+    except (TypeError, ValueError):
+        least = np.array([np.nan])
     if not ((0 <= least) & (least <= p_max)).all() or not 0 <= p_max <= 1:
-        raise ValueError(f"p_min is {p_min} and p_max is {p_max}; they must satisfy 0 <= p_min <= p_max <= 1, p_min as one "
-                         "number or one for attention and one for FFN")
+        raise ValueError(f"p_min is {p_min} and p_max is {p_max}; they must satisfy 0 <= p_min "
+                         "<= p_max <= 1, p_min as one number or one for attention and one for "
+                         "FFN")
     lower = np.ceil(least * cost.full / step - _EPS).astype(np.int64) * step
     lower = np.minimum(np.where(least > 0, np.maximum(lower, step), 0), cost.full)
     upper = np.floor(p_max * cost.full / step + _EPS).astype(np.int64) * step
-    if p_max == 1: upper = cost.full.copy()
+    if p_max == 1:
+        upper = cost.full.copy()
     if (bad := np.argwhere(upper < lower)).size:
         layer, kind = bad[0]
-        raise ValueError(f"p_min={p_min}, p_max={p_max} and step {step[kind]} leave no width for the "
-                         f"{('attention', 'FFN')[kind]} of layer {layer} with {cost.full[layer, kind]} units: "
-                         "raise p_max or take a smaller step")
+        raise ValueError(f"p_min={p_min}, p_max={p_max} and step {step[kind]} leave no width for "
+                         f"the {('attention', 'FFN')[kind]} of layer {layer} with "
+                         f"{cost.full[layer, kind]} units: raise p_max or take a smaller step")
     return lower, upper
 
 # %% ../../nbs/core/07_budget.ipynb #d5a37f4c
@@ -131,10 +166,12 @@ class InfeasibleBudget(ValueError):
         name: str = 'params',  # what is counted
     ):
         self.sparsity, self.lo, self.hi, self.name = sparsity, lo, hi, name
-        super().__init__(f"sparsity {sparsity:g} ({name}) is infeasible: these bounds on the widths allow "
-                         f"{lo:.4f} to {hi:.4f}; change the target, or p_min, p_max, lower or upper")
+        super().__init__(f"sparsity {sparsity:g} ({name}) is infeasible: these bounds on the "
+                         f"widths allow {lo:.4f} to {hi:.4f}; change the target, or p_min, "
+                         "p_max, lower or upper")
 
-    def __reduce__(self): return type(self), (self.sparsity, self.lo, self.hi, self.name)
+    def __reduce__(self):
+        return type(self), (self.sparsity, self.lo, self.hi, self.name)
 
 def feasible_range(
     cost: Cost,  # cost model
@@ -154,13 +191,16 @@ def _spread(n_layers: int) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _steps(lower: bytes, upper: bytes, step: tuple[int, int]):
-    "Every step between the bounds, in tie-break order: its module (index into 2L), units, and logit of its middle"
+    """Every step between the bounds, in tie-break order: its module (index into 2L), units, and
+    logit of its middle"""
     lo, hi = np.frombuffer(lower, np.int64), np.frombuffer(upper, np.int64)
     size = np.tile(step, len(lo) // 2)
     n = np.where(hi > lo, -(-hi // size) - lo // size, 0)
     module = np.repeat(np.arange(len(lo)), n)
-    end = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n) + (lo // size)[module] + 1  # in whole steps
-    # Widths between the bounds are multiples of the step, so the first and the last step may be shorter
+    # in whole steps
+    end = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n) + (lo // size)[module] + 1
+    # Widths between the bounds are multiples of the step, so the first and the last step may be
+    # shorter
     after = np.minimum(end * size[module], hi[module])
     before = np.maximum((end - 1) * size[module], lo[module])
     z = ((before + after) / 2 - lo[module]) / (hi - lo)[module]
@@ -187,7 +227,8 @@ def _admit(
 
 # %% ../../nbs/core/07_budget.ipynb #baf3c34c
 def _whole(cost: Cost) -> tuple[np.ndarray, int, int]:
-    "Unit costs (L, 2), fixed cost and dense cost as integers of one scale, whose sums are exact in any order"
+    """Unit costs (L, 2), fixed cost and dense cost as integers of one scale, whose sums are exact
+    in any order"""
     unit, fixed = cost.unit.astype(float), float(cost.fixed)
     scale = 1.
     if cost.dense >= 2**53 or fixed % 1 or (unit % 1).any():
@@ -199,36 +240,43 @@ def _check_scores(scores, shape: tuple) -> np.ndarray:
     "Scores as float64, or a `ValueError` that names what is wrong with them"
     scores = np.asarray(scores, dtype=np.float64)
     if scores.shape != shape:
-        raise ValueError(f"scores have shape {scores.shape}; expected {shape}: one row a layer, (attention, FFN)")
+        raise ValueError(f"scores have shape {scores.shape}; expected {shape}: one row a layer, "
+                         "(attention, FFN)")
     if (bad := np.argwhere(~np.isfinite(scores))).size:
         layer, kind = bad[0]
-        raise ValueError(f"the score of the {('attention', 'FFN')[kind]} of layer {layer} is {scores[layer, kind]}; "
-                         f"all must be finite ({len(bad)} are not): look for a diverged policy, or clip")
+        raise ValueError(f"the score of the {('attention', 'FFN')[kind]} of layer {layer} is "
+                         f"{scores[layer, kind]}; all must be finite ({len(bad)} are not): look "
+                         "for a diverged policy, or clip")
     return scores
 
 def _check_widths(widths, cost: Cost, name: str) -> np.ndarray:
     "A bound given by the caller as int64 (L, 2) within the model"
     out = np.broadcast_to(np.asarray(widths), cost.full.shape)
     if not np.array_equal(out, out.astype(np.int64)) or (out < 0).any() or (out > cost.full).any():
-        raise ValueError(f"{name} must hold whole units between 0 and the full widths, got {out.min()} to {out.max()}")
+        raise ValueError(f"{name} must hold whole units between 0 and the full widths, got "
+                         f"{out.min()} to {out.max()}")
     return np.ascontiguousarray(out, dtype=np.int64)
 
 # %% ../../nbs/core/07_budget.ipynb #3d222905
 _RTOL = 1e-12  # of the dense cost: (1 - 0.9) * 10 is 0.9999999999999998, and a budget of 1 is meant
 
+
 def spendable(
     cost: Cost, sparsity: float,  # share of the dense cost to remove, in [0, 1)
     lower: np.ndarray, upper: np.ndarray,  # (L, 2) int64 bounds of the widths
 ) -> tuple[np.ndarray, int]:  # (L, 2) unit costs and the room, both whole numbers of one scale
-    "What a budget leaves to spend above the least widths; raises `InfeasibleBudget` where that is nothing, or cannot be spent"
+    """What a budget leaves to spend above the least widths; raises `InfeasibleBudget` where that is
+    nothing, or cannot be spent"""
     unit, fixed, dense = _whole(cost)
     room = int((1 - sparsity + _RTOL) * dense) - fixed - int((unit * lower).sum())
     lo, hi = feasible_range(cost, lower, upper)
     if room < 0 or sparsity < lo - _RTOL: raise InfeasibleBudget(sparsity, lo, hi, cost.name)
     return unit, room
 
+
 def fill(
-    module: np.ndarray, size: np.ndarray,  # (S,) steps in the order of admission: index into 2L, units
+    # (S,) steps in the order of admission: index into 2L, units
+    module: np.ndarray, size: np.ndarray,
     unit: np.ndarray, room: int,  # of `spendable`
     lower: np.ndarray,  # (L, 2) least widths
 ) -> np.ndarray:  # widths, int64 (L, 2)
@@ -237,8 +285,10 @@ def fill(
     added = np.bincount(module[take], weights=size[take], minlength=lower.size)
     return lower + added.astype(np.int64).reshape(lower.shape)
 
+# %% ../../nbs/core/07_budget.ipynb #72d1bd78
 def solve(
-    scores,  # (L, 2) finite scores, higher keeps more; their sum is free, as a common shift changes nothing
+    # (L, 2) finite scores, higher keeps more; their sum is free, as a common shift changes nothing
+    scores,
     cost: Cost,  # cost model
     sparsity: float,  # share of the dense cost to remove, in [0, 1)
     step=(1, 32),  # units that come and go together: (KV groups, FFN channels)
@@ -247,21 +297,25 @@ def solve(
     lower=None,  # smallest widths, broadcast to (L, 2); may be 0; equal to `upper` it pins a module
     upper=None,  # largest widths, broadcast to (L, 2)
 ) -> np.ndarray:  # widths, int64 (L, 2)
-    """Widths for these scores that cost at most `(1 - sparsity) * cost.dense`, with no room for one more step.
+    """Widths for these scores that cost at most `(1 - sparsity) * cost.dense`, with no room for one
+    more step.
 
-    Exact, monotone in every score, order-free up to ties, and defined for any finite scores (see above).
-    Raises `InfeasibleBudget` if no widths within the bounds meet the target, `ValueError` on any other bad input.
-    It rounds the mapping r = p_min + (p_max - p_min) sigmoid(s + lambda) to whole steps."""
+    Exact, monotone in every score, order-free up to ties, and defined for any finite scores (see
+    above). Raises `InfeasibleBudget` if no widths within the bounds meet the target, `ValueError`
+    on any other bad input. It rounds the mapping r = p_min + (p_max - p_min) sigmoid(s + lambda) to
+    whole steps."""
     scores, step = _check_scores(scores, cost.full.shape), _check_step(step)
     if not 0 <= sparsity < 1: raise ValueError(f"sparsity is {sparsity}; it must be in [0, 1)")
     default = bounds(cost, step, p_min, p_max) if lower is None or upper is None else (None, None)
     lower = default[0] if lower is None else _check_widths(lower, cost, 'lower')
     upper = default[1] if upper is None else _check_widths(upper, cost, 'upper')
     if (lower > upper).any():
-        raise ValueError(f"lower exceeds upper in layer {np.argwhere(lower > upper)[0, 0]}: give both, in order")
+        raise ValueError(f"lower exceeds upper in layer {np.argwhere(lower > upper)[0, 0]}: give "
+                         "both, in order")
     unit, room = spendable(cost, sparsity, lower, upper)
     module, size, logit = _steps(lower.tobytes(), upper.tobytes(), step)
-    order = np.argsort(logit - scores.ravel()[module], kind='stable')  # stable: ties stay in tie-break order
+    # stable: ties stay in tie-break order
+    order = np.argsort(logit - scores.ravel()[module], kind='stable')
     return fill(module[order], size[order], unit, room, lower)
 
 # %% ../../nbs/core/07_budget.ipynb #ec0a728c
@@ -273,10 +327,12 @@ def uniform(
     p_min=0.1,  # smallest retention as in `bounds`
     p_max: float = 1.0,  # largest retention
 ) -> np.ndarray:  # widths, int64 (L, 2)
-    """The same retention in every layer, on budget to one step; the widths of layers differ by one step at most.
+    """The same retention in every layer, on budget to one step; the widths of layers differ by one
+    step at most.
 
-    With both kinds, every attention keeps `round((1 - sparsity) * groups)` groups (in steps, at least one) and the
-    FFNs fill up the budget. Raises `InfeasibleBudget` if that cannot meet the target, `ValueError` on unknown kinds."""
+    With both kinds, every attention keeps `round((1 - sparsity) * groups)` groups (in steps, at
+    least one) and the FFNs fill up the budget. Raises `InfeasibleBudget` if that cannot meet the
+    target, `ValueError` on unknown kinds."""
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not kinds or set(kinds) - {'attn', 'ffn'}:
         raise ValueError(f"kinds is {kinds}; give 'attn', 'ffn' or both")
@@ -291,8 +347,10 @@ def uniform(
     for whole in np.floor(share + 0.5), np.ceil(share - _EPS), np.floor(share + _EPS):
         groups = np.clip(whole.astype(np.int64) * steps[0], lower[:, 0], upper[:, 0])
         lo, hi = (np.stack([groups, o[:, 1]], 1) for o in (lower, upper))
-        try: return solve(zero, cost, sparsity, step, lower=lo, upper=hi)
-        except InfeasibleBudget as e: errors.append(e)
+        try:
+            return solve(zero, cost, sparsity, step, lower=lo, upper=hi)
+        except InfeasibleBudget as e:
+            errors.append(e)
     raise errors[0]
 
 # %% ../../nbs/core/07_budget.ipynb #6b4ad937
@@ -302,7 +360,8 @@ def random_scores(
     scale: float = 1.0,  # standard deviation; larger is further from uniform
 ) -> np.ndarray:  # float64 scores
     "Scores of a random policy: independent normal numbers"
-    if not (np.isfinite(scale) and scale >= 0): raise ValueError(f"scale is {scale}; it must be finite and >= 0")
+    if not (np.isfinite(scale) and scale >= 0):
+        raise ValueError(f"scale is {scale}; it must be finite and >= 0")
     return np.random.default_rng(rng).normal(0, scale, tuple(shape))
 
 def retention(

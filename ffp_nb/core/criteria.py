@@ -19,18 +19,29 @@ from .stats import GramStats
 from .text import Blocks
 
 # %% ../../nbs/core/05_criteria.ipynb #673f71df
-def wanda(W, gram, mean, n, generator=None): return W.abs().mean(0) * gram.diagonal().clamp_min(0).sqrt()
-def magnitude(W, gram, mean, n, generator=None): return W.norm(dim=0)
+def wanda(W, gram, mean, n, generator=None):
+    return W.abs().mean(0) * gram.diagonal().clamp_min(0).sqrt()
+
+
+def magnitude(W, gram, mean, n, generator=None):
+    return W.norm(dim=0)
+
+
 def fluctuation(W, gram, mean, n, generator=None):
     return (gram.diagonal() / n - mean**2).clamp_min(0) * W.square().sum(0)
-def random(W, gram, mean, n, generator=None): return torch.rand(W.shape[1], generator=generator)
+
+
+def random(W, gram, mean, n, generator=None):
+    return torch.rand(W.shape[1], generator=generator)
 
 def obs(W, gram, mean, n, generator=None, damp=0.01):
     H = gram.double()
     H.diagonal().add_(damp * H.diagonal().mean().clamp_min(1e-12))
-    return (W.double().square().sum(0) / torch.cholesky_inverse(torch.linalg.cholesky(H)).diagonal()).float()
+    return (W.double().square().sum(0)
+            / torch.cholesky_inverse(torch.linalg.cholesky(H)).diagonal()).float()
 
-CRITERIA: dict[str, Callable] = dict(wanda=wanda, magnitude=magnitude, fluctuation=fluctuation, obs=obs, random=random)
+CRITERIA: dict[str, Callable] = dict(wanda=wanda, magnitude=magnitude, fluctuation=fluctuation,
+                                     obs=obs, random=random)
 CRITERION_NAMES = *CRITERIA, 'taylor'
 
 # %% ../../nbs/core/05_criteria.ipynb #eb9a4620
@@ -39,20 +50,26 @@ def unit_scores(module: Module, stats: GramStats,
                 generator: torch.Generator | None = None,  # only `random` reads it
                 ) -> torch.Tensor:  # (units,) float32: larger is more important
     "Score the units of one module"
-    if criterion == 'taylor': raise ValueError('criterion taylor is not made of statistics: take its scores from taylor_scores')
+    if criterion == 'taylor':
+        raise ValueError('criterion taylor is not made of statistics: take its scores from '
+                         'taylor_scores')
     if criterion not in CRITERIA:
         raise ValueError(f'criterion {criterion!r}; expected one of {", ".join(CRITERION_NAMES)}')
     W = module.out.weight.detach().float().cpu()
-    col = CRITERIA[criterion](W, stats.gram[module.key], stats.mean(module.key), stats.tokens, generator)
+    col = CRITERIA[criterion](W, stats.gram[module.key], stats.mean(module.key), stats.tokens,
+                              generator)
     return col.view(module.units, module.cols).sum(1)
 
 
 def unit_order(layout: Layout, stats: GramStats, criterion: str = 'wanda', seed: int = 0,
-               scores: dict[tuple[int, str], torch.Tensor] | None = None,  # of `taylor_scores`; None: the criterion's
-               ) -> dict[tuple[int, str], torch.Tensor]:  # (layer, kind) -> unit indices, most important first
+               # of `taylor_scores`; None: the criterion's
+               scores: dict[tuple[int, str], torch.Tensor] | None = None,
+               # (layer, kind) -> unit indices, most important first
+               ) -> dict[tuple[int, str], torch.Tensor]:
     "The order in which each module keeps its units; equal scores keep their place"
     g = torch.Generator().manual_seed(seed)
-    if scores is None: scores = {k: unit_scores(m, stats, criterion, g) for k, m in layout.modules.items()}
+    if scores is None:
+        scores = {k: unit_scores(m, stats, criterion, g) for k, m in layout.modules.items()}
     return {k: s.argsort(descending=True, stable=True) for k, s in scores.items()}
 
 # %% ../../nbs/core/05_criteria.ipynb #8764e0cb
@@ -61,25 +78,33 @@ def unit_order(layout: Layout, stats: GramStats, criterion: str = 'wanda', seed:
 def taylor_scores(model: PreTrainedModel,  # a dense causal LM
                   layout: Layout,  # of this model
                   blocks: Blocks,  # calibration text; each block is a forward and a backward pass
-                  progress: bool = True) -> dict[tuple[int, str], torch.Tensor]:  # (layer, kind) -> (units,) float32
-    "Mean over blocks of |dL/dg| for a gate g = 1 on every unit. ValueError where a gradient is NaN or infinite"
-    gates = {k: torch.ones(m.units, requires_grad=True, device=m.out.weight.device) for k, m in layout.modules.items()}
+                  progress: bool = True) -> dict[tuple[int, str],
+                                                 torch.Tensor]:  # (layer, kind) -> (units,) float32
+    """Mean over blocks of |dL/dg| for a gate g = 1 on every unit. ValueError where a gradient is
+    NaN or infinite"""
+    gates = {k: torch.ones(m.units, requires_grad=True, device=m.out.weight.device)
+             for k, m in layout.modules.items()}
     def gate(key, cols):
         def hook(_, args):
             x = args[0]
-            wide = torch.promote_types(x.dtype, torch.float32)  # a bfloat16 sum over all tokens would lose its digits
-            return ((x.to(wide) * gates[key].to(x.device).repeat_interleave(cols)).to(x.dtype), *args[1:])
+            # a bfloat16 sum over all tokens would lose its digits
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return ((x.to(wide) * gates[key].to(x.device).repeat_interleave(cols)).to(x.dtype),
+                    *args[1:])
         return hook
     hooks = [m.out.register_forward_pre_hook(gate(k, m.cols)) for k, m in layout.modules.items()]
     total = {k: torch.zeros(m.units) for k, m in layout.modules.items()}
     try:
         for ids in tqdm(blocks.ids.split(1), desc='Taylor scores', disable=not progress):
             loss = block_loss(model, ids.clone().to(model.device), blocks.scored)
-            for k, grad in zip(gates, torch.autograd.grad(loss, list(gates.values()))): total[k] += grad.abs().float().cpu()
+            for k, grad in zip(gates, torch.autograd.grad(loss, list(gates.values()))):
+                total[k] += grad.abs().float().cpu()
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     for key, t in total.items():
         if not torch.isfinite(t).all():
-            raise ValueError(f'layer {key[0]} {key[1]}: a gradient is NaN or infinite on the calibration text. '
-                             'Load the model in another dtype (bfloat16 or float32).')
+            raise ValueError(f'layer {key[0]} {key[1]}: a gradient is NaN or infinite on the '
+                             'calibration text. Load the model in another dtype (bfloat16 or '
+                             'float32).')
     return {k: t / len(blocks) for k, t in total.items()}

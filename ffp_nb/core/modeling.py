@@ -10,7 +10,8 @@ __all__ = ['GATED', 'OPT', 'FAMILIES', 'PRUNED', 'Family', 'NoHeads', 'set_heads
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import Cache, LlamaForCausalLM, MistralForCausalLM, OPTForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import (Cache, LlamaForCausalLM, MistralForCausalLM, OPTForCausalLM,
+                          PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 # %% ../../nbs/core/00_modeling.ipynb #23b14ac5
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ FAMILIES = dict(llama=GATED, mistral=GATED, qwen2=GATED, qwen3=GATED, opt=OPT)
 
 # %% ../../nbs/core/00_modeling.ipynb #66f10dfc
 class NoHeads(nn.Module):
-    "Stands in for an attention of which no head is left; holds its output projection under the same name"
+    """Stands in for an attention of which no head is left; holds its output projection under the
+    same name"""
     def __init__(self,
                  attn: nn.Module):  # whose output projection has no columns
         super().__init__()
-        self.layer_idx, self.out_name = attn.layer_idx, 'o_proj' if hasattr(attn, 'o_proj') else 'out_proj'
+        self.layer_idx = attn.layer_idx
+        self.out_name = 'o_proj' if hasattr(attn, 'o_proj') else 'out_proj'
         self.add_module(self.out_name, getattr(attn, self.out_name))
 
     def forward(self, hidden_states, *args, **kwargs):
@@ -50,59 +53,88 @@ class NoHeads(nn.Module):
 def set_heads(layer: nn.Module,  # decoder layer
               attn: nn.Module,  # its attention, even if `NoHeads` stands in its place
               heads: int) -> None:  # query heads left
-    "Tell an attention whose projections were resized how many heads it has; without any, put `NoHeads` in its place"
-    if hasattr(attn, 'num_heads'): setattr(attn, 'num_heads', heads)  # OPT reshapes by it
-    if heads and layer.self_attn is not attn: layer.self_attn = attn
-    if not heads and layer.self_attn is attn: layer.self_attn = NoHeads(attn)
+    """Tell an attention whose projections were resized how many heads it has; without any, put
+    `NoHeads` in its place"""
+    if hasattr(attn, 'num_heads'):
+        setattr(attn, 'num_heads', heads)  # OPT reshapes by it
+    if heads and layer.self_attn is not attn:
+        layer.self_attn = attn
+    if not heads and layer.self_attn is attn:
+        layer.self_attn = NoHeads(attn)
 
 # %% ../../nbs/core/00_modeling.ipynb #efac97f5
-def shrink(model: PreTrainedModel,  # a dense model of a family in `FAMILIES`, its weights not loaded yet
+def shrink(
+        # a dense model of a family in `FAMILIES`, its weights not loaded yet
+        model: PreTrainedModel,
            widths: list[dict]) -> None:  # of each layer: heads, kv_heads, ffn
     "Give every projection the shape of these widths, with new memory of undefined content"
     names, config = FAMILIES[model.config.model_type], model.config
     layers = model.base_model.get_submodule(names.layers)
-    if len(widths) != len(layers): raise ValueError(f'pruned_widths has {len(widths)} layers, the model {len(layers)}')
+    if len(widths) != len(layers):
+        raise ValueError(f'pruned_widths has {len(widths)} layers, the model {len(layers)}')
     kv_heads = getattr(config, 'num_key_value_heads', None) or config.num_attention_heads
     head_dim = getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
     for i, (layer, w) in enumerate(zip(layers, widths)):
         if w['heads'] * kv_heads != w['kv_heads'] * config.num_attention_heads:
-            raise ValueError(f"layer {i} of pruned_widths: {w['heads']} heads for {w['kv_heads']} KV heads; the model has "
+            raise ValueError(f"layer {i} of pruned_widths: {w['heads']} heads for "
+                             f"{w['kv_heads']} KV heads; the model has "
                              f'{config.num_attention_heads} for {kv_heads}')
-        for name, n in ((names.query, w['heads']), (names.key, w['kv_heads']), (names.value, w['kv_heads'])):
+        for name, n in ((names.query, w['heads']), (names.key, w['kv_heads']),
+                        (names.value, w['kv_heads'])):
             _resize(layer.get_submodule(name), rows=n * head_dim)
         _resize(layer.get_submodule(names.attn_out), cols=w['heads'] * head_dim)
-        for name in names.ffn_in: _resize(layer.get_submodule(name), rows=w['ffn'])
+        for name in names.ffn_in:
+            _resize(layer.get_submodule(name), rows=w['ffn'])
         _resize(layer.get_submodule(names.ffn_out), cols=w['ffn'])
         set_heads(layer, layer.self_attn, w['heads'])
 
 
 def _resize(linear, rows=None, cols=None):
     "A linear layer with fewer outputs (rows) or inputs (cols)"
-    rows, cols = linear.out_features if rows is None else rows, linear.in_features if cols is None else cols
+    rows = linear.out_features if rows is None else rows
+    cols = linear.in_features if cols is None else cols
     if not (0 <= rows <= linear.out_features and 0 <= cols <= linear.in_features):
-        raise ValueError(f'pruned_widths asks for a projection of {rows} x {cols}; the dense one has {linear.out_features} x '
-                         f'{linear.in_features}')
+        raise ValueError(f'pruned_widths asks for a projection of {rows} x {cols}; the dense one '
+                         f'has {linear.out_features} x {linear.in_features}')
     new = lambda old, *shape: nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
-    if linear.bias is not None: linear.bias = new(linear.bias, rows)
-    linear.weight, linear.out_features, linear.in_features = new(linear.weight, rows, cols), rows, cols
+    if linear.bias is not None:
+        linear.bias = new(linear.bias, rows)
+    linear.weight, linear.out_features, linear.in_features = new(linear.weight, rows,
+                                                                 cols), rows, cols
 
 # %% ../../nbs/core/00_modeling.ipynb #f20bdfec
 class Pruned:
-    "A causal LM of `transformers` with the widths in `config.pruned_widths`; goes in front of the stock class"
-    _auto_class = 'AutoModelForCausalLM'  # save_pretrained copies this file and names the class in config.json
+    """A causal LM of `transformers` with the widths in `config.pruned_widths`; goes in front of the
+    stock class"""
+    # save_pretrained copies this file and names the class in config.json
+    _auto_class = 'AutoModelForCausalLM'
 
     def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # object's, until a stock class is mixed in
+        # object's, until a stock class is mixed in
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         shrink(self, config.pruned_widths)
 
 
-class PrunedLlamaForCausalLM(Pruned, LlamaForCausalLM): pass
-class PrunedMistralForCausalLM(Pruned, MistralForCausalLM): pass
-class PrunedQwen2ForCausalLM(Pruned, Qwen2ForCausalLM): pass
-class PrunedQwen3ForCausalLM(Pruned, Qwen3ForCausalLM): pass
-class PrunedOPTForCausalLM(Pruned, OPTForCausalLM): pass
+class PrunedLlamaForCausalLM(Pruned, LlamaForCausalLM):
+    pass
+
+
+class PrunedMistralForCausalLM(Pruned, MistralForCausalLM):
+    pass
+
+
+class PrunedQwen2ForCausalLM(Pruned, Qwen2ForCausalLM):
+    pass
+
+
+class PrunedQwen3ForCausalLM(Pruned, Qwen3ForCausalLM):
+    pass
+
+
+class PrunedOPTForCausalLM(Pruned, OPTForCausalLM):
+    pass
 
 
 PRUNED: dict[str, type[PreTrainedModel]] = dict(
-    llama=PrunedLlamaForCausalLM, mistral=PrunedMistralForCausalLM, qwen2=PrunedQwen2ForCausalLM, qwen3=PrunedQwen3ForCausalLM,
-    opt=PrunedOPTForCausalLM)
+    llama=PrunedLlamaForCausalLM, mistral=PrunedMistralForCausalLM, qwen2=PrunedQwen2ForCausalLM,
+    qwen3=PrunedQwen3ForCausalLM, opt=PrunedOPTForCausalLM)

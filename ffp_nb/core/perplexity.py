@@ -21,7 +21,8 @@ from .text import Blocks
 def block_nll(model: PreTrainedModel, blocks: Blocks,
               batch: int = 1,  # blocks of one forward pass
               head_chunk: int = 64,  # positions of one product with the head
-              progress: bool = False) -> np.ndarray:  # (n,) float64: nats, summed over the scored tokens of each block
+              # (n,) float64: nats, summed over the scored tokens of each block
+              progress: bool = False) -> np.ndarray:
     "Negative log-likelihood of each block; NaN or infinity where the model gives it"
     head, out = model.get_output_embeddings(), []
     for ids in tqdm(blocks.ids.split(batch), desc='perplexity', disable=not progress):
@@ -29,16 +30,20 @@ def block_nll(model: PreTrainedModel, blocks: Blocks,
         hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, -blocks.scored - 1:-1]
         target, n = ids[:, -blocks.scored:].reshape(-1), len(ids)
         nll = [F.cross_entropy(head(h).float(), t, reduction='none')
-               for h, t in zip(hidden.reshape(n * blocks.scored, -1).split(head_chunk), target.split(head_chunk))]
+               for h, t in zip(hidden.reshape(n * blocks.scored, -1).split(head_chunk),
+                               target.split(head_chunk))]
         out.append(torch.cat(nll).view(n, blocks.scored).double().sum(1).cpu())
     return torch.cat(out).numpy()
 
 # %% ../../nbs/core/03_perplexity.ipynb #19a53161
-def block_loss(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> torch.Tensor:  # ids (blocks, block_len) -> scalar
+def block_loss(model: PreTrainedModel, ids: torch.Tensor,
+               scored: int) -> torch.Tensor:  # ids (blocks, block_len) -> scalar
     "Mean nats per scored token, as `block_nll` counts them, with gradients"
     hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, -scored - 1:-1]
     logits = model.get_output_embeddings()(hidden)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1), ids[:, -scored:].flatten())
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0,
+                                                                                               1),
+                           ids[:, -scored:].flatten())
 
 # %% ../../nbs/core/03_perplexity.ipynb #f51b8635
 @dataclass(frozen=True)
@@ -48,17 +53,21 @@ class Perplexity:
     tokens: int  # scored tokens
 
     @property
-    def mean_nll(self) -> float: return float(np.mean(self.nll))
+    def mean_nll(self) -> float:
+        return float(np.mean(self.nll))
 
     @property
     def ppl(self) -> float:
         "exp of the mean negative log-likelihood; infinite where the model broke down"
-        with np.errstate(over='ignore'): return float(np.exp(self.mean_nll)) if np.isfinite(self.mean_nll) else float('inf')
+        with np.errstate(over='ignore'):
+            return float(np.exp(self.mean_nll)) if np.isfinite(self.mean_nll) else float('inf')
 
 
-def perplexity(model: PreTrainedModel, blocks: Blocks, batch: int = 1, progress: bool = False) -> Perplexity:
+def perplexity(model: PreTrainedModel, blocks: Blocks, batch: int = 1,
+               progress: bool = False) -> Perplexity:
     "Perplexity of a model on blocks"
-    return Perplexity(block_nll(model, blocks, batch, progress=progress) / blocks.scored, len(blocks) * blocks.scored)
+    return Perplexity(block_nll(model, blocks, batch, progress=progress) / blocks.scored,
+                      len(blocks) * blocks.scored)
 
 # %% ../../nbs/core/03_perplexity.ipynb #7b85a0ad
 def paired_interval(a: np.ndarray,  # (n,) mean nats per token of one model's blocks

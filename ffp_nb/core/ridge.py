@@ -6,10 +6,13 @@
 __all__ = ['ridge_factors', 'check_alpha', 'Calibrator', 'sequential_calibrate', 'dense_goals']
 
 # %% ../../nbs/core/08_ridge.ipynb #782af54d
+from collections.abc import Callable
 from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .stats import GramStats
@@ -20,32 +23,40 @@ from .families import KINDS
 # %% ../../nbs/core/08_ridge.ipynb #dfb913da
 def ridge_factors(W: torch.Tensor,  # (D, n) output projection
                   gram: torch.Tensor,  # (n, n), centred where there is an intercept
-                  alpha: float,
-                  ) -> tuple[torch.Tensor, torch.Tensor]:  # M (D, n) and P (n, n) lower triangular, float32
+                  alpha: float,) -> tuple[
+    torch.Tensor, torch.Tensor]:  # M (D, n) and P (n, n) lower triangular, float32
     "M = W L and P = L^-1 with L L^T = gram + alpha diag(gram)"
     A = gram.double()
     diag = A.diagonal().clone()
-    # An input that is always zero (a dead ReLU channel) has no scale: a tiny one keeps A regular and its weight at zero.
+    # An input that is always zero (a dead ReLU channel) has no scale: a tiny one keeps A regular
+    # and its weight at zero.
     floor = max(1e-8 * float(diag.mean()), 1e-30)
     A.diagonal().add_(alpha * diag + floor)
     L, info = torch.linalg.cholesky_ex(A)
     if int(info):
-        raise ValueError(f'the Gram matrix is not positive definite at alpha={alpha}. Use a larger alpha (0.01 to 1) or '
-                         'more calibration text.')
-    P = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
+        raise ValueError(f'the Gram matrix is not positive definite at alpha={alpha}. Use a '
+                         'larger alpha (0.01 to 1) or more calibration text.')
+    P = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device),
+                                      upper=False)
     return (W.double() @ L).float(), P.float()
 
 
 def check_alpha(alpha):
-    if not (np.isfinite(alpha) and alpha > 0): raise ValueError(f'alpha {alpha}: expected a number above 0, such as 0.1')
+    if not (np.isfinite(alpha) and alpha > 0):
+        raise ValueError(f'alpha {alpha}: expected a number above 0, such as 0.1')
 
 # %% ../../nbs/core/08_ridge.ipynb #f5181498
 class Calibrator:
-    """Static ridge calibration: call it with (layer, kind, width) for that module's repaired output projection.
+    """Static ridge calibration: call it with (layer, kind, width) for that module's repaired output
+    projection.
 
-    Statistics are those of the dense model, so a module's repair depends on its own width alone. Results are cached by
-    (layer, kind, width), least recently used out first, so that memory stays below `cache_bytes` however long a search is.
+    Statistics are those of the dense model, so a module's repair depends on its own width alone.
+    Results are cached by (layer, kind, width), least recently used out first, so that memory stays
+    below `cache_bytes` however long a search is.
     """
+    factors: Callable[..., Any]  # these are given below
+    prepare: Callable[..., 'Calibrator']
+
     def __init__(self, elastic: ElasticModel,
                  stats: GramStats,  # of the model's columns in the elastic order
                  alpha: float = 0.1,  # penalty relative to the diagonal of the Gram matrix
@@ -54,102 +65,135 @@ class Calibrator:
         self.elastic, self.stats, self.alpha, self.cache_bytes = elastic, stats, alpha, cache_bytes
         self._factors, self._cache, self._held = {}, OrderedDict(), 0
 
-    def factors(self, key):
-        "M, P and, with an intercept, b + W mu and mu"
-        if key not in self._factors:
-            W, b = self.elastic.dense_out(key)
-            W32, gram, n = W.float().cpu(), self.stats.gram[key], self.stats.tokens
-            shift = mean = None
-            if b is not None:
-                mean = self.stats.mean(key)
-                gram = gram - n * torch.outer(mean, mean)
-                shift = b.float().cpu() + W32 @ mean
-            self._factors[key] = *(f.to(W.device) for f in ridge_factors(W32, gram, self.alpha)), shift, mean
-        return self._factors[key]
-
     def __call__(self, layer: int, kind: str, k: int,  # units kept
-                 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # (D, columns kept) and bias (D,) or None
+                 ) -> tuple[torch.Tensor,
+                            torch.Tensor | None]:  # (D, columns kept) and bias (D,) or None
         "The repaired output projection of one module at one width, in the model's type"
         if (hit := self._cache.get((layer, kind, k))) is not None:
             self._cache.move_to_end((layer, kind, k))
             return hit
-        if k == self.elastic.layout.modules[layer, kind].units: return self.elastic.dense_out((layer, kind))
+        if k == self.elastic.layout.modules[layer, kind].units:
+            return self.elastic.dense_out((layer, kind))
         M, P, shift, mean = self.factors((layer, kind))
         c, dtype = k * self.elastic.layout.modules[layer, kind].cols, self.elastic.dtype
         W = M[:, :c] @ P[:c, :c]
         b = None if shift is None else (shift - W.cpu() @ mean[:c]).to(W.device, dtype)
         out = W.to(dtype), b
-        self._cache[layer, kind, k] = out; self._held += _size(out)
+        self._cache[layer, kind, k] = out
+        self._held += _size(out)
         while self._held > self.cache_bytes and len(self._cache) > 1:
             self._held -= _size(self._cache.popitem(last=False)[1])
         return out
 
-    def prepare(self, progress: bool = True) -> 'Calibrator':
-        "Factorise every module now rather than at its first use"
-        for key in tqdm(list(self.stats.gram), desc='ridge factors', disable=not progress): self.factors(key)
-        return self
+# %% ../../nbs/core/08_ridge.ipynb #93fa9bca
+@patch
+def factors(self: Calibrator, key):
+    "M, P and, with an intercept, b + W mu and mu"
+    if key not in self._factors:
+        W, b = self.elastic.dense_out(key)
+        W32, gram, n = W.float().cpu(), self.stats.gram[key], self.stats.tokens
+        shift = mean = None
+        if b is not None:
+            mean = self.stats.mean(key)
+            gram = gram - n * torch.outer(mean, mean)
+            shift = b.float().cpu() + W32 @ mean
+        self._factors[key] = *(f.to(W.device)
+                               for f in ridge_factors(W32, gram, self.alpha)), shift, mean
+    return self._factors[key]
 
 
-def _size(out): return sum(t.numel() * t.element_size() for t in out if t is not None)
+@patch
+def prepare(self: Calibrator, progress: bool = True) -> 'Calibrator':
+    "Factorise every module now rather than at its first use"
+    for key in tqdm(list(self.stats.gram), desc='ridge factors', disable=not progress):
+        self.factors(key)
+    return self
+
+# %% ../../nbs/core/08_ridge.ipynb #968c17a4
+def _size(out):
+    return sum(t.numel() * t.element_size() for t in out if t is not None)
 
 # %% ../../nbs/core/08_ridge.ipynb #9934d161
-class _Stop(Exception): pass
+class _Stop(Exception):
+    pass
 
 
 def _run(layer, calls, hidden, taps, stop=False):
-    """Run a decoder layer on stored hidden states, a batch at a time, yielding (its output, [(input, output) of each tap]).
+    """Run a decoder layer on stored hidden states, a batch at a time, yielding (its output,
+    [(input, output) of each tap]).
 
-    Inputs and outputs have the shape (batch, tokens, ...). With `stop`, the run ends in front of the last tap.
+    Inputs and outputs have the shape (batch, tokens, ...). With `stop`, the run ends in front of
+    the last tap.
     """
     seen = {}
     def before(lin, args):
         seen[lin] = args[0], None
         if stop and lin is taps[-1]: raise _Stop
-    def after(lin, args, out): seen[lin] = args[0], out
-    hooks = [h for lin in taps for h in (lin.register_forward_pre_hook(before), lin.register_forward_hook(after))]
+
+    def after(lin, args, out):
+        seen[lin] = args[0], out
+    hooks = [h for lin in taps
+             for h in (lin.register_forward_pre_hook(before), lin.register_forward_hook(after))]
     try:
         for h, kwargs in zip(hidden, calls):
             out, shape = None, h.shape[:2]
-            try: out = layer(h, **kwargs)
-            except _Stop: pass
-            view = lambda t: None if t is None else t.reshape(*shape, t.shape[-1])  # OPT's FFN flattens batch and tokens
-            yield (out[0] if isinstance(out, tuple) else out), [tuple(map(view, seen[lin])) for lin in taps]
+            try:
+                out = layer(h, **kwargs)
+            except _Stop:
+                pass
+            # OPT's FFN flattens batch and tokens
+            view = lambda t: None if t is None else t.reshape(*shape, t.shape[-1])
+            yield (out[0] if isinstance(out, tuple) else out), [tuple(map(view, seen[lin]))
+                                                                for lin in taps]
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
 
-
+# %% ../../nbs/core/08_ridge.ipynb #68664729
 def _first_inputs(elastic, blocks, batch):
-    "Hidden states in front of the first layer and the other arguments that layers get, a list entry per batch"
+    """Hidden states in front of the first layer and the other arguments that layers get, a list
+    entry per batch"""
     hidden, calls = [], []
     def hook(_, args, kwargs):
         kwargs = dict(kwargs)
-        hidden.append(args[0] if args else kwargs.pop('hidden_states')); calls.append(kwargs)
+        hidden.append(args[0] if args else kwargs.pop('hidden_states'))
+        calls.append(kwargs)
         raise _Stop
     handle = elastic.layout.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
     try:
         for ids in blocks.ids.split(batch):
-            try: elastic.model.base_model(ids.to(elastic.device), use_cache=False)
-            except _Stop: pass
-    finally: handle.remove()
+            try:
+                elastic.model.base_model(ids.to(elastic.device), use_cache=False)
+            except _Stop:
+                pass
+    finally:
+        handle.remove()
     return hidden, calls
 
 # %% ../../nbs/core/08_ridge.ipynb #26bd6c0b
 def _refit(xs, residuals, W0, b0, alpha):
-    "W0 plus the ridge regression of `residuals` (batch, tokens, D) on `xs` (batch, tokens, c), lists of batches; with intercept where b0 is given"
+    """W0 plus the ridge regression of `residuals` (batch, tokens, D) on `xs` (batch, tokens, c),
+    lists of batches; with intercept where b0 is given"""
     flat = lambda t: t.flatten(0, 1).float()
     c, D = W0.shape[1], W0.shape[0]
     XX, XE = torch.zeros(c, c, device=W0.device), torch.zeros(c, D, device=W0.device)
     sx, se, n = torch.zeros(c, device=W0.device), torch.zeros(D, device=W0.device), 0
     for x, e in zip(xs, residuals):
         x, e = flat(x), flat(e)
-        XX.addmm_(x.T, x); XE.addmm_(x.T, e); sx += x.sum(0); se += e.sum(0); n += len(x)
-    if b0 is not None: XX -= torch.outer(sx, sx) / n; XE -= torch.outer(sx, se) / n
+        XX.addmm_(x.T, x)
+        XE.addmm_(x.T, e)
+        sx += x.sum(0)
+        se += e.sum(0)
+        n += len(x)
+    if b0 is not None:
+        XX -= torch.outer(sx, sx) / n
+        XE -= torch.outer(sx, se) / n
     A = XX.double()
     A.diagonal().add_(alpha * A.diagonal() + max(1e-8 * float(A.diagonal().mean()), 1e-30))
     L, info = torch.linalg.cholesky_ex(A)
     if int(info) or not torch.isfinite(XE).all():
-        raise ValueError('the pruned model gives NaN or infinity on the calibration text, or alpha is too small. '
-                         'Use a lower sparsity or a larger alpha.')
+        raise ValueError('the pruned model gives NaN or infinity on the calibration text, or '
+                         'alpha is too small. Use a lower sparsity or a larger alpha.')
     delta = torch.cholesky_solve(XE.double(), L).T.float()
     return W0 + delta, None if b0 is None else b0 + (se - delta @ sx) / n
 
@@ -159,36 +203,46 @@ def sequential_calibrate(elastic: ElasticModel,
                          widths: np.ndarray,  # (n_layers, 2)
                          blocks: Blocks,  # calibration text
                          alpha: float = 0.1,
-                         base: Weights | None = None,  # first guess and what the penalty pulls to; None: plain slices
+                         # first guess and what the penalty pulls to; None: plain slices
+                         base: Weights | None = None,
                          target: str = 'module',  # 'module' or 'residual'
-                         goals: list | None = None,  # `dense_goals` of the same blocks and target, for several policies
+                         # `dense_goals` of the same blocks and target, for several policies
+                         goals: list | None = None,
                          batch: int = 1, progress: bool = True,
                          ) -> Weights:  # to be given to `ElasticModel.set` with the same widths
-    """Refit output projections layer by layer on the pruned model's own inputs, against the dense model.
+    """Refit output projections layer by layer on the pruned model's own inputs, against the dense
+    model.
 
-    Costs one dense and about two pruned passes over `blocks`; holds two copies of their hidden states. Modules at full
-    width are refitted too: behind a pruned prefix they have something to repair.
+    Costs one dense and about two pruned passes over `blocks`; holds two copies of their hidden
+    states. Modules at full width are refitted too: behind a pruned prefix they have something to
+    repair.
     """
     check_alpha(alpha)
-    if target not in ('module', 'residual'): raise ValueError(f"target {target!r}; expected 'module' or 'residual'")
+    if target not in ('module', 'residual'):
+        raise ValueError(f"target {target!r}; expected 'module' or 'residual'")
     widths, done = elastic.check(widths).copy(), {}
     first, calls = _first_inputs(elastic, blocks, batch)
     pruned, width = first, lambda i, kind: int(widths[i, KINDS.index(kind)])
-    with elastic.at(elastic.layout.full):  # layers behind the present one stay dense until their turn
+    # layers behind the present one stay dense until their turn
+    with elastic.at(elastic.layout.full):
         todo = iter(goals or _goals_by_layer(elastic, first, calls, target))
-        for i, layer in enumerate(tqdm(elastic.layout.layers, desc='sequential calibration', disable=not progress)):
+        for i, layer in enumerate(tqdm(elastic.layout.layers, desc='sequential calibration',
+                                       disable=not progress)):
             goal = next(todo)
             for kind in KINDS:
-                elastic.set_module((i, kind), width(i, kind), base(i, kind, width(i, kind)) if base else None)
+                elastic.set_module((i, kind), width(i, kind),
+                                   base(i, kind, width(i, kind)) if base else None)
             for kind in KINDS:
-                done[i, kind] = _fit_module(elastic, (i, kind), layer, calls, pruned, goal[kind], alpha, target)
+                done[i, kind] = _fit_module(elastic, (i, kind), layer, calls, pruned, goal[kind],
+                                            alpha, target)
                 elastic.set_module((i, kind), width(i, kind), done[i, kind])
             pruned = [out for out, _ in _run(layer, calls, pruned, [])]
     return _Fitted(done, widths)
 
 # %% ../../nbs/core/08_ridge.ipynb #31e68fe5
 def _goals_by_layer(elastic, hidden, calls, target):
-    "For each layer of the dense model, what its two modules should give, by kind: a list over batches"
+    """For each layer of the dense model, what its two modules should give, by kind: a list over
+    batches"""
     for i, layer in enumerate(elastic.layout.layers):
         goals, following = {kind: [] for kind in KINDS}, []
         taps = [elastic.layout.modules[i, kind].out for kind in KINDS]
@@ -201,13 +255,15 @@ def _goals_by_layer(elastic, hidden, calls, target):
 
 
 @torch.inference_mode()
-def dense_goals(elastic: ElasticModel, blocks: Blocks, target: str = 'module', batch: int = 1) -> list:
-    "The dense half of `sequential_calibrate`, for many policies on the same blocks: holds two hidden states a layer"
+def dense_goals(elastic: ElasticModel, blocks: Blocks, target: str = 'module',
+                batch: int = 1) -> list:
+    """The dense half of `sequential_calibrate`, for many policies on the same blocks: holds two
+    hidden states a layer"""
     with elastic.at(elastic.layout.full):
         hidden, calls = _first_inputs(elastic, blocks, batch)
         return list(_goals_by_layer(elastic, hidden, calls, target))
 
-
+# %% ../../nbs/core/08_ridge.ipynb #2cfd1cbf
 def _fit_module(elastic, key, layer, calls, pruned, goals, alpha, target):
     "Refit one module's output projection, starting from the one that is set"
     i, kind = key
@@ -217,18 +273,23 @@ def _fit_module(elastic, key, layer, calls, pruned, goals, alpha, target):
     xs, errors = [], []
     for h, goal, (_, seen) in zip(pruned, goals, _run(layer, calls, pruned, taps, stop=True)):
         x = seen[-1][0]
-        W0, b0 = W0.to(x.device), None if b0 is None else b0.to(x.device)  # weights may live elsewhere
-        if target == 'residual': goal = goal - (h.to(x.device) if kind == 'attn' else h.to(x.device) + seen[0][1])
-        xs.append(x); errors.append(goal.float() - torch.nn.functional.linear(x.float(), W0, b0))
+        # weights may live elsewhere
+        W0, b0 = W0.to(x.device), None if b0 is None else b0.to(x.device)
+        if target == 'residual':
+            goal = goal - (h.to(x.device) if kind == 'attn' else h.to(x.device) + seen[0][1])
+        xs.append(x)
+        errors.append(goal.float() - torch.nn.functional.linear(x.float(), W0, b0))
     W, b = _refit(xs, errors, W0, b0, alpha)
     return W.to(home, elastic.dtype), None if b is None else b.to(home, elastic.dtype)
 
 
 class _Fitted:
     "Weights of one policy, looked up by module"
-    def __init__(self, weights, widths): self.weights, self.widths = weights, widths
+    def __init__(self, weights, widths):
+        self.weights, self.widths = weights, widths
 
     def __call__(self, layer, kind, k):
         if k != self.widths[layer, KINDS.index(kind)]:
-            raise ValueError(f'layer {layer} {kind}: calibrated for width {self.widths[layer, KINDS.index(kind)]}, not {k}')
+            raise ValueError(f'layer {layer} {kind}: calibrated for width '
+                             f'{self.widths[layer, KINDS.index(kind)]}, not {k}')
         return self.weights[layer, kind]

@@ -8,6 +8,7 @@ __all__ = ['atomic_write', 'save_figure', 'check_writable', 'CorruptFile', 'writ
            'load_records', 'cached']
 
 # %% ../../nbs/core/09_runs.ipynb #ac902808
+from collections.abc import Callable
 import dataclasses
 import errno
 import hashlib
@@ -24,65 +25,82 @@ from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-
+from fastcore.basics import patch
 
 # %% ../../nbs/core/09_runs.ipynb #59b0bf7b
 _REMEDY = {errno.ENOSPC: 'free some space and run again: what was written before is intact',
            errno.EDQUOT: 'free some of your quota and run again: what was written before is intact',
-           errno.EACCES: 'choose a folder that you may write to', errno.EPERM: 'choose a folder that you may write to',
+           errno.EACCES: 'choose a folder that you may write to',
+           errno.EPERM: 'choose a folder that you may write to',
            errno.EROFS: 'choose a folder on a writable file system',
            errno.ENOTDIR: 'a part of this path is a file; choose another path',
            errno.EEXIST: 'a part of this path is a file; choose another path',
            errno.EISDIR: 'this path is a folder; choose another path'}
+
 
 def _explain(e: OSError, path: Path) -> OSError:
     "The same kind of error, with the file that was meant and what to do"
     remedy = _REMEDY.get(e.errno or 0, 'see the cause above')
     return OSError(e.errno, f"cannot write {path}: {e.strerror or e}; {remedy}")
 
+
 def _sync_folder(path: Path):
     "Flush a folder's entries to the disk, where the system can"
     if os.name != 'posix': return
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
+    try:
+        os.fsync(fd)
     except OSError as e:
         if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise  # some network file systems cannot
-    finally: os.close(fd)
+    finally:
+        os.close(fd)
+
 
 def _write_all(f, data: bytes):
-    "Write to an unbuffered file and wait for the disk; a full disk takes a part of the data before it says so"
+    """Write to an unbuffered file and wait for the disk; a full disk takes a part of the data
+    before it says so"""
     view = memoryview(data)
-    while view: view = view[f.write(view):]
+    while view:
+        view = view[f.write(view):]
     os.fsync(f.fileno())
 
+# %% ../../nbs/core/09_runs.ipynb #97f32053
 def atomic_write(
     path,  # where to; missing folders are made
     data,  # bytes, or str (UTF-8)
 ) -> Path:  # the path
-    """Write a file so that a reader, or a crash at any moment, finds the old content or the new one.
+    """Write a file so that a reader, or a crash at any moment, finds the old content or the new
+    one.
 
-    Raises the system's `OSError` (`PermissionError` and so on) naming the file and what to do; the old file stays."""
+    Raises the system's `OSError` (`PermissionError` and so on) naming the file and what to do; the
+    old file stays."""
     path, data = Path(path), data.encode() if isinstance(data, str) else data
     # A random name: two processes may write the same file, and the last one wins whole
     temp = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temp, 'xb', buffering=0) as f: _write_all(f, data)
+        with open(temp, 'xb', buffering=0) as f:
+            _write_all(f, data)
         os.replace(temp, path)
         _sync_folder(path.parent)
-    except OSError as e: raise _explain(e, path) from e
+    except OSError as e:
+        raise _explain(e, path) from e
     finally:
-        try: temp.unlink(missing_ok=True)  # there only if something failed
-        except OSError: pass
+        try:
+            temp.unlink(missing_ok=True)  # there only if something failed
+        except OSError:
+            pass
     return path
 
 # %% ../../nbs/core/09_runs.ipynb #12e2f380
 def save_figure(fig, path: str | Path) -> None:
-    "Write a matplotlib figure as PNG, whole or not at all, and close it. Errors as in `atomic_write`"
+    """Write a matplotlib figure as PNG, whole or not at all, and close it. Errors as in
+    `atomic_write`"""
     import matplotlib.pyplot as plt
     buffer = io.BytesIO()
     fig.savefig(buffer, format='png', dpi=120)
@@ -108,7 +126,8 @@ def _plain(o):
     if dataclasses.is_dataclass(o) and not isinstance(o, type): return dataclasses.asdict(o)
     if isinstance(o, (set, frozenset)): return sorted(o)
     if isinstance(o, (os.PathLike, torch.dtype, torch.device)): return str(o)
-    raise TypeError(f"a {type(o).__name__} cannot be stored as JSON ({o!r:.80}): give plain values, arrays or dicts")
+    raise TypeError(f"a {type(o).__name__} cannot be stored as JSON ({o!r:.80}): give plain "
+                    "values, arrays or dicts")
 
 def write_json(
     path,  # where to
@@ -121,9 +140,11 @@ def read_json(
     path,  # which file
 ):
     "Read JSON; raises `CorruptFile` if it is not JSON, `FileNotFoundError` if it is not there"
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
     except ValueError as e:  # UnicodeDecodeError is one too
-        raise CorruptFile(f"{path} is not valid JSON ({e}): restore it, or delete it and run again") from e
+        raise CorruptFile(f"{path} is not valid JSON ({e}): restore it, or delete it and run "
+                          "again") from e
 
 # %% ../../nbs/core/09_runs.ipynb #f87481b7
 def _canonical(config) -> dict:
@@ -139,53 +160,75 @@ def config_id(
 
 # %% ../../nbs/core/09_runs.ipynb #79adca53
 def _version(package: str):
-    try: return metadata.version(package)
-    except metadata.PackageNotFoundError: return None
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
 
 def _cpu_model() -> str:
     "The processor's own name"
     try:
         for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.lower().startswith(('model name', 'cpu model')): return line.split(':', 1)[1].strip()
-    except OSError: pass  # not Linux
+            if line.lower().startswith(('model name', 'cpu model')):
+                return line.split(':', 1)[1].strip()
+    except OSError:
+        pass  # not Linux
     return platform.processor() or platform.machine()
+
 
 def _package() -> Path:
     "The folder of this package, wherever it is installed"
-    return Path(find_spec('ffp_nb').origin).parent  # type: ignore[union-attr, arg-type]  # it is being imported
+    spec = find_spec('ffp_nb')
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError('the package ffp_nb is not installed')
+    return Path(spec.origin).parent
 
+# %% ../../nbs/core/09_runs.ipynb #25acdbf2
 @lru_cache
 def _commit():
-    "Short commit hash of the package's repository, `+dirty` with uncommitted changes, None outside of one"
-    def git(*args): return subprocess.run(['git', '-C', folder, *args], capture_output=True, text=True, timeout=10)
+    """Short commit hash of the package's repository, `+dirty` with uncommitted changes, None
+    outside of one"""
+    def git(*args):
+        return subprocess.run(['git', '-C', folder, *args], capture_output=True, text=True,
+                              timeout=10)
     folder = str(_package())
     try:
         # Installed packages may lie in somebody else's repository: ask whether this one is tracked
         if git('ls-files', '--error-unmatch', '__init__.py').returncode: return None
-        head, status = git('rev-parse', '--short', 'HEAD'), git('status', '--porcelain', '--untracked-files=no')
-    except (OSError, subprocess.TimeoutExpired): return None
-    return head.stdout.strip() + '+dirty'*bool(status.stdout.strip()) if head.returncode == 0 else None
+        head = git('rev-parse', '--short', 'HEAD')
+        status = git('status', '--porcelain', '--untracked-files=no')
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return (head.stdout.strip() + '+dirty'*bool(status.stdout.strip()) if head.returncode == 0
+            else None)
+
 
 def code_hash() -> str:  # 16 hexadecimal digits
-    "SHA-256 of the package's modules: it tells two versions apart where the commit has changes on top"
+    """SHA-256 of the package's modules: it tells two versions apart where the commit has changes on
+    top"""
     files = sorted(_package().rglob('*.py'))
     return hashlib.sha256(b''.join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 
 def environment() -> dict:  # `versions`, `hardware`, `commit` and `code`
-    "What a result depends on beside its configuration; threads are those of PyTorch at the time of the call"
+    """What a result depends on beside its configuration; threads are those of PyTorch at the time
+    of the call"""
     cuda = torch.cuda.is_available()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    versions = dict(python=platform.python_version(), ffp_nb=_version('ffp_nb'), torch=torch.__version__,
-                    transformers=_version('transformers'), numpy=np.__version__)
-    hardware = dict(system=f'{platform.system()} {platform.machine()}', cpu=_cpu_model(), cores=cores,
-                    threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if cuda else None)
+    versions = dict(python=platform.python_version(), ffp_nb=_version('ffp_nb'),
+                    torch=torch.__version__, transformers=_version('transformers'),
+                    numpy=np.__version__)
+    hardware = dict(system=f'{platform.system()} {platform.machine()}', cpu=_cpu_model(),
+                    cores=cores, threads=torch.get_num_threads(),
+                    gpu=torch.cuda.get_device_name() if cuda else None)
     return dict(versions=versions, hardware=hardware, commit=_commit(), code=code_hash())
 
 # %% ../../nbs/core/09_runs.ipynb #32260a3b
 _MAGIC = b'ffp_nb checkpoint 1 '
 _numpy = (np._core if hasattr(np, '_core') else np.core).multiarray  # moved in NumPy 2
-_ARRAYS = [np.ndarray, np.dtype, _numpy._reconstruct, _numpy.scalar, *(type(np.dtype(o)) for o in '?bhilqBHILQefdFD')]
+_ARRAYS = [np.ndarray, np.dtype, _numpy._reconstruct, _numpy.scalar,
+           *(type(np.dtype(o)) for o in '?bhilqBHILQefdFD')]
 
 def _unpack(payload: bytes, map_location='cpu'):
     "Tensors, arrays and plain values of a checkpoint; no other class is loaded"
@@ -197,10 +240,12 @@ def _pack(obj) -> bytes:
     buffer = io.BytesIO()
     torch.save(obj, buffer)
     payload = buffer.getvalue()
-    try: _unpack(payload)
+    try:
+        _unpack(payload)
     except Exception as e:
-        raise TypeError("a checkpoint holds tensors, arrays, numbers, strings, and lists, tuples and dicts of them; "
-                        f"store the state of an object instead of the object: {e}") from e
+        raise TypeError("a checkpoint holds tensors, arrays, numbers, strings, and lists, "
+                        "tuples and dicts of them; store the state of an object instead of the "
+                        f"object: {e}") from e
     return _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b'\n' + payload
 
 def _read_checkpoint(path: Path, map_location='cpu'):
@@ -208,13 +253,16 @@ def _read_checkpoint(path: Path, map_location='cpu'):
     head, _, payload = path.read_bytes().partition(b'\n')
     if head != _MAGIC + hashlib.sha256(payload).hexdigest().encode():
         raise CorruptFile(f"{path} is damaged: its checksum does not match")
-    try: return _unpack(payload, map_location)
-    except Exception as e: raise CorruptFile(f"{path} cannot be read by PyTorch {torch.__version__}: {e}") from e
+    try:
+        return _unpack(payload, map_location)
+    except Exception as e:
+        raise CorruptFile(f"{path} cannot be read by PyTorch {torch.__version__}: {e}") from e
 
 # %% ../../nbs/core/09_runs.ipynb #ad310e24
 class Checkpoints:
     "The newest state of a run and the one before it, in `checkpoint.pt` and `checkpoint.prev`"
     files = 'checkpoint.pt', 'checkpoint.prev', 'checkpoint.corrupt'
+    load: Callable[..., Any]  # given below
 
     def __init__(self,
         folder,  # where they lie
@@ -225,32 +273,45 @@ class Checkpoints:
     def save(self,
         obj,  # tensors, arrays, numbers, strings, and lists, tuples and dicts of them
     ):
-        "Save a state durably and keep the last one; raises `TypeError` for other objects, `OSError`"
-        temp = atomic_write(self.folder/'.checkpoint.tmp', _pack(obj))  # all that can run out of space comes first
+        """Save a state durably and keep the last one; raises `TypeError` for other objects,
+        `OSError`"""
+        # all that can run out of space comes first
+        temp = atomic_write(self.folder/'.checkpoint.tmp', _pack(obj))
         try:
-            if self.new.exists(): os.replace(self.new, self.prev)
+            if self.new.exists():
+                os.replace(self.new, self.prev)
             os.replace(temp, self.new)
             _sync_folder(self.folder)
-        except OSError as e: raise _explain(e, self.new) from e
+        except OSError as e:
+            raise _explain(e, self.new) from e
 
-    def load(self,
-        map_location='cpu',  # where tensors go
-    ):  # the state, or None where there is none
-        "The newest usable state; raises `CorruptFile` if there are checkpoints but none can be read"
-        errors = []
-        for path in (self.new, self.prev):
-            if not path.exists(): continue
-            try: state = _read_checkpoint(path, map_location)
-            except CorruptFile as e: errors.append(str(e)); continue
-            if path == self.prev:
-                why = '; '.join(errors) or f'{self.new} is missing'
-                warnings.warn(f"{why}. Going on from the checkpoint before it ({path.name}).", stacklevel=2)
-                # Out of the way, or the next save would move it over the good one
-                if self.new.exists(): os.replace(self.new, self.corrupt)
-            return state
-        if errors:
-            raise CorruptFile(f"no checkpoint can be read: {'; '.join(errors)}. Restore one from a backup, or start "
-                              "over (--no-resume keeps the old files in a subfolder)")
+# %% ../../nbs/core/09_runs.ipynb #3cd5cca2
+@patch
+def load(self: Checkpoints,
+    map_location='cpu',  # where tensors go
+):  # the state, or None where there is none
+    """The newest usable state; raises `CorruptFile` if there are checkpoints but none can be
+    read"""
+    errors = []
+    for path in (self.new, self.prev):
+        if not path.exists(): continue
+        try:
+            state = _read_checkpoint(path, map_location)
+        except CorruptFile as e:
+            errors.append(str(e))
+            continue
+        if path == self.prev:
+            why = '; '.join(errors) or f'{self.new} is missing'
+            warnings.warn(f"{why}. Going on from the checkpoint before it ({path.name}).",
+                          stacklevel=2)
+            # Out of the way, or the next save would move it over the good one
+            if self.new.exists():
+                os.replace(self.new, self.corrupt)
+        return state
+    if errors:
+        raise CorruptFile(f"no checkpoint can be read: {'; '.join(errors)}. Restore one from "
+                          "a backup, or start over (--no-resume keeps the old files in a "
+                          "subfolder)")
 
 # %% ../../nbs/core/09_runs.ipynb #24365b60
 def _whole_lines(path: Path, block=1 << 16) -> int:
@@ -271,25 +332,32 @@ def _append(path: Path, data: bytes):
     try:
         with open(path, 'ab', buffering=0) as f:
             f.truncate(end)
-            try: _write_all(f, data)
+            try:
+                _write_all(f, data)
             except OSError:
                 f.truncate(end)  # or the rows that did fit would be read as a shorter update
                 raise
-    except OSError as e: raise _explain(e, path) from e
+    except OSError as e:
+        raise _explain(e, path) from e
 
 # %% ../../nbs/core/09_runs.ipynb #0a1dca2e
 class PolicyLog:
     "Rows (dicts) in a JSONL file that a crash cannot damage; one process writes it, any may read"
+    truncate: Callable[..., None]  # given below
+
     def __init__(self,
         path,  # the file; made with the first row
-    ): self.path = Path(path)
+    ):
+        self.path = Path(path)
 
     def append(self,
         rows,  # a list of dicts, or one dict
     ):
         "Append rows; on return they are on the disk. Raises `OSError`, and the log is as before"
         rows = [rows] if isinstance(rows, dict) else list(rows)
-        if rows: _append(self.path, b''.join(json.dumps(o, default=_plain).encode() + b'\n' for o in rows))
+        if rows:
+            _append(self.path,
+                    b''.join(json.dumps(o, default=_plain).encode() + b'\n' for o in rows))
 
     def _lines(self) -> list[bytes]:
         "Complete lines; what follows the last newline is nothing, or torn"
@@ -299,22 +367,27 @@ class PolicyLog:
         "All rows but a last one torn by a crash; raises `CorruptFile` for other damage"
         rows = []
         for i, line in enumerate(self._lines(), 1):
-            try: rows.append(json.loads(line))
+            try:
+                rows.append(json.loads(line))
             except ValueError as e:
-                raise CorruptFile(f"line {i} of {self.path} is not valid JSON ({e}): restore the file, or cut it off "
-                                  "before that line to go on from there") from e
+                raise CorruptFile(f"line {i} of {self.path} is not valid JSON ({e}): restore the "
+                                  "file, or cut it off before that line to go on from there") from e
         return rows
 
-    def truncate(self,
-        n: int,  # rows to keep
-    ):
-        "Keep the first `n` rows: a resumed search repeats what came after its checkpoint. `CorruptFile` if fewer"
-        lines = self._lines()
-        if n < 0: raise ValueError(f"cannot keep {n} rows; give n >= 0")
-        if n > len(lines):
-            raise CorruptFile(f"{self.path} has {len(lines)} rows, but {n} are needed to resume: restore it, or start "
-                              "over (--no-resume)")
-        if self.path.exists(): atomic_write(self.path, b''.join(o + b'\n' for o in lines[:n]))
+# %% ../../nbs/core/09_runs.ipynb #4cc4a889
+@patch
+def truncate(self: PolicyLog,
+    n: int,  # rows to keep
+):
+    """Keep the first `n` rows: a resumed search repeats what came after its checkpoint.
+    `CorruptFile` if fewer"""
+    lines = self._lines()
+    if n < 0: raise ValueError(f"cannot keep {n} rows; give n >= 0")
+    if n > len(lines):
+        raise CorruptFile(f"{self.path} has {len(lines)} rows, but {n} are needed to resume: "
+                          "restore it, or start over (--no-resume)")
+    if self.path.exists():
+        atomic_write(self.path, b''.join(o + b'\n' for o in lines[:n]))
 
 # %% ../../nbs/core/09_runs.ipynb #c4a64bac
 class ConfigMismatch(ValueError):
@@ -323,7 +396,8 @@ class ConfigMismatch(ValueError):
 def _flat(config, prefix='') -> dict:
     "Nested dicts as one dict with dotted keys"
     if not isinstance(config, dict) or (prefix and not config): return {prefix[:-1]: config}
-    return {k: v for key, value in config.items() for k, v in _flat(value, f'{prefix}{key}.').items()}
+    return {k: v for key, value in config.items()
+            for k, v in _flat(value, f'{prefix}{key}.').items()}
 
 def _differences(old: dict, new: dict) -> list[str]:
     "One line for each key whose values differ"
@@ -336,44 +410,73 @@ def _differences(old: dict, new: dict) -> list[str]:
 class RunDir:
     """The folder of one run: its configuration, a log of evaluated policies, and checkpoints.
 
-    Making one creates the folder, or opens that of an earlier run with the same configuration. Raises `ConfigMismatch`
-    if the folder belongs to another configuration, `CorruptFile` if its configuration is unreadable, `OSError` if it
-    cannot be written. One process writes a folder; any number may read it."""
+    Making one creates the folder, or opens that of an earlier run with the same configuration.
+    Raises `ConfigMismatch` if the folder belongs to another configuration, `CorruptFile` if its
+    configuration is unreadable, `OSError` if it cannot be written. One process writes a folder; any
+    number may read it."""
+    log: Callable[..., None]  # these are given below
+    rows: Callable[..., list[dict]]
+    truncate: Callable[..., None]
+    save_checkpoint: Callable[..., None]
+    load_checkpoint: Callable[..., Any]
+
     def __init__(self,
         path,  # folder
         config: dict,  # plain values; what the results depend on
-        resume: bool = True,  # False: start over; an earlier run's files are moved to `old-1`, `old-2`, ... in it
+        # False: start over; an earlier run's files are moved to `old-1`, `old-2`, ... in it
+        resume: bool = True,
     ):
         self.path, self.config = Path(path), _canonical(config)
         self.id, self.config_path = config_id(self.config), self.path/'config.json'
-        self.policies, self.checkpoints = PolicyLog(self.path/'policies.jsonl'), Checkpoints(self.path)
-        if not resume: _put_away(self.path)
+        self.policies = PolicyLog(self.path/'policies.jsonl')
+        self.checkpoints = Checkpoints(self.path)
+        if not resume:
+            _put_away(self.path)
         _sweep(self.path)
         if self.config_path.exists():
             if diff := _differences(read_json(self.config_path), self.config):
-                raise ConfigMismatch(f"{self.path} holds a run of another configuration ({'; '.join(diff)}): "
-                                     "use another folder (--out), or start over in this one (--no-resume)")
+                raise ConfigMismatch(f"{self.path} holds a run of another configuration "
+                                     f"({'; '.join(diff)}): use another folder (--out), or start "
+                                     "over in this one (--no-resume)")
         elif any((self.path/o).exists() for o in _RUN_FILES):
-            raise CorruptFile(f"{self.path} has results but no config.json, so what they belong to is unknown: "
-                              "restore it, use another folder (--out), or start over (--no-resume)")
-        else: write_json(self.config_path, self.config)
+            raise CorruptFile(f"{self.path} has results but no config.json, so what they belong "
+                              "to is unknown: restore it, use another folder (--out), or start "
+                              "over (--no-resume)")
+        else:
+            write_json(self.config_path, self.config)
 
-    def __repr__(self): return f'RunDir({self.path}, {self.id})'
-    def log(self, rows):
-        "Append rows (a list of dicts, or one); on return they are on the disk"
-        self.policies.append(rows)
-    def rows(self) -> list[dict]:
-        "All logged rows"
-        return self.policies.rows()
-    def truncate(self, n: int):
-        "Keep the first `n` rows of the log"
-        self.policies.truncate(n)
-    def save_checkpoint(self, obj):
-        "Save a state (see `Checkpoints`)"
-        self.checkpoints.save(obj)
-    def load_checkpoint(self, map_location='cpu'):
-        "The newest usable state, or None"
-        return self.checkpoints.load(map_location)
+    def __repr__(self):
+        return f'RunDir({self.path}, {self.id})'
+
+# %% ../../nbs/core/09_runs.ipynb #e8a280b8
+@patch
+def log(self: RunDir, rows):
+    "Append rows (a list of dicts, or one); on return they are on the disk"
+    self.policies.append(rows)
+
+
+@patch
+def rows(self: RunDir) -> list[dict]:
+    "All logged rows"
+    return self.policies.rows()
+
+
+@patch
+def truncate(self: RunDir, n: int):
+    "Keep the first `n` rows of the log"
+    self.policies.truncate(n)
+
+
+@patch
+def save_checkpoint(self: RunDir, obj):
+    "Save a state (see `Checkpoints`)"
+    self.checkpoints.save(obj)
+
+
+@patch
+def load_checkpoint(self: RunDir, map_location='cpu'):
+    "The newest usable state, or None"
+    return self.checkpoints.load(map_location)
 
 # %% ../../nbs/core/09_runs.ipynb #9dd3b5d2
 _RUN_FILES = *Checkpoints.files, 'policies.jsonl', 'config.json'
@@ -385,16 +488,21 @@ def _put_away(folder: Path):
     old = next(o for i in range(1, 10**6) if not (o := folder/f'old-{i}').exists())
     try:
         old.mkdir()
-        # The configuration goes last: a crash on the way leaves a folder that still says whose it is
-        for o in there: os.replace(o, old/o.name)
-    except OSError as e: raise _explain(e, old) from e
+        # The configuration goes last: a crash on the way leaves a folder that still says whose it
+        # is
+        for o in there:
+            os.replace(o, old/o.name)
+    except OSError as e:
+        raise _explain(e, old) from e
 
 def _sweep(folder: Path, hours=1):
     "Remove what killed writers left behind; recent files may be a living one's"
     for o in folder.glob('.*.tmp'):
         try:
-            if time.time() - o.stat().st_mtime > 3600*hours: o.unlink()
-        except OSError: pass  # somebody else's, or gone
+            if time.time() - o.stat().st_mtime > 3600*hours:
+                o.unlink()
+        except OSError:
+            pass  # somebody else's, or gone
 
 # %% ../../nbs/core/09_runs.ipynb #1d55731e
 def save_record(
@@ -405,21 +513,26 @@ def save_record(
     wall_s: float | None = None,  # seconds that it took
     **extra,  # more fields, such as data hashes
 ) -> Path:  # `<name>-<config_id>.json`
-    "Store a result with all that it takes to trust it; a record of the same configuration is replaced"
+    """Store a result with all that it takes to trust it; a record of the same configuration is
+    replaced"""
     name, idx = str(config.get('name', 'run')), config_id(config)
     if not name or set(name) & set('/\\*?[') or name.startswith('.'):
         raise ValueError(f"config['name'] is {name!r}; give a name that can stand in a file name")
-    record = dict(config=_canonical(config), config_id=idx, result=result, forward_tokens=forward_tokens,
-                  wall_s=wall_s, created=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+    record = dict(config=_canonical(config), config_id=idx, result=result,
+                  forward_tokens=forward_tokens, wall_s=wall_s,
+                  created=datetime.now(timezone.utc).isoformat(timespec='seconds'),
                   environment=environment(), **extra)
     return write_json(Path(folder)/f'{name}-{idx}.json', record)
+
 
 def _read_record(path: Path) -> dict:
     "A record, checked for its parts"
     record = read_json(path)
     if not isinstance(record, dict) or not {'config', 'config_id', 'result'} <= record.keys():
-        raise CorruptFile(f"{path} is no run record (config, config_id and result are expected): move it elsewhere")
+        raise CorruptFile(f"{path} is no run record (config, config_id and result are expected): "
+                          "move it elsewhere")
     return record
+
 
 def find_record(
     folder,  # where records lie
@@ -429,6 +542,7 @@ def find_record(
     path = Path(folder)/f"{config.get('name', 'run')}-{config_id(config)}.json"
     return _read_record(path) if path.exists() else None
 
+# %% ../../nbs/core/09_runs.ipynb #358465c8
 def load_records(
     folder,  # where records lie; a folder that is not there holds none
 ) -> pd.DataFrame:  # one row a record; nested fields as dotted columns, and `file`
@@ -442,10 +556,15 @@ def cached(
     config: dict,  # passed to `fn`; all that its result depends on
     fn,  # `fn(config) -> result`, a dict; its `forward_tokens`, if any, go into the record
 ) -> dict:  # the record; `['result']` is what `fn` returned, as it comes back from JSON
-    "The record of a configuration: the stored one, or a new one if there is none or `FFP_RECOMPUTE=1`"
-    if os.environ.get('FFP_RECOMPUTE') != '1' and (record := find_record(folder, config)): return record
+    """The record of a configuration: the stored one, or a new one if there is none or
+    `FFP_RECOMPUTE=1`"""
+    if os.environ.get('FFP_RECOMPUTE') != '1' and (record := find_record(folder, config)):
+        return record
     start = time.perf_counter()
     result = fn(config)
-    if not isinstance(result, dict): raise TypeError(f"fn returned a {type(result).__name__}; a dict is expected")
+    if not isinstance(result, dict):
+        raise TypeError(f"fn returned a {type(result).__name__}; a dict is expected")
     wall_s = time.perf_counter() - start
-    return _read_record(save_record(folder, config, result, forward_tokens=result.get('forward_tokens'), wall_s=round(wall_s, 3)))
+    return _read_record(save_record(folder, config, result,
+                                    forward_tokens=result.get('forward_tokens'),
+                                    wall_s=round(wall_s, 3)))

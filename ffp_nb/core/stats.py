@@ -26,7 +26,8 @@ class GramStats:
     total: dict[tuple[int, str], torch.Tensor]  # (layer, kind) -> (n,): sum of x
     tokens: int  # N
 
-    def mean(self, key): return self.total[key] / self.tokens
+    def mean(self, key):
+        return self.total[key] / self.tokens
 
     def permute(self,
                 index: dict[tuple[int, str], torch.Tensor],  # new order of each module's columns
@@ -40,10 +41,11 @@ class GramStats:
 def collect_stats(model: PreTrainedModel, layout: Layout, blocks: Blocks,
                   batch: int = 1,  # blocks of one forward pass
                   progress: bool = True) -> GramStats:
-    """One dense pass over `blocks`, adding up X^T X and the sum of x before every output projection.
+    """One dense pass over `blocks`, adding up X^T X and the sum of x before every output
+    projection.
 
-    Products are taken in float32 even for a bfloat16 model: a bfloat16 sum over 10^4 tokens loses all its digits.
-    Raises ValueError where an activation is NaN or infinite, naming the module.
+    Products are taken in float32 even for a bfloat16 model: a bfloat16 sum over 10^4 tokens loses
+    all its digits. Raises ValueError where an activation is NaN or infinite, naming the module.
     """
     gram, total = {}, {}
     for key, m in layout.modules.items():
@@ -54,21 +56,29 @@ def collect_stats(model: PreTrainedModel, layout: Layout, blocks: Blocks,
     def add(key):
         def hook(_, args):
             x = args[0].reshape(-1, args[0].shape[-1]).float()
-            if (home := gram[key].device) == x.device: gram[key].addmm_(x.T, x)
-            else: gram[key].add_((x.T @ x).to(home))  # weights that accelerate offloaded: sums stay where they live
+            if (home := gram[key].device) == x.device:
+                gram[key].addmm_(x.T, x)
+            else:
+                # weights that accelerate offloaded: sums stay where they live
+                gram[key].add_((x.T @ x).to(home))
             total[key].add_(x.sum(0).to(home))
         return hook
     hooks = [m.out.register_forward_pre_hook(add(key)) for key, m in layout.modules.items()]
     try:
-        for ids in tqdm(blocks.ids.split(batch), desc='calibration statistics', disable=not progress):
+        for ids in tqdm(blocks.ids.split(batch), desc='calibration statistics',
+                        disable=not progress):
             model.base_model(ids.to(model.device), use_cache=False)
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     for key, t in total.items():
         if not torch.isfinite(t).all():
-            raise ValueError(f'layer {key[0]} {key[1]}: its activations hold NaN or infinity on the calibration text. '
-                             'Check the weights with ffp_nb.core.families.check_finite, or load the model in another dtype.')
-    return GramStats({k: g.cpu() for k, g in gram.items()}, {k: t.cpu() for k, t in total.items()}, blocks.n_tokens)
+            raise ValueError(f'layer {key[0]} {key[1]}: its activations hold NaN or infinity on '
+                             'the calibration text. Check the weights with '
+                             'ffp_nb.core.families.check_finite, or load the model in another '
+                             'dtype.')
+    return GramStats({k: g.cpu() for k, g in gram.items()}, {k: t.cpu() for k, t in total.items()},
+                     blocks.n_tokens)
 
 # %% ../../nbs/core/04_stats.ipynb #4dd3cabc
 def cached_stats(model: PreTrainedModel, layout: Layout, blocks: Blocks,
@@ -80,8 +90,10 @@ def cached_stats(model: PreTrainedModel, layout: Layout, blocks: Blocks,
     key = hashlib.sha256(blocks.ids.numpy().tobytes() + fingerprint(model).encode())
     path = Path(cache) / f'stats-{key.hexdigest()[:16]}.pt'
     if path.exists():
-        try: return GramStats(**torch.load(path, weights_only=True))
-        except Exception: path.unlink()  # it is only a cache
+        try:
+            return GramStats(**torch.load(path, weights_only=True))
+        except Exception:
+            path.unlink()  # it is only a cache
     stats = collect_stats(model, layout, blocks, batch, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_suffix(f'.{os.getpid()}.tmp')

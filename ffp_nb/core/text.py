@@ -17,7 +17,8 @@ import torch
 
 # %% ../../nbs/core/02_text.ipynb #c709569a
 SPLITS = ('calibration', 'search', 'selection', 'test')
-SHARES = dict(calibration=0.45, search=0.35, selection=0.08, test=0.12)  # for text that comes in one piece
+# for text that comes in one piece
+SHARES = dict(calibration=0.45, search=0.35, selection=0.08, test=0.12)
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Corpus:
     texts: dict[str, str] = field(repr=False)
 
     def __getitem__(self, split: str) -> str:
-        if split not in SPLITS: raise KeyError(f'split {split!r}; expected one of {", ".join(SPLITS)}')
+        if split not in SPLITS:
+            raise KeyError(f'split {split!r}; expected one of {", ".join(SPLITS)}')
         return self.texts[split]
 
     @property
@@ -38,30 +40,39 @@ class Corpus:
 # %% ../../nbs/core/02_text.ipynb #1e266b82
 def split_text(text: str,  # paragraphs with empty lines between them
                shares: dict[str, float] = SHARES) -> dict[str, str]:
-    "Cut a text into contiguous runs of paragraphs, in the order of `shares`; repeated paragraphs are dropped"
+    """Cut a text into contiguous runs of paragraphs, in the order of `shares`; repeated paragraphs
+    are dropped"""
     seen, paragraphs = set(), []
     for p in text.split('\n\n'):
         key = ' '.join(p.split())
-        if key and key not in seen: seen.add(key); paragraphs.append(p)
+        if key and key not in seen:
+            seen.add(key)
+            paragraphs.append(p)
     if len(paragraphs) < 4 * len(shares):
-        raise ValueError(f'the text has {len(paragraphs)} different paragraphs; at least {4 * len(shares)} are needed to '
-                         'make four splits. Give more text, with empty lines between paragraphs.')
+        raise ValueError(f'the text has {len(paragraphs)} different paragraphs; at least '
+                         f'{4 * len(shares)} are needed to make four splits. Give more text, '
+                         'with empty lines between paragraphs.')
     total, done, out = sum(map(len, paragraphs)), 0, {s: [] for s in shares}
     ends, edge = [], 0.0
-    for share in shares.values(): edge += share; ends.append(edge * total)
+    for share in shares.values():
+        edge += share
+        ends.append(edge * total)
     for p in paragraphs:
         which = next((i for i, e in enumerate(ends) if done < e), len(ends) - 1)
-        out[list(shares)[which]].append(p); done += len(p)
+        out[list(shares)[which]].append(p)
+        done += len(p)
     if empty := [s for s, ps in out.items() if not ps]:
-        raise ValueError(f'the text leaves nothing for the split {empty[0]}: a paragraph of {max(map(len, paragraphs))} of its '
-                         f'{total} characters takes its place. Give more text, or break long paragraphs with empty lines.')
+        raise ValueError(f'the text leaves nothing for the split {empty[0]}: a paragraph of '
+                         f'{max(map(len, paragraphs))} of its {total} characters takes its '
+                         'place. Give more text, or break long paragraphs with empty lines.')
     return {s: '\n\n'.join(ps) for s, ps in out.items()}
 
 # %% ../../nbs/core/02_text.ipynb #f946bc3f
 TRAIN_BYTES, VALID_BYTES = 1_000_000, 100_000
 
 
-def _head(text, n): return text.encode()[:n].decode(errors='ignore')
+def _head(text, n):
+    return text.encode()[:n].decode(errors='ignore')
 
 
 def _wikitext2():
@@ -71,8 +82,8 @@ def _wikitext2():
         names = ('train-head-1MB.txt', 'validation-head-100KB.txt', 'test.txt')
         missing = [n for n in names if not (folder / n).exists()]
         if missing:
-            raise FileNotFoundError(f'FFP_DATA_DIR has no wikitext-2-raw/{missing[0]}. Correct the variable, or unset it '
-                                    'to read the hub.')
+            raise FileNotFoundError(f'FFP_DATA_DIR has no wikitext-2-raw/{missing[0]}. Correct '
+                                    'the variable, or unset it to read the hub.')
         train, valid, test = ((folder / n).read_bytes().decode(errors='ignore') for n in names)
     else:
         from datasets import load_dataset
@@ -87,34 +98,46 @@ def _pydoc():
     from pydoc_data.topics import topics
     return split_text('\n\n'.join(topics[k] for k in sorted(topics)))
 
-
+# %% ../../nbs/core/02_text.ipynb #e0bb0e45
 def _dataset(name):
     from datasets import load_dataset
     path, _, config = name.partition(':')
     ds = load_dataset(path, config or None, split='train')
     column = 'text' if 'text' in ds.column_names else None
-    if column is None: raise ValueError(f'{name}: no column "text" among {ds.column_names}. Save it as a text file instead.')
+    if column is None:
+        raise ValueError(f'{name}: no column "text" among {ds.column_names}. Save it as a text '
+                         'file instead.')
     return split_text('\n\n'.join(ds[column]))
 
 # %% ../../nbs/core/02_text.ipynb #cbbe1da6
-def load_corpus(name: str = 'auto',  # 'wikitext2', 'pydoc', 'auto', a text file, or a hub data set 'owner/name[:config]'
+def load_corpus(
+        # 'wikitext2', 'pydoc', 'auto', a text file, or a hub data set 'owner/name[:config]'
+        name: str = 'auto',
                 ) -> Corpus:
     """Load a corpus in four splits.
 
-    'auto' is WikiText-2 where `FFP_DATA_DIR` names its folder, else 'pydoc': the help topics inside Python itself, which
-    every machine has. A hub is only asked when it is named, so that the same command gives the same figures everywhere.
+    'auto' is WikiText-2 where `FFP_DATA_DIR` names its folder, else 'pydoc': the help topics inside
+    Python itself, which every machine has. A hub is only asked when it is named, so that the same
+    command gives the same figures everywhere.
     """
-    if name == 'auto': name = 'wikitext2' if os.environ.get('FFP_DATA_DIR') else 'pydoc'
+    if name == 'auto':
+        name = 'wikitext2' if os.environ.get('FFP_DATA_DIR') else 'pydoc'
     if name == 'wikitext2': return Corpus(name, _wikitext2())
     if name == 'pydoc': return Corpus(name, _pydoc())
     path = Path(name).expanduser()
     if path.is_file():
-        try: text = path.read_text(encoding='utf-8')
-        except UnicodeDecodeError as e: raise ValueError(f'{name}: not UTF-8 text ({e}). Convert the file, or give another.') from e
-        if not text.strip(): raise ValueError(f'{name}: the file is empty. Give a text file with some hundred paragraphs.')
+        try:
+            text = path.read_text(encoding='utf-8')
+        except UnicodeDecodeError as e:
+            raise ValueError(
+                f'{name}: not UTF-8 text ({e}). Convert the file, or give another.') from e
+        if not text.strip():
+            raise ValueError(f'{name}: the file is empty. Give a text file with some hundred '
+                             'paragraphs.')
         return Corpus(path.name, split_text(text))
     if '/' in name and not name.startswith(('.', '/', '~')): return Corpus(name, _dataset(name))
-    raise FileNotFoundError(f"text {name!r}: no such file. Give 'wikitext2', 'pydoc', a text file, or 'owner/dataset'.")
+    raise FileNotFoundError(f"text {name!r}: no such file. Give 'wikitext2', 'pydoc', a text "
+                            "file, or 'owner/dataset'.")
 
 # %% ../../nbs/core/02_text.ipynb #f3d52990
 @dataclass(frozen=True)
@@ -127,10 +150,11 @@ class Convention:
 
     def __post_init__(self):
         if not 1 <= self.stride <= self.block_len or self.block_len < 2:
-            raise ValueError(f'block_len {self.block_len}, stride {self.stride}: expected block_len >= 2 and '
-                             '1 <= stride <= block_len')
+            raise ValueError(f'block_len {self.block_len}, stride {self.stride}: expected '
+                             'block_len >= 2 and 1 <= stride <= block_len')
         if self.max_blocks is not None and self.max_blocks < 1:
-            raise ValueError(f'max_blocks {self.max_blocks}; expected at least 1, or None for all of the text')
+            raise ValueError(f'max_blocks {self.max_blocks}; expected at least 1, or None for '
+                             'all of the text')
 
 # %% ../../nbs/core/02_text.ipynb #c45b91b1
 @dataclass(frozen=True)
@@ -139,14 +163,16 @@ class Blocks:
     ids: torch.Tensor  # (n, block_len) int64
     scored: int  # how many of the last tokens of each block but the first are predicted
 
-    def __len__(self): return len(self.ids)
+    def __len__(self):
+        return len(self.ids)
 
     def __getitem__(self, idx) -> 'Blocks':
         ids = self.ids[idx]
         return Blocks(ids if ids.ndim == 2 else ids[None], self.scored)
 
     @property
-    def n_tokens(self): return self.ids.numel()
+    def n_tokens(self):
+        return self.ids.numel()
 
 
 def token_blocks(text: str, tokenizer,
@@ -156,38 +182,45 @@ def token_blocks(text: str, tokenizer,
     "Tokenise a text and cut it; a last part that is too short is left out"
     c, prefix = convention, []
     if c.bos:
-        if tokenizer.bos_token_id is None: raise ValueError('bos=True, but the tokenizer has no BOS token. Use bos=False.')
+        if tokenizer.bos_token_id is None:
+            raise ValueError('bos=True, but the tokenizer has no BOS token. Use bos=False.')
         prefix = [tokenizer.bos_token_id]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
     body = c.block_len - len(prefix)
     starts = range(0, len(ids) - body + 1, min(c.stride, body))
     limit = n if n is not None else c.max_blocks
     if not starts or (n is not None and len(starts) < n):
-        raise ValueError(f'the text has {len(ids)} tokens, {len(starts)} blocks of {c.block_len}; '
-                         f'{n or 1} blocks are needed. Give more text, ask for fewer blocks, or use a smaller block_len.')
+        raise ValueError(f'the text has {len(ids)} tokens, {len(starts)} blocks of '
+                         f'{c.block_len}; {n or 1} blocks are needed. Give more text, ask for '
+                         'fewer blocks, or use a smaller block_len.')
     rows = [prefix + ids[s:s + body] for s in starts[:limit]]
     return Blocks(torch.tensor(rows), min(c.stride, c.block_len - 1))
 
 # %% ../../nbs/core/02_text.ipynb #d76e87e5
 def check_blocks(blocks: Blocks, model) -> None:
-    "ValueError where a model cannot read these blocks; on a GPU it would be a failed assertion in a kernel"
+    """ValueError where a model cannot read these blocks; on a GPU it would be a failed assertion in
+    a kernel"""
     config, top, length = model.config, int(blocks.ids.max()), blocks.ids.shape[1]
     if top >= config.vocab_size:
-        raise ValueError(f'the tokenizer gives token {top}, the model has {config.vocab_size} embeddings: it belongs to another '
-                         'model. Copy the right tokenizer files to the folder.')
+        raise ValueError(f'the tokenizer gives token {top}, the model has {config.vocab_size} '
+                         'embeddings: it belongs to another model. Copy the right tokenizer '
+                         'files to the folder.')
     limit = getattr(config, 'max_position_embeddings', None) or length
     if length > limit:
-        raise ValueError(f'blocks of {length} tokens; the model reads at most {limit}. Use a smaller block_len.')
+        raise ValueError(f'blocks of {length} tokens; the model reads at most {limit}. Use a '
+                         'smaller block_len.')
 
 # %% ../../nbs/core/02_text.ipynb #59502e10
 class Splits:
-    """The splits of a corpus as `Blocks`: `calibration`, `search`, `selection`, `test`, each cut when it is first asked for.
+    """The splits of a corpus as `Blocks`: `calibration`, `search`, `selection`, `test`, each cut
+    when it is first asked for.
 
     ValueError where a split is too short or the model cannot read its tokens."""
     def __init__(self, corpus: Corpus, tokenizer, model, convention: Convention,
                  calibration_blocks: int | None = None,  # so many exactly; None: all there are
                  test_blocks: int | None = None):  # a prefix of the test split; None: all of it
-        self.corpus, self.tokenizer, self.model, self.convention = corpus, tokenizer, model, convention
+        self.corpus, self.tokenizer, self.model = corpus, tokenizer, model
+        self.convention = convention
         self.calibration_blocks, self.test_blocks = calibration_blocks, test_blocks
 
     def _cut(self, split, n=None, limit=None):
@@ -197,10 +230,17 @@ class Splits:
         return blocks
 
     @cached_property
-    def calibration(self) -> Blocks: return self._cut('calibration', n=self.calibration_blocks)
+    def calibration(self) -> Blocks:
+        return self._cut('calibration', n=self.calibration_blocks)
+
     @cached_property
-    def search(self) -> Blocks: return self._cut('search')
+    def search(self) -> Blocks:
+        return self._cut('search')
+
     @cached_property
-    def selection(self) -> Blocks: return self._cut('selection')
+    def selection(self) -> Blocks:
+        return self._cut('selection')
+
     @cached_property
-    def test(self) -> Blocks: return self._cut('test', limit=self.test_blocks)
+    def test(self) -> Blocks:
+        return self._cut('test', limit=self.test_blocks)

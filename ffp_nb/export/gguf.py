@@ -23,6 +23,7 @@ import gguf
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from gguf import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -34,72 +35,93 @@ from ..core.families import UnsupportedModel, load_tokenizer
 from ..core.runs import CorruptFile, read_json
 
 # %% ../../nbs/export/02_gguf.ipynb #a9308910
-ARCHS = dict(llama=MODEL_ARCH.LLAMA, mistral=MODEL_ARCH.LLAMA, qwen2=MODEL_ARCH.QWEN2, qwen3=MODEL_ARCH.QWEN3)  # layers all equal
+ARCHS = dict(llama=MODEL_ARCH.LLAMA, mistral=MODEL_ARCH.LLAMA, qwen2=MODEL_ARCH.QWEN2,
+             qwen3=MODEL_ARCH.QWEN3)  # layers all equal
 ROPES = 'default', 'linear', 'llama3'
 
 
 def _refuse_inexpressible(c: PretrainedConfig):
     "UnsupportedModel for what llama.cpp would leave out"
     if c.model_type not in ARCHS:
-        why = 'llama.cpp has no architecture for it' if c.model_type in FAMILIES else 'this package does not prune it'
-        raise UnsupportedModel(f'model type {c.model_type!r} cannot be exported: {why}. Families that can: {", ".join(ARCHS)}.')
+        why = ('llama.cpp has no architecture for it' if c.model_type in FAMILIES
+               else 'this package does not prune it')
+        raise UnsupportedModel(f'model type {c.model_type!r} cannot be exported: {why}. Families '
+                               f'that can: {", ".join(ARCHS)}.')
     rope, window = c.rope_parameters, getattr(c, 'sliding_window', None)
     kind = rope.get('rope_type', 'default')
     sliding = 'sliding_attention' in (getattr(c, 'layer_types', None) or ['sliding_attention'])
     refused = {
         f'rope scaling {kind!r} (these can be written: {", ".join(ROPES)})': kind not in ROPES,
         'a partial rotary embedding': rope.get('partial_rotary_factor', 1.0) != 1.0,
-        f'a sliding window of {window} tokens in a context of {c.max_position_embeddings} (to serve it up to the window, set '
-        f'max_position_embeddings to {window} in config.json)': bool(window) and sliding and window < c.max_position_embeddings,
-        f'the activation {c.hidden_act!r} (llama.cpp computes silu)': c.hidden_act not in ('silu', 'swish'),
-        'quantised weights (export the model that they were made from)': getattr(c, 'quantization_config', None) is not None}
+        f'a sliding window of {window} tokens in a context of {c.max_position_embeddings} (to '
+        f'serve it up to the window, set max_position_embeddings to {window} in config.json)': bool(
+        window) and sliding and window < c.max_position_embeddings,
+        f'the activation {c.hidden_act!r} (llama.cpp computes silu)':
+            c.hidden_act not in ('silu', 'swish'),
+        'quantised weights (export the model that they were made from)':
+            getattr(c, 'quantization_config', None) is not None}
     if bad := [what for what, is_bad in refused.items() if is_bad]:
-        raise UnsupportedModel(f'this {c.model_type} model cannot be exported: it has {"; ".join(bad)}.')
+        raise UnsupportedModel(f'this {c.model_type} model cannot be exported: it has '
+                               f'{"; ".join(bad)}.')
 
 # %% ../../nbs/export/02_gguf.ipynb #e19bbf45
 class _Weights:
     "The tensors in a folder's safetensors files, read one at a time"
     def __init__(self, folder: Path):
         self.files, self.shapes, index = {}, {}, folder / 'model.safetensors.index.json'
-        shards = sorted(set(read_json(index).get('weight_map', {}).values())) if index.exists() else ['model.safetensors']
+        shards = (sorted(set(read_json(index).get('weight_map', {}).values())) if index.exists()
+                  else ['model.safetensors'])
         if not index.exists() and not (folder / shards[0]).exists():
-            raise FileNotFoundError(f'{folder} has no weights (model.safetensors). Save the model as safetensors.')
+            raise FileNotFoundError(f'{folder} has no weights (model.safetensors). Save the '
+                                    'model as safetensors.')
         for path in (folder / s for s in shards):
             try:
                 with safe_open(path, 'pt') as f:
                     for name in f.keys():
                         shape = tuple(f.get_slice(name).get_shape())
-                        if 0 not in shape: self.files[name], self.shapes[name] = path, shape
+                        if 0 not in shape:
+                            self.files[name], self.shapes[name] = path, shape
             except (SafetensorError, OSError) as e:
-                raise CorruptFile(f'{path} cannot be read ({e}). Save or download the model again.') from e
+                raise CorruptFile(f'{path} cannot be read ({e}). Save or download the model '
+                                  'again.') from e
 
     def read(self, name: str) -> np.ndarray:  # float32
-        with safe_open(self.files[name], 'pt') as f: a = f.get_tensor(name).float().numpy()
-        if not np.isfinite(a).all(): raise CorruptFile(f'{self.files[name]}: {name} holds NaN or infinity. Save the model again.')
+        with safe_open(self.files[name], 'pt') as f:
+            a = f.get_tensor(name).float().numpy()
+        if not np.isfinite(a).all():
+            raise CorruptFile(f'{self.files[name]}: {name} holds NaN or infinity. Save the model '
+                              'again.')
         return a
 
-
+# %% ../../nbs/export/02_gguf.ipynb #24538668
 def _check_fit(weights: _Weights, config: PretrainedConfig, folder: Path):
     "CorruptFile unless the weights are those of the configuration"
     pruned = getattr(config, 'pruned_widths', None)
     try:
         with torch.device('meta'):
-            model = PRUNED[config.model_type](config) if pruned else AutoModelForCausalLM.from_config(config)
+            model = (PRUNED[config.model_type](config) if pruned
+                     else AutoModelForCausalLM.from_config(config))
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
-        raise CorruptFile(f'{folder}/config.json describes no model ({type(e).__name__}: {e}). Save the model again.') from e
+        raise CorruptFile(f'{folder}/config.json describes no model ({type(e).__name__}: {e}). '
+                          'Save the model again.') from e
     want = {n: tuple(p.shape) for n, p in model.state_dict().items() if p.numel()}
-    have = {n: s for n, s in weights.shapes.items() if not n.endswith('rotary_emb.inv_freq')}  # old checkpoints keep it
+    # old checkpoints keep it
+    have = {n: s for n, s in weights.shapes.items() if not n.endswith('rotary_emb.inv_freq')}
     if config.tie_word_embeddings:
         del want['lm_head.weight']
         have.pop('lm_head.weight', None)
     bad = [f'{n} {want[n]} is missing' for n in sorted(want.keys() - have.keys())]
     bad += [f'{n} {have[n]} is unexpected' for n in sorted(have.keys() - want.keys())]
-    bad += [f'{n} is {have[n]}, expected {want[n]}' for n in sorted(want.keys() & have.keys()) if want[n] != have[n]]
-    if bad: raise CorruptFile(f'{folder}: config.json and the weights do not fit: {"; ".join(bad[:3])}'
-                              f'{f" and {len(bad) - 3} more" * (len(bad) > 3)}. Save the model again.')
+    bad += [f'{n} is {have[n]}, expected {want[n]}' for n in sorted(want.keys() & have.keys())
+            if want[n] != have[n]]
+    if bad:
+        raise CorruptFile(f'{folder}: config.json and the weights do not fit: {"; ".join(bad[:3])}'
+                          f'{f" and {len(bad) - 3} more" * (len(bad) > 3)}. Save the model again.')
     if config.tie_word_embeddings and 'lm_head.weight' in weights.files:
-        if not np.array_equal(weights.read('lm_head.weight'), weights.read('model.embed_tokens.weight')):
-            raise CorruptFile(f'{folder}: tie_word_embeddings is set, but the head differs from the embeddings. Set it to false.')
+        if not np.array_equal(weights.read('lm_head.weight'),
+                              weights.read('model.embed_tokens.weight')):
+            raise CorruptFile(f'{folder}: tie_word_embeddings is set, but the head differs from '
+                              'the embeddings. Set it to false.')
 
 # %% ../../nbs/export/02_gguf.ipynb #75789c2a
 @dataclass(frozen=True)
@@ -111,17 +133,20 @@ class _Layer:
     ffn: int
 
     @property
-    def widths(self): return self.heads, self.kv_heads, self.ffn
+    def widths(self):
+        return self.heads, self.kv_heads, self.ffn
 
 
-def _layers(widths: list[dict], multiple: int = 1, biased: Callable[[int, str], bool] = lambda i, part: False) -> list[_Layer]:
+def _layers(widths: list[dict], multiple: int = 1,
+            biased: Callable[[int, str], bool] = lambda i, part: False) -> list[_Layer]:
     "Layers to write, with zero stubs counted in and FFN widths rounded up"
     rows = []
     for i, w in enumerate(widths):
         heads, kv_heads, ffn = w['heads'], w['kv_heads'], w['ffn']
         attn_bias = not heads and biased(i, 'self_attn.o_proj')
         if not (heads or ffn or attn_bias or biased(i, 'mlp.down_proj')): continue
-        if not heads and (attn_bias or not rows): heads = kv_heads = 1
+        if not heads and (attn_bias or not rows):
+            heads = kv_heads = 1
         rows.append(_Layer(i, heads, kv_heads, -(-(ffn or 32) // multiple) * multiple))
     if not rows: raise ValueError('no module is left in any layer: there is nothing to export')
     return rows
@@ -137,27 +162,36 @@ def _pad(a: np.ndarray, shape: tuple) -> np.ndarray:
     return np.pad(a, [(0, n - m) for n, m in zip(shape, a.shape)])
 
 # %% ../../nbs/export/02_gguf.ipynb #2cf2120b
-def _head_dim(c): return getattr(c, 'head_dim', None) or c.hidden_size // c.num_attention_heads
+def _head_dim(c):
+    return getattr(c, 'head_dim', None) or c.hidden_size // c.num_attention_heads
 
 
 def _layer_shapes(c: PretrainedConfig, o: _Layer) -> dict[str, tuple]:
-    "Names, as in transformers, and shapes of a layer's weights; the norm of a part that is not there stays out"
+    """Names, as in transformers, and shapes of a layer's weights; the norm of a part that is not
+    there stays out"""
     D, d = c.hidden_size, _head_dim(c)
-    attn = {'input_layernorm': (D,), 'self_attn.q_proj': (o.heads * d, D), 'self_attn.k_proj': (o.kv_heads * d, D),
-            'self_attn.v_proj': (o.kv_heads * d, D), 'self_attn.o_proj': (D, o.heads * d)}
-    if c.model_type == 'qwen3': attn |= {'self_attn.q_norm': (d,), 'self_attn.k_norm': (d,)}
-    ffn = {'post_attention_layernorm': (D,), 'mlp.gate_proj': (o.ffn, D), 'mlp.up_proj': (o.ffn, D), 'mlp.down_proj': (D, o.ffn)}
+    attn = {'input_layernorm': (D,), 'self_attn.q_proj': (o.heads * d, D),
+            'self_attn.k_proj': (o.kv_heads * d, D), 'self_attn.v_proj': (o.kv_heads * d, D),
+            'self_attn.o_proj': (D, o.heads * d)}
+    if c.model_type == 'qwen3':
+        attn |= {'self_attn.q_norm': (d,), 'self_attn.k_norm': (d,)}
+    ffn = {'post_attention_layernorm': (D,), 'mlp.gate_proj': (o.ffn, D), 'mlp.up_proj': (o.ffn, D),
+           'mlp.down_proj': (D, o.ffn)}
     return (attn if o.heads else {}) | ffn
 
-
-def _tensors(c: PretrainedConfig, weights: _Weights, layers: list[_Layer], arch: MODEL_ARCH,
-             ) -> Iterator[tuple[str, tuple, Callable[[], np.ndarray]]]:  # name in the file, shape, how to read it as float32
+# %% ../../nbs/export/02_gguf.ipynb #01d8e3c2
+def _tensors(c: PretrainedConfig, weights: _Weights, layers: list[_Layer],
+             arch: MODEL_ARCH,) -> Iterator[tuple[str, tuple,
+                                                  Callable[
+    [], np.ndarray]]]:  # name in the file, shape, how to read it as float32
     "All tensors of the file but the rotary factors"
     names: Any = gguf.get_tensor_name_map(arch, len(layers))
     name = lambda key: names.get_name(key, try_suffixes=('.weight', '.bias'))
-    permuted = ('self_attn.q_proj', 'self_attn.k_proj') if arch in (MODEL_ARCH.LLAMA, MODEL_ARCH.DECI) else ()
+    permuted = (('self_attn.q_proj', 'self_attn.k_proj')
+                if arch in (MODEL_ARCH.LLAMA, MODEL_ARCH.DECI) else ())
     def read(source, shape, part):
-        a = weights.read(source) if source in weights.files else np.zeros([0] * len(shape), np.float32)  # a removed part
+        a = (weights.read(source) if source in weights.files
+             else np.zeros([0] * len(shape), np.float32))  # a removed part
         return _pad(_interleave(a, _head_dim(c)) if part in permuted and a.size else a, shape)
 
     for key in ('model.embed_tokens.weight', 'model.norm.weight', 'lm_head.weight'):
@@ -168,12 +202,15 @@ def _tensors(c: PretrainedConfig, weights: _Weights, layers: list[_Layer], arch:
             for end, size in dict(weight=shape, bias=shape[:1]).items():
                 source = f'model.layers.{o.source}.{part}.{end}'
                 if end == 'bias' and source not in weights.files: continue
-                yield name(f'model.layers.{i}.{part}.{end}'), size, partial(read, source, size, part)
+                yield name(f'model.layers.{i}.{part}.{end}'), size, partial(read, source, size,
+                                                                            part)
 
 # %% ../../nbs/export/02_gguf.ipynb #9457f0c4
-QUANTS = dict(f32=(GGMLQuantizationType.F32, LlamaFileType.ALL_F32), f16=(GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+QUANTS = dict(f32=(GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+              f16=(GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
               q8_0=(GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0))
-_LIMIT = {GGMLQuantizationType.F16: 65504.0, GGMLQuantizationType.Q8_0: 65504.0 * 127}  # a block's scale is an F16 number
+# a block's scale is an F16 number
+_LIMIT = {GGMLQuantizationType.F16: 65504.0, GGMLQuantizationType.Q8_0: 65504.0 * 127}
 
 
 def _format(shape: tuple, quant: str) -> GGMLQuantizationType:
@@ -186,41 +223,63 @@ def _encode(a: np.ndarray, fmt: GGMLQuantizationType, name: str) -> np.ndarray:
     "A float32 tensor as the file holds it. ValueError where a value is out of the format's range"
     top = np.abs(a).max(initial=0)
     if top > _LIMIT.get(fmt, np.inf):
-        raise ValueError(f"{name} holds a value of size {top:.4g}; {fmt.name} ends at {_LIMIT[fmt]:.4g}. Use quant='f32'.")
+        raise ValueError(f"{name} holds a value of size {top:.4g}; {fmt.name} ends at "
+                         f"{_LIMIT[fmt]:.4g}. Use quant='f32'.")
     return gguf.quants.quantize(np.ascontiguousarray(a, dtype=np.float32), fmt)
 
 # %% ../../nbs/export/02_gguf.ipynb #28a91578
 def _rope_factors(c: PretrainedConfig) -> np.ndarray | None:
-    "What each rotary frequency is divided by, (head_dim / 2,) float32; None where nothing is scaled. UnsupportedModel"
+    """What each rotary frequency is divided by, (head_dim / 2,) float32; None where nothing is
+    scaled. UnsupportedModel"""
     rope, d = c.rope_parameters, _head_dim(c)
     if rope.get('rope_type', 'default') == 'default': return None
     scaled, attention = ROPE_INIT_FUNCTIONS[rope['rope_type']](c, 'cpu')
-    if attention != 1: raise UnsupportedModel(f'rope scaling {rope} also scales the attention; llama.cpp would not.')
-    return (rope['rope_theta'] ** -(np.arange(0, d, 2) / d) / scaled.double().numpy()).astype(np.float32)
+    if attention != 1:
+        raise UnsupportedModel(f'rope scaling {rope} also scales the attention; llama.cpp would '
+                               'not.')
+    return (rope['rope_theta'] ** -(np.arange(0, d, 2) / d)
+            / scaled.double().numpy()).astype(np.float32)
 
 
 def _add_model(w: GGUFWriter, c: PretrainedConfig, layers: list[_Layer], quant: str, name: str):
     "Write the model's part of the metadata"
-    w.add_type('model'); w.add_name(name); w.add_file_type(QUANTS[quant][1]); w.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    w.add_block_count(len(layers)); w.add_context_length(c.max_position_embeddings); w.add_vocab_size(c.vocab_size)
-    w.add_embedding_length(c.hidden_size); w.add_layer_norm_rms_eps(c.rms_norm_eps)
-    d = _head_dim(c)  # always written: llama.cpp's default is the embedding divided by the first layer's heads
-    w.add_key_length(d); w.add_value_length(d); w.add_rope_dimension_count(d)
+    w.add_type('model')
+    w.add_name(name)
+    w.add_file_type(QUANTS[quant][1])
+    w.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    w.add_block_count(len(layers))
+    w.add_context_length(c.max_position_embeddings)
+    w.add_vocab_size(c.vocab_size)
+    w.add_embedding_length(c.hidden_size)
+    w.add_layer_norm_rms_eps(c.rms_norm_eps)
+    # always written: llama.cpp's default is the embedding divided by the first layer's heads
+    d = _head_dim(c)
+    w.add_key_length(d)
+    w.add_value_length(d)
+    w.add_rope_dimension_count(d)
     w.add_rope_freq_base(c.rope_parameters['rope_theta'])
     columns = [list(o) for o in zip(*(layer.widths for layer in layers))]
     heads, kv_heads, ffn = columns if w.arch == 'deci' else [o[0] for o in columns]
-    w.add_head_count(heads); w.add_head_count_kv(kv_heads); w.add_feed_forward_length(ffn)
+    w.add_head_count(heads)
+    w.add_head_count_kv(kv_heads)
+    w.add_feed_forward_length(ffn)
 
-
-def _choose_arch(c: PretrainedConfig, layers: list[_Layer], factors: np.ndarray | None) -> MODEL_ARCH:
-    "The family's own architecture if the layers are equal and have all their heads, else `deci`. UnsupportedModel"
+# %% ../../nbs/export/02_gguf.ipynb #eea77111
+def _choose_arch(c: PretrainedConfig, layers: list[_Layer],
+                 factors: np.ndarray | None) -> MODEL_ARCH:
+    """The family's own architecture if the layers are equal and have all their heads, else `deci`.
+    UnsupportedModel"""
     arch = ARCHS[c.model_type]
     first, qwen3 = layers[0], c.model_type == 'qwen3'
-    equal = len({o.widths for o in layers}) == 1 and (first.heads == c.num_attention_heads or qwen3)  # others want long biases
-    if equal and (factors is None or arch == MODEL_ARCH.LLAMA): return arch  # others do not read the factors
+    # others want long biases
+    equal = len({o.widths for o in layers}) == 1 and (first.heads == c.num_attention_heads or qwen3)
+    if equal and (factors is None or arch == MODEL_ARCH.LLAMA):
+        return arch  # others do not read the factors
     if qwen3:
-        raise UnsupportedModel('Qwen3 normalises its queries and keys; deci, the only architecture of llama.cpp with layers of '
-                               'different widths, does not. Prune to equal widths (uniform), or keep to the Hugging Face folder.')
+        raise UnsupportedModel('Qwen3 normalises its queries and keys; deci, the only '
+                               'architecture of llama.cpp with layers of different widths, does '
+                               'not. Prune to equal widths (uniform), or keep to the Hugging '
+                               'Face folder.')
     return MODEL_ARCH.DECI
 
 # %% ../../nbs/export/02_gguf.ipynb #f0e8fd5b
@@ -229,17 +288,23 @@ TOKENIZERS = 'tokenizer.json', 'tokenizer.model', 'vocab.json'  # any of them ho
 
 def _open_folder(folder: Path):
     "Configuration, weights and tokenizer, checked"
-    if not (folder / 'config.json').exists(): raise FileNotFoundError(f'{folder}: no model folder there (it needs a config.json)')
+    if not (folder / 'config.json').exists():
+        raise FileNotFoundError(f'{folder}: no model folder there (it needs a config.json)')
     kind = read_json(folder / 'config.json').get('model_type')
-    if kind not in ARCHS: _refuse_inexpressible(SimpleNamespace(model_type=kind))
-    try: config = AutoConfig.from_pretrained(folder)
+    if kind not in ARCHS:
+        _refuse_inexpressible(SimpleNamespace(model_type=kind))
+    try:
+        config = AutoConfig.from_pretrained(folder)
     except (ValueError, TypeError, KeyError) as e:
-        raise CorruptFile(f'{folder}/config.json cannot be read ({e}). Save or download the model again.') from e
+        raise CorruptFile(f'{folder}/config.json cannot be read ({e}). Save or download the '
+                          'model again.') from e
     _refuse_inexpressible(config)
     weights = _Weights(folder)
     _check_fit(weights, config, folder)
-    if not any((folder / name).exists() for name in TOKENIZERS):  # transformers makes an empty one for some families
-        raise FileNotFoundError(f'{folder} has no tokenizer ({", ".join(TOKENIZERS)}). Copy that of the dense model there.')
+    # transformers makes an empty one for some families
+    if not any((folder / name).exists() for name in TOKENIZERS):
+        raise FileNotFoundError(f'{folder} has no tokenizer ({", ".join(TOKENIZERS)}). Copy that '
+                                'of the dense model there.')
     return config, weights, load_tokenizer(folder)
 
 # %% ../../nbs/export/02_gguf.ipynb #1cd3bf87
@@ -248,10 +313,16 @@ def _write(writer: GGUFWriter, tensors: list[tuple], quant: str, path: Path):
     for name, shape, _ in tensors:
         fmt = _format(shape, quant)
         block, size = GGML_QUANT_SIZES[fmt]
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), int(np.prod(shape)) // block * size, raw_dtype=fmt)
-    writer.write_header_to_file(path); writer.write_kv_data_to_file(); writer.write_ti_data_to_file()
-    for name, shape, read in tensors: writer.write_tensor_data(_encode(read(), _format(shape, quant), name))
-    for f in writer.fout or (): f.flush(); os.fsync(f.fileno())
+        writer.add_tensor_info(name, shape, np.dtype(np.float32),
+                               int(np.prod(shape)) // block * size, raw_dtype=fmt)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, shape, read in tensors:
+        writer.write_tensor_data(_encode(read(), _format(shape, quant), name))
+    for f in writer.fout or ():
+        f.flush()
+        os.fsync(f.fileno())
 
 # %% ../../nbs/export/02_gguf.ipynb #6eeff2dc
 def export_gguf(folder: str | Path,  # written by `save_pruned`, or a dense folder of transformers
@@ -260,20 +331,27 @@ def export_gguf(folder: str | Path,  # written by `save_pruned`, or a dense fold
                 overwrite: bool = False) -> Path:
     """Write a model with its tokenizer as one GGUF file.
 
-    UnsupportedModel for what llama.cpp cannot compute or tokenize alike, CorruptFile for a folder that does not fit together,
-    ValueError for values out of range, OSError where nothing can be written; an earlier file is then untouched."""
+    UnsupportedModel for what llama.cpp cannot compute or tokenize alike, CorruptFile for a folder
+    that does not fit together, ValueError for values out of range, OSError where nothing can be
+    written; an earlier file is then untouched."""
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
-    if quant not in QUANTS: raise ValueError(f'quant {quant!r}; expected one of {", ".join(QUANTS)}')
-    if out.is_dir(): raise IsADirectoryError(errno.EISDIR, f'{out} is a folder. Name a file, such as {out}/model-{quant}.gguf.')
-    if out.exists() and not overwrite: raise FileExistsError(f'{out} exists. Name another file, or overwrite=True (--overwrite).')
+    if quant not in QUANTS:
+        raise ValueError(f'quant {quant!r}; expected one of {", ".join(QUANTS)}')
+    if out.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f'{out} is a folder. Name a file, such as '
+                                              f'{out}/model-{quant}.gguf.')
+    if out.exists() and not overwrite:
+        raise FileExistsError(f'{out} exists. Name another file, or overwrite=True (--overwrite).')
     config, weights, tokenizer = _open_folder(folder)
-    dense = dict(heads=config.num_attention_heads, kv_heads=config.num_key_value_heads, ffn=config.intermediate_size)
+    dense = dict(heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
+                 ffn=config.intermediate_size)
     widths = getattr(config, 'pruned_widths', None) or [dense] * config.num_hidden_layers
     biased = lambda i, part: f'model.layers.{i}.{part}.bias' in weights.files
     layers, factors = _layers(widths, 32 if quant == 'q8_0' else 1, biased), _rope_factors(config)
     arch = _choose_arch(config, layers, factors)
     tensors = list(_tensors(config, weights, layers, arch))
-    if factors is not None: tensors.append(('rope_freqs.weight', factors.shape, lambda: factors))
+    if factors is not None:
+        tensors.append(('rope_freqs.weight', factors.shape, lambda: factors))
     temp = out.with_name(f'.{out.name}.{secrets.token_hex(4)}.tmp')
     writer = GGUFWriter(temp, gguf.MODEL_ARCH_NAMES[arch])
     try:
@@ -285,18 +363,23 @@ def export_gguf(folder: str | Path,  # written by `save_pruned`, or a dense fold
         os.replace(temp, out)
     except OSError as e:  # NumPy reports a full disk without a number
         why = e.strerror or 'the disk took only a part of the data'
-        raise OSError(e.errno or errno.ENOSPC, f'cannot write {out}: {why}; an earlier file is untouched. '
-                      'Free some space, or choose a folder that you may write to.') from e
+        raise OSError(e.errno or errno.ENOSPC, f'cannot write {out}: {why}; an earlier file is '
+                                               'untouched. Free some space, or choose a folder '
+                                               'that you may write to.') from e
     finally:
-        with suppress(OSError): writer.close()  # tries once more to write what did not fit
-        with suppress(OSError): temp.unlink(missing_ok=True)
+        with suppress(OSError):
+            writer.close()  # tries once more to write what did not fit
+        with suppress(OSError):
+            temp.unlink(missing_ok=True)
     return out
 
 # %% ../../nbs/export/02_gguf.ipynb #4f6426e7
 def check_gguf(path: str | Path) -> dict:
-    """What is in a file of `export_gguf`: arch, file_type, tokenizer, bytes, params, layers, and widths (a table, a row a layer).
+    """What is in a file of `export_gguf`: arch, file_type, tokenizer, bytes, params, layers, and
+    widths (a table, a row a layer).
 
-    FileNotFoundError; CorruptFile for a file that is cut off, or whose tensors are not those of its metadata."""
+    FileNotFoundError; CorruptFile for a file that is cut off, or whose tensors are not those of its
+    metadata."""
     path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f'{path}: no such file')
     try:
@@ -305,77 +388,115 @@ def check_gguf(path: str | Path) -> dict:
         arch = get('general.architecture')
         widths = _read_widths(lambda key: get(f'{arch}.{key}'))
         found = {t.name: tuple(t.shape.tolist()) for t in reader.tensors}
-        sizes = (get(f'{arch}.{key}') for key in ('embedding_length', 'attention.key_length', 'vocab_size'))
+        sizes = (get(f'{arch}.{key}')
+                 for key in ('embedding_length', 'attention.key_length', 'vocab_size'))
         want = _expected_tensors(widths, *sizes)
         tokenizer = f'{get("tokenizer.ggml.model")}, {get("tokenizer.ggml.pre")}'
         file_type = LlamaFileType(get('general.file_type')).name
     except Exception as e:  # the reader runs over the end in many ways
-        raise CorruptFile(f'{path} is cut off, or no file of export_gguf ({type(e).__name__}: {e}). Export it again.') from e
-    if bad := [f'{n} is {found.get(n, "missing")}, expected {s}' for n, s in want.items() if found.get(n) != s]:
+        raise CorruptFile(f'{path} is cut off, or no file of export_gguf ({type(e).__name__}: '
+                          f'{e}). Export it again.') from e
+    if bad := [f'{n} is {found.get(n, "missing")}, expected {s}' for n, s in want.items()
+               if found.get(n) != s]:
         raise CorruptFile(f'{path}: {bad[0]} ({len(bad)} such tensors). Export it again.')
-    return dict(arch=arch, file_type=file_type.removeprefix('ALL_').removeprefix('MOSTLY_'), tokenizer=tokenizer,
-                bytes=path.stat().st_size, params=sum(t.n_elements for t in reader.tensors), layers=len(widths), widths=widths)
+    return dict(arch=arch, file_type=file_type.removeprefix('ALL_').removeprefix('MOSTLY_'),
+                tokenizer=tokenizer, bytes=path.stat().st_size,
+                params=sum(t.n_elements for t in reader.tensors), layers=len(widths), widths=widths)
 
 
 def _read_widths(get: Callable) -> pd.DataFrame:
     "Heads, KV heads and FFN channels of each layer, zero stubs included"
-    keys = dict(heads='attention.head_count', kv_heads='attention.head_count_kv', ffn='feed_forward_length')
-    return pd.DataFrame({name: get(key) for name, key in keys.items()}, index=pd.RangeIndex(get('block_count'), name='layer'))
+    keys = dict(heads='attention.head_count', kv_heads='attention.head_count_kv',
+                ffn='feed_forward_length')
+    return pd.DataFrame({name: get(key) for name, key in keys.items()},
+                        index=pd.RangeIndex(get('block_count'), name='layer'))
 
-
+# %% ../../nbs/export/02_gguf.ipynb #a83a7077
 def _expected_tensors(widths: pd.DataFrame, D: int, d: int, vocab: int) -> dict[str, tuple]:
     "Names and shapes, row length first as GGUF counts, of the matrices of these widths"
     want = {'token_embd.weight': (D, vocab), 'output_norm.weight': (D,)}
     for i, heads, kv_heads, ffn in widths.itertuples():
-        layer = dict(attn_q=(D, heads * d), attn_k=(D, kv_heads * d), attn_v=(D, kv_heads * d), attn_output=(heads * d, D),
-                     ffn_gate=(D, ffn), ffn_up=(D, ffn), ffn_down=(ffn, D))
+        layer = dict(attn_q=(D, heads * d), attn_k=(D, kv_heads * d), attn_v=(D, kv_heads * d),
+                     attn_output=(heads * d, D), ffn_gate=(D, ffn), ffn_up=(D, ffn),
+                     ffn_down=(ffn, D))
         want |= {f'blk.{i}.{name}.weight': shape for name, shape in layer.items() if 0 not in shape}
     return want
 
 # %% ../../nbs/export/02_gguf.ipynb #774d55c9
 class LlamaCpp:
-    "A GGUF file in llama.cpp on the CPU, in float32 wherever llama.cpp can. Needs the package xllamacpp"
+    """A GGUF file in llama.cpp on the CPU, in float32 wherever llama.cpp can. Needs the package
+    xllamacpp"""
+    tokenize: Callable[..., list[int]]  # these are given below
+    generate: Callable[..., list[int]]
+    _step: Callable[..., Any]
+    logprobs: Callable[..., np.ndarray]
+    nll: Callable[..., np.ndarray]
+
     def __init__(self, path: str | Path,
                  n_ctx: int = 512,  # tokens of the context
                  threads: int = 1):
-        try: import xllamacpp
-        except ImportError as e: raise ImportError("llama.cpp needs the package xllamacpp. Run: pip install 'ffp_nb[gguf]'") from e
+        try:
+            import xllamacpp
+        except ImportError as e:
+            raise ImportError("llama.cpp needs the package xllamacpp. Run: pip install "
+                              "'ffp_nb[gguf]'") from e
         p, f32 = xllamacpp.CommonParams(), xllamacpp.ggml_type.GGML_TYPE_F32
-        p.model.path, p.n_ctx, p.n_parallel, p.warmup, p.n_gpu_layers, p.verbosity = str(path), n_ctx, 1, False, 0, -1
+        p.model.path, p.n_ctx, p.n_parallel = str(path), n_ctx, 1
+        p.warmup, p.n_gpu_layers, p.verbosity = False, 0, -1
         p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
         p.cache_type_k = p.cache_type_v = f32
         p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        try: self.server = xllamacpp.Server(p)
-        except RuntimeError as e: raise CorruptFile(f'llama.cpp cannot load {path} ({e}). `check_gguf` may say why.') from e
+        try:
+            self.server = xllamacpp.Server(p)
+        except RuntimeError as e:
+            raise CorruptFile(
+                f'llama.cpp cannot load {path} ({e}). `check_gguf` may say why.') from e
         self.plain = self.tokenize('a')[-1]  # a token that is whole text
 
     def _post(self, route, **body):
-        header, direct = {'Content-Type': 'application/json'}, urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        request = urllib.request.Request(self.server.listening_address + route, json.dumps(body).encode(), header)
-        with direct.open(request) as answer: return json.loads(answer.read())
+        header = {'Content-Type': 'application/json'}
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        request = urllib.request.Request(self.server.listening_address + route,
+                                         json.dumps(body).encode(), header)
+        with direct.open(request) as answer:
+            return json.loads(answer.read())
 
-    def tokenize(self, text: str,
-                 special: bool = False,  # parse special tokens, and add BOS or EOS as the file says
-                 ) -> list[int]:
-        return self._post('/tokenize', content=text, add_special=special, parse_special=special)['tokens']
+# %% ../../nbs/export/02_gguf.ipynb #20702da6
+@patch
+def tokenize(self: LlamaCpp, text: str,
+             special: bool = False,  # parse special tokens, and add BOS or EOS as the file says
+             ) -> list[int]:
+    return self._post('/tokenize', content=text, add_special=special,
+                      parse_special=special)['tokens']
 
-    def generate(self, ids: list[int], n: int) -> list[int]:
-        "The n most probable next tokens, one after the other; fewer if the text ends"
-        return self._post('/completion', prompt=ids, n_predict=n, temperature=0, return_tokens=True)['tokens']
 
-    def _step(self, ids, force, top):
-        "The record of a forced next token and of the `top` most probable; None where it is only a part of a character"
-        answer = self._post('/completion', prompt=ids, n_predict=1, temperature=0, n_probs=top, logit_bias=[[force, 1e4]])
-        return next(iter(answer.get('completion_probabilities', [])), None)
+@patch
+def generate(self: LlamaCpp, ids: list[int], n: int) -> list[int]:
+    "The n most probable next tokens, one after the other; fewer if the text ends"
+    return self._post('/completion', prompt=ids, n_predict=n, temperature=0,
+                      return_tokens=True)['tokens']
 
-    def logprobs(self, ids: list[int]) -> np.ndarray:  # (vocabulary,)
-        "Log-probabilities of the next token"
-        top = self._step(ids, self.plain, 10**6)['top_logprobs']
-        return np.array([o['logprob'] for o in sorted(top, key=lambda o: o['id'])])
 
-    def nll(self, ids: list[int]) -> np.ndarray:  # (len(ids) - 1,)
-        "Negative log-likelihood of each token after the first"
-        def logprob(i):
-            step = self._step(ids[:i], ids[i], 1)
-            return step['logprob'] if step else self.logprobs(ids[:i])[ids[i]]
-        return -np.array([logprob(i) for i in range(1, len(ids))])
+@patch
+def _step(self: LlamaCpp, ids, force, top):
+    """The record of a forced next token and of the `top` most probable; None where it is only a
+    part of a character"""
+    answer = self._post('/completion', prompt=ids, n_predict=1, temperature=0, n_probs=top,
+                        logit_bias=[[force, 1e4]])
+    return next(iter(answer.get('completion_probabilities', [])), None)
+
+
+@patch
+def logprobs(self: LlamaCpp, ids: list[int]) -> np.ndarray:  # (vocabulary,)
+    "Log-probabilities of the next token"
+    top = self._step(ids, self.plain, 10**6)['top_logprobs']
+    return np.array([o['logprob'] for o in sorted(top, key=lambda o: o['id'])])
+
+
+@patch
+def nll(self: LlamaCpp, ids: list[int]) -> np.ndarray:  # (len(ids) - 1,)
+    "Negative log-likelihood of each token after the first"
+    def logprob(i):
+        step = self._step(ids[:i], ids[i], 1)
+        return step['logprob'] if step else self.logprobs(ids[:i])[ids[i]]
+    return -np.array([logprob(i) for i in range(1, len(ids))])

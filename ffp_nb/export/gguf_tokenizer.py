@@ -15,9 +15,11 @@ from ..core.families import UnsupportedModel
 from ..core.runs import CorruptFile
 
 # %% ../../nbs/export/01_gguf_tokenizer.ipynb #ede97ab8
-_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| "
+          r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 _WORDS, _BYTES = ('ByteLevel', False, True), ('ByteLevel', False, False)
-# Rules before BPE, normaliser, and whether whole words in the vocabulary skip the merges -> name in llama.cpp
+# Rules before BPE, normaliser, and whether whole words in the vocabulary skip the merges -> name in
+# llama.cpp
 PRE_TOKENIZERS = {
     ((_WORDS,), None, False): 'gpt-2',
     ((('Digits', True), _WORDS), None, False): 'smollm',
@@ -29,61 +31,76 @@ def _rules(p: dict | None) -> tuple:
     "What matters of a pre-tokenizer, nested sequences flattened"
     if p is None: return ()
     if p['type'] == 'Sequence': return sum(map(_rules, p['pretokenizers']), ())
-    if p['type'] == 'ByteLevel': return (p['type'], p['add_prefix_space'], p.get('use_regex', True)),
+    if p['type'] == 'ByteLevel':
+        return (p['type'], p['add_prefix_space'], p.get('use_regex', True)),
     if p['type'] == 'Digits': return (p['type'], p['individual_digits']),
-    if p['type'] == 'Split': return (p['type'], next(iter(p['pattern'].values())), p['behavior'], p['invert']),
+    if p['type'] == 'Split':
+        return (p['type'], next(iter(p['pattern'].values())), p['behavior'], p['invert']),
     return tuple(p.items()),
 
 
 def _pre_tokenizer(core: dict) -> str:
-    "llama.cpp's name of the rule that splits text before byte-level BPE. UnsupportedModel for an unknown one"
+    """llama.cpp's name of the rule that splits text before byte-level BPE. UnsupportedModel for an
+    unknown one"""
     normalizer, rules = (core['normalizer'] or {}).get('type'), _rules(core['pre_tokenizer'])
     name = PRE_TOKENIZERS.get((rules, normalizer, bool(core['model'].get('ignore_merges'))))
     if name is None:
-        raise UnsupportedModel(f'the tokenizer splits text in a way that is not known here (rules {rules}, normaliser '
-                               f'{normalizer}); known are those of {", ".join(PRE_TOKENIZERS.values())}.')
+        raise UnsupportedModel('the tokenizer splits text in a way that is not known here '
+                               f'(rules {rules}, normaliser {normalizer}); known are those of '
+                               f'{", ".join(PRE_TOKENIZERS.values())}.')
     return name
 
 # %% ../../nbs/export/01_gguf_tokenizer.ipynb #17f762b1
 def _scores(vocab: set[str], merges: list[tuple[str, str]]) -> dict[str, float]:
-    "Scores of the tokens that make llama.cpp merge as this list does. UnsupportedModel if there are none"
+    """Scores of the tokens that make llama.cpp merge as this list does. UnsupportedModel if there
+    are none"""
     rank, last = {}, -1
     for a, b in merges:
         now = rank.setdefault(a + b, len(rank))
         if now < last:
-            raise UnsupportedModel(f'the tokenizer makes {a + b!r} by merges of different ranks; llama.cpp has one score for it.')
+            raise UnsupportedModel(f'the tokenizer makes {a + b!r} by merges of different ranks; '
+                                   'llama.cpp has one score for it.')
         last = now
     listed = set(merges)
     for t in vocab:
         for cut in range(1, len(t)):
             if t[:cut] in vocab and t[cut:] in vocab and (t[:cut], t[cut:]) not in listed:
-                raise UnsupportedModel(f'the tokenizer never merges {t[:cut]!r} and {t[cut:]!r}; llama.cpp would.')
+                raise UnsupportedModel(f'the tokenizer never merges {t[:cut]!r} and {t[cut:]!r}; '
+                                       'llama.cpp would.')
     return {t: -float(r) for t, r in rank.items()}
 
 
-_PREFIX = ('llama.cpp puts a space before every text and after every special token. The tokenizer of this folder does not where '
-           'the text begins with a space, or after a special token: such text gets one token more in llama.cpp.')
+_PREFIX = ('llama.cpp puts a space before every text and after every special token. The '
+           'tokenizer of this folder does not where the text begins with a space, or after a '
+           'special token: such text gets one token more in llama.cpp.')
 
 
 def _space_prefix(core: dict) -> bool:
-    "Whether a SentencePiece-type tokenizer puts a space before the text. UnsupportedModel if it does anything else"
+    """Whether a SentencePiece-type tokenizer puts a space before the text. UnsupportedModel if it
+    does anything else"""
     norm, pre = core['normalizer'], core['pre_tokenizer']
     steps = [] if norm is None else norm['normalizers'] if norm['type'] == 'Sequence' else [norm]
     replace = dict(type='Replace', pattern=dict(String=' '), content='▁')
-    if pre is None and steps in ([replace], [dict(type='Prepend', prepend='▁'), replace]): return len(steps) == 2
-    if not steps and pre and pre['type'] == 'Metaspace' and pre['replacement'] == '▁' and not pre['split']:
-        if prefix := pre['prepend_scheme'] != 'never': warnings.warn(_PREFIX, stacklevel=2)
+    if pre is None and steps in ([replace], [dict(type='Prepend', prepend='▁'), replace]):
+        return len(steps) == 2
+    if not steps and pre and pre['type'] == 'Metaspace' and pre['replacement'] == '▁' and not pre[
+        'split']:
+        if prefix := pre['prepend_scheme'] != 'never':
+            warnings.warn(_PREFIX, stacklevel=2)
         return prefix
-    raise UnsupportedModel(f'the tokenizer prepares text in a way that is not known here (normaliser {norm}, rule {pre})')
+    raise UnsupportedModel('the tokenizer prepares text in a way that is not known here '
+                           f'(normaliser {norm}, rule {pre})')
 
 # %% ../../nbs/export/01_gguf_tokenizer.ipynb #628d4726
 def _ends(tokenizer) -> tuple[bool, bool]:
     "Whether the tokenizer puts BOS first and EOS last"
-    plain, full = (tokenizer('a', add_special_tokens=special).input_ids for special in (False, True))
+    plain, full = (tokenizer('a', add_special_tokens=special).input_ids
+                   for special in (False, True))
     at = next((i for i in range(len(full)) if full[i:i + len(plain)] == plain), 0)
     front, back = full[:at], full[at + len(plain):]
     if front not in ([], [tokenizer.bos_token_id]) or back not in ([], [tokenizer.eos_token_id]):
-        raise UnsupportedModel(f'the tokenizer puts tokens {front} before and {back} a text; llama.cpp adds BOS and EOS only')
+        raise UnsupportedModel(f'the tokenizer puts tokens {front} before and {back} a text; '
+                               'llama.cpp adds BOS and EOS only')
     return bool(front), bool(back)
 
 
@@ -92,42 +109,58 @@ def _token_list(tokenizer, size: int) -> tuple[list[str], list[TokenType]]:
     core = tokenizer.backend_tokenizer
     vocab, added = core.get_vocab(with_added_tokens=True), core.get_added_tokens_decoder()
     if (top := max(vocab.values())) >= size:
-        raise CorruptFile(f'the tokenizer has a token {top}, but the model only {size} embeddings. Is it that of another model?')
+        raise CorruptFile(f'the tokenizer has a token {top}, but the model only {size} '
+                          'embeddings. Is it that of another model?')
     if strip := [t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word]:
-        raise UnsupportedModel(f'the tokenizer lets the tokens {strip[:3]} take the spaces around them; llama.cpp does not.')
+        raise UnsupportedModel(f'the tokenizer lets the tokens {strip[:3]} take the spaces '
+                               'around them; llama.cpp does not.')
     text = {i: t for t, i in vocab.items()}
     def kind(i):
         if i not in text: return TokenType.UNUSED
         if i == tokenizer.unk_token_id and core.model.byte_fallback: return TokenType.UNKNOWN
         if i in added: return TokenType.CONTROL if added[i].special else TokenType.USER_DEFINED
-        return TokenType.BYTE if core.model.byte_fallback and text[i].startswith('<0x') else TokenType.NORMAL
+        return (TokenType.BYTE if core.model.byte_fallback
+                and text[i].startswith('<0x') else TokenType.NORMAL)
     return [text.get(i, f'[PAD{i}]') for i in range(size)], [kind(i) for i in range(size)]
 
-
+# %% ../../nbs/export/01_gguf_tokenizer.ipynb #f8eaab1d
 def add_tokenizer(writer: GGUFWriter, tokenizer,  # of the class that `AutoTokenizer` gives
                   size: int,  # rows of the embeddings
                   ) -> None:
-    "Write the tokenizer's part of a file. UnsupportedModel for a tokenizer that llama.cpp would not follow, CorruptFile for one that is too large"
-    if not tokenizer.is_fast: raise UnsupportedModel('the tokenizer is not of the tokenizers library (no tokenizer.json)')
+    """Write the tokenizer's part of a file. UnsupportedModel for a tokenizer that llama.cpp would
+    not follow, CorruptFile for one that is too large"""
+    if not tokenizer.is_fast:
+        raise UnsupportedModel('the tokenizer is not of the tokenizers library (no tokenizer.json)')
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     model = core['model']
-    if model['type'] != 'BPE' or any(model.get(o) for o in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix')):
-        raise UnsupportedModel(f'a tokenizer of type {model["type"]!r} cannot be exported; plain BPE is what works')
+    if model['type'] != 'BPE' or any(model.get(o)
+                                     for o in ('dropout', 'continuing_subword_prefix',
+                                               'end_of_word_suffix')):
+        raise UnsupportedModel(f'a tokenizer of type {model["type"]!r} cannot be exported; plain '
+                               'BPE is what works')
     tokens, types = _token_list(tokenizer, size)
-    merges = [(a, b) for a, b in (m.split(' ', 1) if isinstance(m, str) else m for m in model['merges'])]
+    merges = [(a, b)
+              for a, b in (m.split(' ', 1) if isinstance(m, str) else m for m in model['merges'])]
     if model.get('byte_fallback'):
         scores = _scores({t for t, k in zip(tokens, types) if k == TokenType.NORMAL}, merges)
-        writer.add_tokenizer_model('llama'); writer.add_tokenizer_pre('default')
-        writer.add_token_scores([scores.get(t, 0.0) for t in tokens])  # what no merge makes needs none
+        writer.add_tokenizer_model('llama')
+        writer.add_tokenizer_pre('default')
+        # what no merge makes needs none
+        writer.add_token_scores([scores.get(t, 0.0) for t in tokens])
         writer.add_add_space_prefix(_space_prefix(core))
     else:
-        writer.add_tokenizer_model('gpt2'); writer.add_tokenizer_pre(_pre_tokenizer(core))
+        writer.add_tokenizer_model('gpt2')
+        writer.add_tokenizer_pre(_pre_tokenizer(core))
         writer.add_token_merges([' '.join(m) for m in merges])
-    writer.add_token_list(tokens); writer.add_token_types(types)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
     for name in ('bos', 'eos', 'unk', 'sep', 'pad'):
-        if (i := getattr(tokenizer, f'{name}_token_id')) is not None: getattr(writer, f'add_{name}_token_id')(i)
+        if (i := getattr(tokenizer, f'{name}_token_id')) is not None:
+            getattr(writer, f'add_{name}_token_id')(i)
     bos, eos = _ends(tokenizer)
-    writer.add_add_bos_token(bos); writer.add_add_eos_token(eos)  # both, or llama.cpp has defaults of its own
+    writer.add_add_bos_token(bos)
+    writer.add_add_eos_token(eos)  # both, or llama.cpp has defaults of its own
     if template := tokenizer.chat_template:
         named = isinstance(template, dict)  # several, by name
-        writer.add_chat_template([dict(name=n, template=t) for n, t in template.items()] if named else template)
+        writer.add_chat_template([dict(name=n, template=t) for n, t in template.items()] if named
+                                 else template)

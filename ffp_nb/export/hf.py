@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from ..core.modeling import PRUNED
-from ..core.families import SMOLLM2, Layout, check_finite, find_dtype, load_model, load_tokenizer, smollm2_path
+from ..core.families import (SMOLLM2, Layout, check_finite, find_dtype, load_model,
+                                  load_tokenizer, smollm2_path)
 from ..core.runs import CorruptFile, atomic_write, read_json
 
 # %% ../../nbs/export/00_hf.ipynb #dcd09c13
@@ -28,70 +29,94 @@ class Sliceable(Protocol):
     "What can be saved: an `ElasticModel`, or a model that was trained after pruning"
     layout: Layout  # of the dense model
     widths: np.ndarray  # (n_layers, 2)
-    def sliced(self) -> PreTrainedModel: ...  # a copy at these widths
+    def sliced(self) -> PreTrainedModel:
+        ...  # a copy at these widths
 
-
+# %% ../../nbs/export/00_hf.ipynb #efcdc099
 def save_pruned(elastic: Sliceable, tokenizer, folder: str | Path,
                 overwrite: bool = False,
-                files: dict[str, str | bytes] | None = None,  # more files for the folder, such as a model card, by name
+                # more files for the folder, such as a model card, by name
+                files: dict[str, str | bytes] | None = None,
                 ) -> Path:
-    "Save the model at its present widths. FileExistsError unless the folder is new or `overwrite` is set"
+    """Save the model at its present widths. FileExistsError unless the folder is new or `overwrite`
+    is set"""
     folder = Path(folder)
     if folder.exists() and not overwrite:
-        raise FileExistsError(f'{folder} exists. Use another folder, or overwrite=True (--overwrite).')
+        raise FileExistsError(f'{folder} exists. Use another folder, or overwrite=True '
+                              '(--overwrite).')
     tmp, old = (folder.with_name(f'.{folder.name}.{os.getpid()}.{end}') for end in ('tmp', 'old'))
     try:
         tmp.mkdir(parents=True)
         _write_model(elastic, tokenizer, tmp)
-        for name, content in (files or {}).items(): atomic_write(tmp / name, content)
+        for name, content in (files or {}).items():
+            atomic_write(tmp / name, content)
         _sync(tmp)
-        if folder.exists(): os.replace(folder, old)
-        try: os.replace(tmp, folder)
+        if folder.exists():
+            os.replace(folder, old)
+        try:
+            os.replace(tmp, folder)
         except OSError:
-            if old.exists(): os.replace(old, folder)
+            if old.exists():
+                os.replace(old, folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    except Exception as e:  # safetensors and tokenizers report a full disk as errors of their own, not as OSError
-        raise OSError(getattr(e, 'errno', None) or errno.EIO, f'could not save the model to {folder} '
-                      f'({getattr(e, "strerror", None) or e}); an earlier one is untouched. '
-                      'Free some space or choose a folder that can be written.') from e
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    # safetensors and tokenizers report a full disk as errors of their own, not as OSError
+    except Exception as e:
+        raise OSError(getattr(e, 'errno', None) or errno.EIO,
+                      f'could not save the model to {folder} '
+                      f'({getattr(e, "strerror", None) or e}); an earlier one is untouched. Free '
+                      'some space or choose a folder that can be written.') from e
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-
+# %% ../../nbs/export/00_hf.ipynb #5ceee584
 def _write_model(elastic, tokenizer, folder):
     "Weights, configuration, code and tokenizer"
     own, rep = elastic.sliced(), elastic.layout.q_per_kv
-    own.config.pruned_widths = [dict(heads=int(a) * rep, kv_heads=int(a), ffn=int(f)) for a, f in elastic.widths]
-    own.__class__ = PRUNED[own.config.model_type]  # its save_pretrained writes the code beside the weights
+    own.config.pruned_widths = [dict(heads=int(a) * rep, kv_heads=int(a), ffn=int(f))
+                                for a, f in elastic.widths]
+    # its save_pretrained writes the code beside the weights
+    own.__class__ = PRUNED[own.config.model_type]
     own.save_pretrained(folder)
-    if tokenizer is not None: tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _sync(folder):
     "Weights reach the disk before the folder takes its name"
     for path in folder.iterdir():
-        with open(path, 'rb') as f: os.fsync(f.fileno())
+        with open(path, 'rb') as f:
+            os.fsync(f.fileno())
 
 # %% ../../nbs/export/00_hf.ipynb #46774a3f
 def load_pruned(folder: str | Path,
                 dtype: str | torch.dtype | None = None,  # None: as saved
                 device: str = 'cpu'):  # (model, tokenizer or None)
-    "Load what `save_pruned` wrote. CorruptFile where weights are missing, damaged or of other widths"
+    """Load what `save_pruned` wrote. CorruptFile where weights are missing, damaged or of other
+    widths"""
     folder, dtype = Path(folder), None if dtype is None else find_dtype(dtype)
-    if not (folder / 'config.json').exists(): raise FileNotFoundError(f'{folder}: no model folder there')
+    if not (folder / 'config.json').exists():
+        raise FileNotFoundError(f'{folder}: no model folder there')
     config = AutoConfig.from_pretrained(folder)
     if not getattr(config, 'pruned_widths', None):
         raise ValueError(f'{folder} has no pruned_widths in its config: load it with load_model')
     if config.model_type not in PRUNED:
-        raise CorruptFile(f'{folder}: pruned models of type {config.model_type!r} do not exist. Save the model again.')
-    try: model, info = PRUNED[config.model_type].from_pretrained(folder, config=config, dtype=dtype or 'auto', output_loading_info=True)
-    except SafetensorError as e: raise CorruptFile(f'{folder}/model.safetensors cannot be read ({e}). Save the model again.') from e
+        raise CorruptFile(f'{folder}: pruned models of type {config.model_type!r} do not exist. '
+                          'Save the model again.')
+    try:
+        model, info = PRUNED[config.model_type].from_pretrained(folder, config=config,
+                                                                dtype=dtype or 'auto',
+                                                                output_loading_info=True)
+    except SafetensorError as e:
+        raise CorruptFile(f'{folder}/model.safetensors cannot be read ({e}). Save the model '
+                          'again.') from e
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as e:
-        raise CorruptFile(f'{folder}: weights and pruned_widths do not fit, or are not all there. Save the model again '
-                          f'({type(e).__name__}: {e})') from e
+        raise CorruptFile(f'{folder}: weights and pruned_widths do not fit, or are not all '
+                          f'there. Save the model again ({type(e).__name__}: {e})') from e
     if lost := sorted(info['missing_keys']) + sorted(info['unexpected_keys']):
-        raise CorruptFile(f'{folder}: weights missing or of another model: {", ".join(lost[:3])}. Save the model again.')
+        raise CorruptFile(f'{folder}: weights missing or of another model: '
+                          f'{", ".join(lost[:3])}. Save the model again.')
     check_finite(model)
     has_tokenizer = any((folder / n).exists() for n in ('tokenizer.json', 'tokenizer_config.json'))
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
@@ -102,8 +127,11 @@ def open_model(name: str, dtype: str = 'bfloat16', device: str | None = None):  
     "Load a dense model by name, or a folder of `save_pruned`"
     config = Path(name).expanduser() / 'config.json'
     if config.exists() and read_json(config).get('pruned_widths'):
-        model, tokenizer = load_pruned(config.parent, dtype, (device if device != 'auto' else None) or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        if tokenizer is None: raise FileNotFoundError(f'{name} has no tokenizer. Copy that of the dense model there.')
+        model, tokenizer = load_pruned(config.parent, dtype,
+                                       (device if device != 'auto' else None)
+                                       or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        if tokenizer is None:
+            raise FileNotFoundError(f'{name} has no tokenizer. Copy that of the dense model there.')
         return model, tokenizer
     return load_model(name, dtype, device)
 
@@ -115,8 +143,10 @@ def find_license(name: str) -> str | None:  # as the source's own card says, or 
         field = GGUFReader(smollm2_path()).get_field('general.license')
         return field.contents() if field else None
     folder = Path(name).expanduser()
-    try: return ModelCard.load(folder / 'README.md' if folder.exists() else name).data.license
-    except Exception: return None  # no card, a broken one, or no hub
+    try:
+        return ModelCard.load(folder / 'README.md' if folder.exists() else name).data.license
+    except Exception:
+        return None  # no card, a broken one, or no hub
 
 
 def model_card(source: str,  # name, hub id or folder of the dense model
@@ -129,20 +159,25 @@ def model_card(source: str,  # name, hub id or folder of the dense model
                picture: str | None = None) -> str:  # a picture file in the folder
     "README.md of a pruned model, with the metadata block that hubs read"
     local, name = source in SMOLLM2 or Path(source).expanduser().exists(), Path(source).name
-    data = ModelCardData(license=license, base_model=None if local else source, library_name='transformers',
-                         pipeline_tag='text-generation', tags=['pruned', 'structured-pruning', 'ffp_nb'])
-    return CARD.format(meta=data.to_yaml(), name=name, sparsity=sparsity, dense=params[0], pruned=params[1], how=how, record=record,
-                       table=table.to_markdown(index=False, floatfmt='.4g'), license=license or 'not stated by the source; see there',
-                       picture=f'![Share of each module that is kept]({picture})' if picture else '')
+    data = ModelCardData(license=license, base_model=None if local else source,
+                         library_name='transformers', pipeline_tag='text-generation',
+                         tags=['pruned', 'structured-pruning', 'ffp_nb'])
+    return CARD.format(meta=data.to_yaml(), name=name, sparsity=sparsity, dense=params[0],
+                       pruned=params[1], how=how, record=record,
+                       table=table.to_markdown(index=False, floatfmt='.4g'),
+                       license=license or 'not stated by the source; see there',
+                       picture=f'![Share of each module that is kept]({picture})' if picture
+                       else '')
 
-
+# %% ../../nbs/export/00_hf.ipynb #337529a1
 CARD = """---
 {meta}
 ---
 # {name}, {sparsity:.1%} of its decoder blocks pruned
 
-Made from `{name}` by structured pruning with ffp_nb: {dense:,} parameters before, {pruned:,} after. Whole attention groups and FFN channels
-are gone, so the model needs no sparse kernels. Licence of the source: {license}.
+Made from `{name}` by structured pruning with ffp_nb: {dense:,} parameters before, {pruned:,} after.
+Whole attention groups and FFN channels are gone, so the model needs no sparse kernels.
+Licence of the source: {license}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -151,7 +186,8 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
-`trust_remote_code=True` runs `modeling.py` of this folder; without it, loading stops with a size mismatch.
+`trust_remote_code=True` runs `modeling.py` of this folder; without it, loading stops with a size
+mismatch.
 
 ## Perplexity
 

@@ -32,12 +32,13 @@ from ..search.diagnose import RunLog, calibration_gain, trace, uniform_rewards
 from ..search.heuristics import BASELINES, HEURISTICS, Problem
 from ..search.loop import Evaluator, Search, SearchResult
 from ..search.report import winner
-from ..search.workers import Replica, WorkerEvaluator, gpus_of
+from ..search.workers import WorkerEvaluator, gpus_of, replica_of
 
 # %% ../../nbs/pipeline/01_bench.ipynb #68999341
-TAYLOR_BLOCKS = 16  # of the calibration text: what a block gives varies little, a backward pass takes memory and time
+# of the calibration text: what a block gives varies little, a backward pass takes memory and time
+TAYLOR_BLOCKS = 16
 
-
+# %% ../../nbs/pipeline/01_bench.ipynb #5b1ae402
 class Bench:
     "A model made elastic, its calibrator and its text. Errors as in `Splits` and `collect_stats`"
     evaluator: Callable[..., Evaluator]  # these are given below
@@ -51,13 +52,18 @@ class Bench:
                  how: dict | None = None):  # arguments of `load_model` that gave this model
         self.config, self.corpus, self.tokenizer, self.how = config, corpus, tokenizer, how or {}
         p = config.profile
-        self.text = Splits(corpus, tokenizer, model, Convention(p.block_len, p.block_len), p.calibration_blocks, p.test_blocks)
-        calibration, _, _ = self.text.calibration, self.text.search, self.text.selection  # too little text is an error now
+        self.text = Splits(corpus, tokenizer, model, Convention(p.block_len, p.block_len),
+                           p.calibration_blocks, p.test_blocks)
+        # too little text is an error now
+        calibration, _, _ = self.text.calibration, self.text.search, self.text.selection
         layout, self.fingerprint = Layout(model), fingerprint(model)
         stats = cached_stats(model, layout, calibration, p.forward_batch, cache, progress)
         scores = None
-        if config.criterion == 'taylor': scores = taylor_scores(model, layout, calibration[:TAYLOR_BLOCKS], progress)
-        self.elastic = ElasticModel(model, unit_order(layout, stats, config.criterion, config.seed, scores))
+        if config.criterion == 'taylor':
+            scores = taylor_scores(model, layout, calibration[:TAYLOR_BLOCKS], progress)
+        self.elastic = ElasticModel(model,
+                                    unit_order(layout, stats, config.criterion, config.seed,
+                                               scores))
         self.stats, self.cost = stats.permute(self.elastic.columns), param_cost(self.elastic.layout)
         self.static = Calibrator(self.elastic, self.stats, config.alpha)
 
@@ -65,34 +71,41 @@ class Bench:
     def load(cls, config: PruneConfig, cache=None, progress=True,
              **how) -> 'Bench':  # of `load_model`: device, device_map
         "Load the configuration's model and text"
-        corpus = load_corpus(config.text)  # first: a wrong file name should not cost the loading of a model
-        return cls(*load_model(config.model, config.dtype, **how), corpus, config, cache, progress, how)
+        # first: a wrong file name should not cost the loading of a model
+        corpus = load_corpus(config.text)
+        model, tokenizer = load_model(config.model, config.dtype, **how)
+        return cls(model, tokenizer, corpus, config, cache, progress, how)
 
     @cached_property
     def goals(self) -> list:
-        "The dense half of sequential calibration, kept for many policies: two hidden states a layer stay in memory"
+        """The dense half of sequential calibration, kept for many policies: two hidden states a
+        layer stay in memory"""
         c, p = self.config, self.config.profile
-        return dense_goals(self.elastic, self.text.calibration[:p.sequential_blocks], c.sequential_target, p.forward_batch)
+        return dense_goals(self.elastic, self.text.calibration[:p.sequential_blocks],
+                           c.sequential_target, p.forward_batch)
 
 # %% ../../nbs/pipeline/01_bench.ipynb #e4723474
 @patch
 def evaluator(self: Bench,
-              workers: int = 0,  # Ray actors that measure, each with a replica; 0: this process does
+              # Ray actors that measure, each with a replica; 0: this process does
+              workers: int = 0,
               **options) -> Evaluator:  # of `Workers`
     "Rewards on the search split, with static repair. `close` it where there are workers"
     c = self.config
     local = Evaluator(self.elastic, self.text.search, self.static, c.profile.forward_batch)
     if not workers: return local
-    replica = Replica.of(local, c.model, c.dtype, self.how, self.fingerprint)
-    return WorkerEvaluator(local, replica, workers, **dict(gpus=len(gpus_of(self.elastic.model))) | options)
+    replica = replica_of(local, c.model, c.dtype, self.how, self.fingerprint)
+    return WorkerEvaluator(local, replica, workers,
+                           **dict(gpus=len(gpus_of(self.elastic.model))) | options)
 
 
 @patch
 def problem(self: Bench, config: PruneConfig | None = None) -> Problem:
-    "What an allocation without a search may look at. None: at the target of the bench's own configuration"
+    """What an allocation without a search may look at. None: at the target of the bench's own
+    configuration"""
     c = config or self.config
-    return Problem(self.elastic, self.stats, self.cost, self.text.calibration, self.evaluator, c.sparsity, c.profile.blocks, c.seed,
-                   (c.step[0], c.step[1]), c.p_min)
+    return Problem(self.elastic, self.stats, self.cost, self.text.calibration, self.evaluator,
+                   c.sparsity, c.profile.blocks, c.seed, (c.step[0], c.step[1]), c.p_min)
 
 
 @patch
@@ -102,23 +115,27 @@ def sequential(self: Bench,
     "Sequential calibration of one policy, starting from the static one"
     c, p = self.config, self.config.profile
     kw = dict[str, Any](alpha=c.sequential_alpha, target=c.sequential_target) | kw
-    return sequential_calibrate(self.elastic, widths, self.text.calibration[:p.sequential_blocks], base=self.static,
-                                batch=p.forward_batch, progress=progress, **kw)
+    return sequential_calibrate(self.elastic, widths, self.text.calibration[:p.sequential_blocks],
+                                base=self.static, batch=p.forward_batch, progress=progress, **kw)
 
-
+# %% ../../nbs/pipeline/01_bench.ipynb #d976d0c1
 @patch
 def perplexity(self: Bench, widths: np.ndarray, blocks: Blocks,
                weights: Weights | None = None,  # the repair; None: plain slices
                progress: bool = False) -> Perplexity:
     "Perplexity of a policy (n_layers, 2)"
-    with self.elastic.at(widths, weights): return measure_perplexity(self.elastic.model, blocks, self.config.profile.forward_batch, progress)
+    with self.elastic.at(widths, weights):
+        return measure_perplexity(self.elastic.model, blocks, self.config.profile.forward_batch,
+                                  progress)
 
 # %% ../../nbs/pipeline/01_bench.ipynb #cc73f784
 def find_widths(bench: Bench,
                 config: PruneConfig | None = None,  # method, target and seed; None: the bench's own
-                run: RunDir | None = None,  # where a search logs and checkpoints, see `open_run`; None: in memory
+                # where a search logs and checkpoints, see `open_run`; None: in memory
+                run: RunDir | None = None,
                 progress: bool = True,
-                workers: int = 0,  # Ray actors that measure the policies of a search; 0: this process does
+                # Ray actors that measure the policies of a search; 0: this process does
+                workers: int = 0,
                 ) -> tuple[np.ndarray, SearchResult | None]:  # (n_layers, 2)
     "The widths that the configured method chooses, and the search that found them, if it was one"
     c = config or bench.config
@@ -132,39 +149,49 @@ def find_widths(bench: Bench,
 def open_run(folder: str | Path, bench: Bench,
              config: PruneConfig | None = None,  # None: the bench's own
              resume: bool = True) -> RunDir:
-    "The folder of a search. It depends on the weights and on all settings but those of the final repair and of the test"
+    """The folder of a search. It depends on the weights and on all settings but those of the final
+    repair and of the test"""
     c = config or bench.config
     # an infeasible target must not touch a folder
     solve(np.zeros(bench.cost.full.shape), bench.cost, c.sparsity, c.step, c.p_min)
     key = run_config(c, bench.corpus.sha256) | dict(weights=bench.fingerprint)
-    key['profile'] = {k: v for k, v in key['profile'].items() if k not in ('test_blocks', 'sequential_blocks')}
-    return RunDir(folder, {k: v for k, v in key.items() if k not in ('calibration', 'sequential_alpha', 'sequential_target')}, resume)
+    key['profile'] = {k: v for k, v in key['profile'].items()
+                      if k not in ('test_blocks', 'sequential_blocks')}
+    return RunDir(folder,
+                  {k: v for k, v in key.items()
+                   if k not in ('calibration', 'sequential_alpha', 'sequential_target')}, resume)
 
 # %% ../../nbs/pipeline/01_bench.ipynb #0c4bb232
 def load_bench(run: RunLog, progress: bool = True, **load) -> Bench:
     "The bench of a run. ConfigMismatch where text or weights are not what the run read"
     names = {f.name for f in fields(PruneConfig)}
-    c: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in run.config.items() if k in names}
+    c: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in run.config.items()
+                         if k in names}
     config = PruneConfig(**c | dict(profile=Profile(**run.config['profile'])))
     if (sha := load_corpus(config.text).sha256) != run.config.get('text_sha256', sha):
-        raise ConfigMismatch(f'the text {config.text!r} is not what the run read. Restore it (FFP_DATA_DIR, or the file), or '
-                             'report without --measure.')
+        raise ConfigMismatch(f'the text {config.text!r} is not what the run read. Restore it '
+                             '(FFP_DATA_DIR, or the file), or report without --measure.')
     bench = Bench.load(config, progress=progress, **load)
     if bench.fingerprint != run.config.get('weights', bench.fingerprint):
-        raise ConfigMismatch(f'the weights of {config.model!r} are not those of the run. Restore them, or report without '
-                             '--measure.')
+        raise ConfigMismatch(f'the weights of {config.model!r} are not those of the run. Restore '
+                             'them, or report without --measure.')
     return bench
 
 # %% ../../nbs/pipeline/01_bench.ipynb #6bb80e22
 def measure_run(bench: Bench, run: RunLog,
                 points: int = 8,  # of the trace
                 blocks: int = 4,  # of the selection split, for the gain of the repair by module
-                ) -> dict:  # plain values: uniforms, trace, gain, cost, and the update at which the run was
+                # plain values: uniforms, trace, gain, cost, and the update at which the run was
+                ) -> dict:
     "All that needs the model, for `report`"
     p, text, final = bench.problem(), bench.text.selection, bench.config.profile.final_blocks
     on = lambda n: lambda widths, weights=bench.static: bench.perplexity(widths, text[:n], weights)
     (widths, _), gain = winner(run, bench.cost), pd.DataFrame()
-    if widths is not None: gain = calibration_gain(on(min(blocks, len(text))), widths, bench.cost.full, bench.static)
-    return dict(config_id=config_id(run.config), update=run.log[-1]['update'], uniforms=uniform_rewards(p, final),
-                trace=trace(on(final), run.log, run.updates, p, points).to_dict('records'), gain=gain.to_dict('records'),
-                cost=dict(unit=bench.cost.unit.tolist(), full=bench.cost.full.tolist(), fixed=bench.cost.fixed))
+    if widths is not None:
+        gain = calibration_gain(on(min(blocks, len(text))), widths, bench.cost.full, bench.static)
+    return dict(config_id=config_id(run.config), update=run.log[-1]['update'],
+                uniforms=uniform_rewards(p, final),
+                trace=trace(on(final), run.log, run.updates, p, points).to_dict('records'),
+                gain=gain.to_dict('records'),
+                cost=dict(unit=bench.cost.unit.tolist(), full=bench.cost.full.tolist(),
+                          fixed=bench.cost.fixed))

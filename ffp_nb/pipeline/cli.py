@@ -28,7 +28,8 @@ from ..core.runs import atomic_write
 
 # %% ../../nbs/pipeline/04_cli.ipynb #72f10b84
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help='Structured pruning of causal language models, with a searched width for every layer.')
+                  help='Structured pruning of causal language models, with a searched width for '
+                       'every layer.')
 Methods = Enum('Methods', {m: m for m in METHODS})
 Profiles = Enum('Profiles', {p: p for p in PROFILES})
 Criteria = Enum('Criteria', {c: c for c in CRITERION_NAMES})
@@ -37,8 +38,10 @@ Kinds = Enum('Kinds', {k: k for k in KINDS})
 Quants = Enum('Quants', {q: q for q in QUANTS})
 console = Console()
 
-Model = Annotated[str, typer.Option(help="'smollm2' (needs no hub), 'smollm2-mistral', a local folder, or a hub id")]
-Text = Annotated[str, typer.Option(help="'wikitext2', 'pydoc', 'auto', a text file, or a hub data set")]
+Model = Annotated[str, typer.Option(help="'smollm2' (needs no hub), 'smollm2-mistral', a local "
+                                         "folder, or a hub id")]
+Text = Annotated[str, typer.Option(help="'wikitext2', 'pydoc', 'auto', a text file, or a hub "
+                                        "data set")]
 Sparsity = Annotated[float, typer.Option(help='share of the decoder-block parameters to remove')]
 Method = Annotated[Methods, typer.Option(help='how the widths are chosen')]
 ProfileOpt = Annotated[Profiles, typer.Option(help='how much text and how many episodes')]
@@ -47,27 +50,38 @@ Out = Annotated[Path, typer.Option(help='folder for everything that is made')]
 Resume = Annotated[bool, typer.Option(help='go on with the search in --out, or start over')]
 Criterion = Annotated[Criteria, typer.Option(help='order in which units go')]
 Dtype = Annotated[str, typer.Option(help='bfloat16, float32 or float16')]
-Remove = Annotated[Optional[list[Kinds]], typer.Option(help='modules of this kind may be removed altogether; give it twice for both')]
+Remove = Annotated[Optional[list[Kinds]], typer.Option(help='modules of this kind may be removed '
+                                                            'altogether; give it twice for both')]
 FfnStep = Annotated[int, typer.Option(help='FFN widths are multiples of this')]
-Device = Annotated[Optional[str], typer.Option(help="default: a GPU where there is one; 'auto' splits a large model over GPUs, memory and disk")]
-Workers = Annotated[int, typer.Option(min=0, help='processes that measure policies, each with a replica of the model (needs ffp_nb[ray]); 0: none')]
+Device = Annotated[Optional[str], typer.Option(help="default: a GPU where there is one; 'auto' "
+                                                    "splits a large model over GPUs, memory and "
+                                                    "disk")]
+Workers = Annotated[int, typer.Option(min=0, help='processes that measure policies, each with a '
+                                                  'replica of the model (needs ffp_nb[ray]); 0: '
+                                                  'none')]
 Debug = Annotated[bool, typer.Option(help='show the traceback of an error')]
 
 # %% ../../nbs/pipeline/04_cli.ipynb #b6a6d72c
 class _told:
     "Turn errors that a user can mend into one line on stderr and exit status 1"
-    def __init__(self, debug: bool): self.debug = debug
-    def __enter__(self): return self
+    def __init__(self, debug: bool):
+        self.debug = debug
+
+    def __enter__(self):
+        return self
+
     def __exit__(self, kind, error, trace):
         if self.debug or kind is None: return False
         if issubclass(kind, KeyboardInterrupt):
             Console(stderr=True).print('stopped; the same command goes on from the last update')
             raise typer.Exit(130)
         if issubclass(kind, (ValueError, OSError, RuntimeError, KeyError, ImportError)):
-            text = error.args[0] if kind is KeyError and error.args else error  # str of a KeyError is quoted
+            # str of a KeyError is quoted
+            text = error.args[0] if kind is KeyError and error.args else error
             err = Console(stderr=True)
             err.print('error:', style='bold red', end=' ')
-            err.print(' '.join(str(text).split()), markup=False, highlight=False, soft_wrap=True)  # libraries write several lines
+            # libraries write several lines
+            err.print(' '.join(str(text).split()), markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1)
         return False
 
@@ -75,90 +89,136 @@ class _told:
 def print_table(df, title: str) -> None:
     "A data frame as a table on the terminal"
     table = Table(title=title)
-    for c in df.columns: table.add_column(c, justify='left' if df[c].dtype == object or str(df[c].dtype).startswith('str') else 'right')
+    for c in df.columns:
+        table.add_column(c,
+                         justify='left' if df[c].dtype == object
+                         or str(df[c].dtype).startswith('str') else 'right')
     for row in df.itertuples(index=False):
         table.add_row(*(f'{v:.4g}' if isinstance(v, float) else str(v) for v in row))
     console.print(table)
 
-
+# %% ../../nbs/pipeline/04_cli.ipynb #763eff5b
 def _config(model, text, sparsity, method, profile, seed, criterion, dtype, remove, ffn_step, **kw):
     gone = {k.value for k in remove or ()}
-    if gone: kw['p_min'] = tuple(0.0 if k in gone else PruneConfig.p_min for k in KINDS)
-    return PruneConfig(model, text, sparsity, method.value, seed, criterion.value, dtype=dtype, step=(1, ffn_step),
-                       profile=PROFILES[profile.value], **kw)
+    if gone:
+        kw['p_min'] = tuple(0.0 if k in gone else PruneConfig.p_min for k in KINDS)
+    return PruneConfig(model, text, sparsity, method.value, seed, criterion.value, dtype=dtype,
+                       step=(1, ffn_step), profile=PROFILES[profile.value], **kw)
 
 # %% ../../nbs/pipeline/04_cli.ipynb #43b234d0
 @app.command()
-def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.2, method: Method = Methods.ffp,
-          profile: ProfileOpt = Profiles.cpu, seed: Seed = 0, out: Out = Path('runs/pruned'), resume: Resume = True,
+def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.2,
+          method: Method = Methods.ffp, profile: ProfileOpt = Profiles.cpu, seed: Seed = 0,
+          out: Out = Path('runs/pruned'), resume: Resume = True,
           criterion: Criterion = Criteria.wanda, dtype: Dtype = 'bfloat16', device: Device = None,
           remove: Remove = None, ffn_step: FfnStep = 32, workers: Workers = 0,
-          calibration: Annotated[Calibrations, typer.Option(help='repair of the saved model')] = Calibrations.sequential,
-          alpha: Annotated[float, typer.Option(help='ridge penalty of the static calibration')] = 0.1,
-          overwrite: Annotated[bool, typer.Option(help='replace a model that is in --out')] = False, debug: Debug = False):
+          calibration: Annotated[Calibrations,
+                                 typer.Option(
+    help='repair of the saved model')] = Calibrations.sequential,
+          alpha: Annotated[float,
+                           typer.Option(help='ridge penalty of the static calibration')] = 0.1,
+          overwrite: Annotated[bool, typer.Option(help='replace a model that is in --out')] = False,
+          debug: Debug = False):
     "Search widths, repair, measure on the test split, save the model with a table and pictures."
     with _told(debug):
         from ffp_nb.pipeline.prune import prune as run
-        config = _config(model, text, sparsity, method, profile, seed, criterion, dtype, remove, ffn_step,
-                         calibration=calibration.value, alpha=alpha)
+        config = _config(model, text, sparsity, method, profile, seed, criterion, dtype, remove,
+                         ffn_step, calibration=calibration.value, alpha=alpha)
         table = run(config, out, resume, overwrite, workers=workers, device=device)
-        print_table(table, f'{model}, sparsity {sparsity:.0%}: perplexity on the test split of {config.text}')
+        print_table(table, f'{model}, sparsity {sparsity:.0%}: perplexity on the test split of '
+                           f'{config.text}')
         console.print(f'model, table.csv, retention.png, search.png and the record are in {out}')
 
 # %% ../../nbs/pipeline/04_cli.ipynb #aef540e1
 @app.command()
-def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.2, method: Method = Methods.ffp,
-           profile: ProfileOpt = Profiles.cpu, seed: Seed = 0, out: Out = Path('runs/search'), resume: Resume = True,
+def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.2,
+           method: Method = Methods.ffp, profile: ProfileOpt = Profiles.cpu, seed: Seed = 0,
+           out: Out = Path('runs/search'), resume: Resume = True,
            criterion: Criterion = Criteria.wanda, dtype: Dtype = 'bfloat16', device: Device = None,
-           remove: Remove = None, ffn_step: FfnStep = 32, workers: Workers = 0, debug: Debug = False):
+           remove: Remove = None, ffn_step: FfnStep = 32, workers: Workers = 0,
+           debug: Debug = False):
     "Only find the widths: log, pictures and widths.json, no test split, no model."
     with _told(debug):
         from ffp_nb.core.runs import check_writable, save_figure, write_json
         from ffp_nb.pipeline.bench import Bench, find_widths, open_run
         from ffp_nb.search.diagnose import plot_retention, plot_search
         from ffp_nb.search.workers import import_ray
-        config = _config(model, text, sparsity, method, profile, seed, criterion, dtype, remove, ffn_step)
-        if workers: import_ray()  # before anything is loaded
+        config = _config(model, text, sparsity, method, profile, seed, criterion, dtype, remove,
+                         ffn_step)
+        if workers:
+            import_ray()  # before anything is loaded
         check_writable(out)
         bench = Bench.load(config, device=device)
-        widths, result = find_widths(bench, run=open_run(out / 'search', bench, resume=resume), workers=workers)
-        found = dict(reward=result.reward, source=result.source, forward_tokens=result.forward_tokens,
-                     broken=result.broken) if result else {}
-        write_json(out / 'widths.json', dict(widths=widths, sparsity=bench.cost.sparsity(widths), **found))
-        save_figure(plot_retention(widths, bench.cost.full, f'{model}, {sparsity:.0%}'), out / 'retention.png')
-        if result: save_figure(plot_search(result.updates), out / 'search.png')
-        console.print(f'sparsity {bench.cost.sparsity(widths):.3%}', found, f'widths.json and pictures are in {out}')
+        widths, result = find_widths(bench, run=open_run(out / 'search', bench, resume=resume),
+                                     workers=workers)
+        found = (dict(reward=result.reward, source=result.source,
+                      forward_tokens=result.forward_tokens, broken=result.broken) if result else {})
+        write_json(out / 'widths.json',
+                   dict(widths=widths, sparsity=bench.cost.sparsity(widths), **found))
+        save_figure(plot_retention(widths, bench.cost.full, f'{model}, {sparsity:.0%}'),
+                    out / 'retention.png')
+        if result:
+            save_figure(plot_search(result.updates), out / 'search.png')
+        console.print(f'sparsity {bench.cost.sparsity(widths):.3%}', found,
+                      f'widths.json and pictures are in {out}')
 
 # %% ../../nbs/pipeline/04_cli.ipynb #d94e92be
 @app.command('eval')
-def evaluate(model: Model = 'smollm2', text: Text = 'auto', dtype: Dtype = 'bfloat16', device: Device = None,
-             split: Annotated[str, typer.Option(help='calibration, search, selection or test')] = 'test',
+def evaluate(model: Model = 'smollm2', text: Text = 'auto', dtype: Dtype = 'bfloat16',
+             device: Device = None,
+             split: Annotated[str,
+                              typer.Option(help='calibration, search, selection or test')] = 'test',
              block_len: Annotated[int, typer.Option(help='tokens of a block')] = 512,
-             stride: Annotated[Optional[int], typer.Option(help='tokens between blocks; default: block_len')] = None,
+             stride: Annotated[Optional[int],
+                               typer.Option(
+    help='tokens between blocks; default: block_len')] = None,
              bos: Annotated[bool, typer.Option(help='put BOS in front of every block')] = False,
-             max_blocks: Annotated[Optional[int], typer.Option(help='a prefix of the split')] = None,
-             tasks: Annotated[Optional[str], typer.Option(help="zero-shot accuracy instead: 'seven', 'all', or names with commas")] = None,
-             limit: Annotated[Optional[int], typer.Option(help='documents of each task, drawn with a fixed seed; default: all')] = None,
-             part: Annotated[Optional[str], typer.Option(help="'dev' or 'test' documents of each task; default: both")] = None,
-             metric: Annotated[Optional[str], typer.Option(help="'acc_norm' (the default), 'acc' or 'all'")] = None,
-             data: Annotated[Optional[Path], typer.Option(help='folder with zero-shot/*.jsonl; default: FFP_DATA_DIR, or the hub')] = None,
-             csv: Annotated[Optional[Path], typer.Option(help='write the table to this file too')] = None,
-             batch: Annotated[int, typer.Option(help='blocks or requests of one forward pass')] = 1, debug: Debug = False):
-    "Perplexity, or with --tasks zero-shot accuracy, of a name, a hub id, a dense folder, or a folder that `ffp prune` saved."
+             max_blocks: Annotated[Optional[int],
+                                   typer.Option(help='a prefix of the split')] = None,
+             tasks: Annotated[Optional[str],
+                              typer.Option(
+    help="zero-shot accuracy instead: 'seven', 'all', or names with commas")] = None,
+             limit: Annotated[Optional[int],
+                              typer.Option(
+    help='documents of each task, drawn with a fixed seed; default: all')] = None,
+             part: Annotated[Optional[str],
+                             typer.Option(
+    help="'dev' or 'test' documents of each task; default: both")] = None,
+             metric: Annotated[Optional[str],
+                               typer.Option(
+    help="'acc_norm' (the default), 'acc' or 'all'")] = None,
+             data: Annotated[Optional[Path],
+                             typer.Option(
+    help='folder with zero-shot/*.jsonl; default: FFP_DATA_DIR, or the hub')] = None,
+             csv: Annotated[Optional[Path],
+                            typer.Option(help='write the table to this file too')] = None,
+             batch: Annotated[int, typer.Option(help='blocks or requests of one forward pass')] = 1,
+             debug: Debug = False):
+    """Perplexity, or with --tasks zero-shot accuracy, of a name, a hub id, a dense folder, or a
+    folder that `ffp prune` saved."""
     with _told(debug):
         from ffp_nb.export.hf import open_model
         if batch < 1: raise ValueError(f'batch {batch}; expected at least 1')
         if tasks is None and (part, metric) != (None, None):
-            raise ValueError('--part and --metric choose among --tasks; name some, or leave them out')
-        if tasks is not None: table = _zero_shot(lambda: open_model(model, dtype, device), tasks, limit, part, metric or 'acc_norm', data, batch)
-        else: table = _perplexity(lambda: open_model(model, dtype, device), text, split, Convention(block_len, stride or block_len, bos, max_blocks), batch)
+            raise ValueError('--part and --metric choose among --tasks; name some, or leave them '
+                             'out')
+        if tasks is not None:
+            table = _zero_shot(lambda: open_model(model, dtype, device), tasks, limit, part,
+                               metric or 'acc_norm', data, batch)
+        else:
+            table = _perplexity(lambda: open_model(model, dtype, device), text, split,
+                                Convention(block_len, stride or block_len, bos, max_blocks), batch)
         table.insert(0, 'model', model)
-        print_table(table, 'perplexity' if tasks is None else f'zero-shot accuracy, part {part}' if part else 'zero-shot accuracy')
-        if csv: atomic_write(csv, table.to_csv(index=False))
+        print_table(table,
+                    'perplexity' if tasks is None else f'zero-shot accuracy, part {part}' if part
+                    else 'zero-shot accuracy')
+        if csv:
+            atomic_write(csv, table.to_csv(index=False))
 
-
+# %% ../../nbs/pipeline/04_cli.ipynb #20b88df5
 def _perplexity(load, text, split, convention, batch):
-    "One row: what was read and its perplexity. The text comes first, a wrong name should not cost the loading of a model"
+    """One row: what was read and its perplexity. The text comes first, a wrong name should not cost
+    the loading of a model"""
     from ffp_nb.core.perplexity import perplexity
     from ffp_nb.core.text import check_blocks
     corpus = load_corpus(text)
@@ -167,27 +227,42 @@ def _perplexity(load, text, split, convention, batch):
     blocks = token_blocks(text_of_split, tokenizer, convention)
     check_blocks(blocks, net)
     p = perplexity(net, blocks, batch, progress=True)
-    return pd.DataFrame([dict(text=corpus.name, split=split, blocks=len(blocks), block_len=convention.block_len,
-                              stride=convention.stride, bos=convention.bos, scored=p.tokens, ppl=p.ppl)])
+    return pd.DataFrame([dict(text=corpus.name, split=split, blocks=len(blocks),
+                              block_len=convention.block_len, stride=convention.stride,
+                              bos=convention.bos, scored=p.tokens, ppl=p.ppl)])
 
 
 def _zero_shot(load, tasks, limit, part, metric, data, batch):
     "A row a task, and the average. Options and documents come first, before the model is loaded"
     from ffp_nb.pipeline.tasks import METRICS, load_tasks, zero_shot
-    if metric not in METRICS: raise ValueError(f'metric {metric!r}; expected one of {", ".join(METRICS)}')
+    if metric not in METRICS:
+        raise ValueError(f'metric {metric!r}; expected one of {", ".join(METRICS)}')
     loaded = load_tasks(tasks, limit, part=part, data=data)
     net, tokenizer = load()
     return zero_shot(net, tokenizer, loaded, batch=batch, metric=metric)
 
 # %% ../../nbs/pipeline/04_cli.ipynb #4e9c9da1
 @app.command()
-def report(runs: Annotated[list[Path], typer.Argument(help='folders of `ffp search` or `ffp prune`, finished or not; seeds of one target are compared')],
-           out: Annotated[Optional[Path], typer.Option(help='folder for report.md and its pictures; default: `report` in the first run')] = None,
-           measure: Annotated[bool, typer.Option('--measure', help='load the model again: uniforms, best so far on held-out text, gain of the repair')] = False,
-           points: Annotated[int, typer.Option(help='with --measure: points of the search at which its best is measured')] = 8,
-           blocks: Annotated[int, typer.Option(help='with --measure: blocks on which the gain of the repair is measured')] = 4,
-           device: Device = None, debug: Debug = False):
-    "Did the reward rise, did exploration collapse, was the budget met, do seeds agree? Pictures and plain sentences."
+def report(runs: Annotated[list[Path],
+                           typer.Argument(help='folders of `ffp search` or `ffp '
+                                          'prune`, finished or not; seeds of '
+                                          'one target are compared')],
+           out: Annotated[Optional[Path],
+                          typer.Option(help='folder for report.md and its '
+                                       'pictures; default: `report` in the ' 'first run')] = None,
+           measure: Annotated[bool,
+                              typer.Option('--measure',
+                                           help='load the model again: uniforms, best so far on '
+                                                'held-out text, gain of the repair')] = False,
+           points: Annotated[int,
+                             typer.Option(help='with --measure: points of the search at '
+                                          'which its best is measured')] = 8,
+           blocks: Annotated[int,
+                             typer.Option(help='with --measure: blocks on which the gain of '
+                                          'the repair is measured')] = 4, device: Device = None,
+           debug: Debug = False):
+    """Did the reward rise, did exploration collapse, was the budget met, do seeds agree? Pictures
+    and plain sentences."""
     with _told(debug):
         from ffp_nb.pipeline.bench import load_bench, measure_run
         from ffp_nb.search.report import report as write
@@ -197,15 +272,20 @@ def report(runs: Annotated[list[Path], typer.Argument(help='folders of `ffp sear
         table, path = write(runs, out, again if measure else None)
         print_table(table, 'key figures')
         for line in path.read_text().splitlines():
-            if line.startswith(('## ', '- ')): console.print(line, markup=False, highlight=False)
-        console.print(f'{path} and its pictures: {", ".join(sorted(f.name for f in path.parent.glob("*.png")))}')
+            if line.startswith(('## ', '- ')):
+                console.print(line, markup=False, highlight=False)
+        console.print(f'{path} and its pictures: '
+                      f'{", ".join(sorted(f.name for f in path.parent.glob("*.png")))}')
 
 # %% ../../nbs/pipeline/04_cli.ipynb #f054df94
 @app.command()
-def export(model: Annotated[Path, typer.Argument(help='a folder that `ffp prune` saved, or a dense one')],
+def export(model: Annotated[Path,
+                            typer.Argument(help='a folder that `ffp prune` saved, or a dense one')],
            gguf: Annotated[Path, typer.Option(help='file to write')],
-           quant: Annotated[Quants, typer.Option(help='number format of the matrices')] = Quants.f16,
-           overwrite: Annotated[bool, typer.Option(help='replace a file that is there')] = False, debug: Debug = False):
+           quant: Annotated[Quants,
+                            typer.Option(help='number format of the matrices')] = Quants.f16,
+           overwrite: Annotated[bool, typer.Option(help='replace a file that is there')] = False,
+           debug: Debug = False):
     "Write a model and its tokenizer as one GGUF file, which llama.cpp serves."
     with _told(debug):
         from ffp_nb.export.gguf import export_gguf
@@ -213,18 +293,22 @@ def export(model: Annotated[Path, typer.Argument(help='a folder that `ffp prune`
         console.print(f'{path}: {path.stat().st_size / 1e6:.1f} MB')
 
 # %% ../../nbs/pipeline/04_cli.ipynb #4635d599
-studies = typer.Typer(no_args_is_help=True, help='The studies: list them, run their pages, report what their records say.')
+studies = typer.Typer(no_args_is_help=True, help='The studies: list them, run their pages, '
+                                                 'report what their records say.')
 app.add_typer(studies, name='study')
-Nbs = Annotated[Optional[Path], typer.Option(help='folder of the notebooks; default: that of the checkout')]
+Nbs = Annotated[Optional[Path],
+                typer.Option(help='folder of the notebooks; default: that of the checkout')]
 
 
 def _registry():
-    "The studies are a floor above and only loaded when they are asked for. ImportError where the package came without them"
-    try: return import_module('ffp_nb.studies.registry')
+    """The studies are a floor above and only loaded when they are asked for. ImportError where the
+    package came without them"""
+    try:
+        return import_module('ffp_nb.studies.registry')
     except ModuleNotFoundError as e:
         if not (e.name or '').startswith('ffp_nb.studies'): raise
-        raise ImportError('the studies are not in this installation: `git clone https://github.com/ffp-nb/ffp-nb`, '
-                          'then run the command there') from e
+        raise ImportError('the studies are not in this installation: `git clone '
+                          'https://github.com/ffp-nb/ffp-nb`, then run the command there') from e
 
 
 @studies.command('list')
@@ -234,24 +318,34 @@ def study_list(nbs: Nbs = None, debug: Debug = False):
         registry = _registry()
         print_table(registry.study_table(registry.find_notebooks(nbs)), 'studies')
 
-
+# %% ../../nbs/pipeline/04_cli.ipynb #c8601e7d
 @studies.command('run')
-def study_run(name: Annotated[str, typer.Argument(help='a name that `ffp study list` gives')], profile: ProfileOpt = Profiles.cpu,
-              out: Annotated[Path, typer.Option(help='folder for the executed copy of the page')] = Path('runs/studies'),
-              records: Annotated[bool, typer.Option('--records', help='first compute the records that are missing, for hours')] = False,
+def study_run(name: Annotated[str, typer.Argument(help='a name that `ffp study list` gives')],
+              profile: ProfileOpt = Profiles.cpu,
+              out: Annotated[Path,
+                             typer.Option(help='folder for the executed copy of the page')] = Path(
+    'runs/studies'),
+              records: Annotated[
+    bool,
+    typer.Option('--records',
+                 help='first compute the records that are missing, for hours')] = False,
               nbs: Nbs = None, debug: Debug = False):
     "Execute the page of a study; the copy with its outputs goes to --out."
     with _told(debug):
         registry = _registry()
         study, folder = registry.get_study(name), registry.find_notebooks(nbs)
-        if records: registry.make_records(study, folder, profile.value)
-        page = registry.execute_page(registry.study_page(folder, name), out / f'{name}.ipynb', profile.value)
+        if records:
+            registry.make_records(study, folder, profile.value)
+        page = registry.execute_page(registry.study_page(folder, name), out / f'{name}.ipynb',
+                                     profile.value)
         console.print(f'{page}: profile {profile.value}')
 
 
 @studies.command('report')
-def study_report(out: Annotated[Optional[Path], typer.Option(help='write the Markdown to this file; default: to the terminal')] = None,
-                 nbs: Nbs = None, debug: Debug = False):
+def study_report(out: Annotated[Optional[Path],
+                                typer.Option(
+    help='write the Markdown to this file; default: to the terminal')] = None, nbs: Nbs = None,
+                 debug: Debug = False):
     "What all records say: the claims of the papers, and the conclusion of each study."
     with _told(debug):
         from rich.markdown import Markdown

@@ -52,18 +52,22 @@ class PruneConfig:
     alpha: float = 0.1  # ridge penalty of the static calibration
     calibration: str = 'sequential'  # of the saved model: 'none', 'static', 'sequential'
     sequential_alpha: float = 1.0  # penalty of the sequential calibration
-    sequential_target: str = 'residual'  # 'module' or 'residual'; the first study chose it on the selection split
+    # 'module' or 'residual'; the first study chose it on the selection split
+    sequential_target: str = 'residual'
     dtype: str = 'bfloat16'
     step: tuple[int, int] = (1, 32)
-    p_min: float | tuple[float, float] = 0.1  # least retention, or one for attention and one for FFN; 0: it may be removed
+    # least retention, or one for attention and one for FFN; 0: it may be removed
+    p_min: float | tuple[float, float] = 0.1
     profile: Profile = PROFILES['cpu']
     search: dict = field(default_factory=dict)  # further settings of `SearchConfig`
 
     def __post_init__(self):
-        for name, allowed in (('method', METHODS), ('criterion', CRITERION_NAMES), ('calibration', ('none', 'static', 'sequential')),
+        for name, allowed in (('method', METHODS), ('criterion', CRITERION_NAMES),
+                              ('calibration', ('none', 'static', 'sequential')),
                               ('sequential_target', ('module', 'residual')), ('dtype', DTYPES)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f'{name} {getattr(self, name)!r}; expected one of {", ".join(allowed)}')
+                raise ValueError(f'{name} {getattr(self, name)!r}; expected one of '
+                                 f'{", ".join(allowed)}')
         check_alpha(self.alpha)
         check_alpha(self.sequential_alpha)
         self.search_config()  # the search's own checks, before anything is loaded
@@ -71,14 +75,17 @@ class PruneConfig:
     def search_config(self) -> SearchConfig:
         "The settings of the search"
         p = self.profile
-        return SearchConfig(self.sparsity, self.method if self.method in SEARCHERS else 'ffp', self.seed, p.episodes, p.batch,
-                            p.blocks, step=(self.step[0], self.step[1]), p_min=self.p_min, final_blocks=p.final_blocks,
-                            **self.search)
+        return SearchConfig(self.sparsity, self.method if self.method in SEARCHERS else 'ffp',
+                            self.seed, p.episodes, p.batch, p.blocks,
+                            step=(self.step[0], self.step[1]), p_min=self.p_min,
+                            final_blocks=p.final_blocks, **self.search)
 
 # %% ../../nbs/pipeline/00_config.ipynb #e1194aac
 def run_config(config: PruneConfig,
-               text_sha256: str,  # of the corpus
+               text_sha256: dict[str, str],  # of the corpus, by split
                ) -> dict:
-    "The configuration of a record: all settings, the hash of the text, and how perplexity is measured"
+    """The configuration of a record: all settings, the hash of the text, and how perplexity is
+    measured"""
     block_len = config.profile.block_len
-    return asdict(config) | dict(text_sha256=text_sha256, convention=asdict(Convention(block_len, block_len)))
+    return (asdict(config)
+            | dict(text_sha256=text_sha256, convention=asdict(Convention(block_len, block_len))))

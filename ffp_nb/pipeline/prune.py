@@ -23,68 +23,89 @@ from ..search.workers import import_ray
 
 # %% ../../nbs/pipeline/02_prune.ipynb #13644cd9
 def prune(config: PruneConfig,
-          out: str | Path,  # folder for the model, the table, the pictures, the record and the search's state
+          # folder for the model, the table, the pictures, the record and the search's state
+          out: str | Path,
           resume: bool = True,  # go on with a search that is there; False: start over
           overwrite: bool = False,  # replace a model that is there
           progress: bool = True,
-          workers: int = 0,  # Ray actors that measure the policies of a search; 0: this process does
+          # Ray actors that measure the policies of a search; 0: this process does
+          workers: int = 0,
           **load) -> pd.DataFrame:  # the table
     "Prune a model and save it with its table, pictures and record"
     out, start = Path(out), time.perf_counter()
-    if workers: import_ray()  # before anything is loaded
+    if workers:
+        import_ray()  # before anything is loaded
     if (out / 'model').exists() and not overwrite:
         raise FileExistsError(f'{out}/model exists. Use another --out, or --overwrite.')
     check_writable(out)
     bench = Bench.load(config, progress=progress, **load)
-    widths, result = find_widths(bench, run=open_run(out / 'search', bench, resume=resume), progress=progress, workers=workers)
-    final = dict(none=lambda: None, static=lambda: bench.static, sequential=lambda: bench.sequential(widths, progress))
+    widths, result = find_widths(bench, run=open_run(out / 'search', bench, resume=resume),
+                                 progress=progress, workers=workers)
+    final = dict(none=lambda: None, static=lambda: bench.static,
+                 sequential=lambda: bench.sequential(widths, progress))
     weights = final[config.calibration]()
     table = measure(bench, widths, config.method, {config.calibration: weights}, progress)
     record = write_outputs(bench, widths, result, table, out, time.perf_counter() - start)
     with bench.elastic.at(widths, weights):  # the model comes last: where it is, all of the run is
-        save_pruned(bench.elastic, bench.tokenizer, out / 'model', overwrite, card_files(bench, widths, table, out, record))
+        save_pruned(bench.elastic, bench.tokenizer, out / 'model', overwrite,
+                    card_files(bench, widths, table, out, record))
     return table
 
 # %% ../../nbs/pipeline/02_prune.ipynb #8af04f15
 def measure(bench: Bench, widths, name: str,
             final: dict[str, Weights | None],  # further calibrations of these widths, by name
             progress: bool = True) -> pd.DataFrame:
-    "Test perplexity of the dense model, the calibrated uniforms, and these widths with each calibration"
+    """Test perplexity of the dense model, the calibrated uniforms, and these widths with each
+    calibration"""
     c, test, dense = bench.config, bench.text.test, bench.elastic.layout.full
     rows: list[tuple] = [('dense', 'none', dense, None)]
     for kinds, label in ((KINDS, 'uniform'), (('ffn',), 'uniform-ffn')):
         if label == name: continue
-        try: rows.append((label, 'static', uniform(bench.cost, c.sparsity, kinds, c.step, c.p_min), bench.static))
-        except InfeasibleBudget as e: print(f'{label} is left out of the table: {e}')
-    rows += [(name, k, widths, w) for k, w in (dict(none=None, static=bench.static) | final).items()]
+        try:
+            rows.append((label, 'static', uniform(bench.cost, c.sparsity, kinds, c.step, c.p_min),
+                         bench.static))
+        except InfeasibleBudget as e:
+            print(f'{label} is left out of the table: {e}')
+    rows += [(name, k, widths, w)
+             for k, w in (dict(none=None, static=bench.static) | final).items()]
     table = []
     for method, calibration, w, weights in rows:
-        if progress: print(f'measuring {method}, calibration {calibration} on {len(test)} test blocks', flush=True)
+        if progress:
+            print(f'measuring {method}, calibration {calibration} on {len(test)} test blocks',
+                  flush=True)
         p = bench.perplexity(w, test, weights, progress)
-        table.append(dict(method=method, calibration=calibration, sparsity=bench.cost.sparsity(w), ppl=p.ppl, nll=p.mean_nll))
+        table.append(dict(method=method, calibration=calibration, sparsity=bench.cost.sparsity(w),
+                          ppl=p.ppl, nll=p.mean_nll))
     return pd.DataFrame(table)
 
-
+# %% ../../nbs/pipeline/02_prune.ipynb #f6463b70
 def write_outputs(bench, widths, result, table, out, wall_s) -> Path:
     "Table, pictures and record of a finished run; the record's path"
     c, full = bench.config, bench.elastic.layout.full
     atomic_write(out / 'table.csv', table.to_csv(index=False))
-    save_figure(plot_retention(widths, full, f'{c.model}, {c.method}, sparsity {c.sparsity:.0%}'), out / 'retention.png')
+    save_figure(plot_retention(widths, full, f'{c.model}, {c.method}, sparsity {c.sparsity:.0%}'),
+                out / 'retention.png')
     found = {}
     if result is not None:
-        save_figure(plot_search(result.updates, f'{c.method}, sparsity {c.sparsity:.0%}, seed {c.seed}'), out / 'search.png')
-        found = dict(source=result.source, start=result.start, reward=result.reward, episodes=len(result.log), broken=result.broken,
-                     updates=result.updates)
-    return save_record(out, dict(name='prune') | run_config(c, bench.corpus.sha256), dict(widths=widths, table=table.to_dict('records'), **found),
-                       forward_tokens=result.forward_tokens if result else 0, wall_s=round(wall_s, 1))
+        save_figure(plot_search(result.updates,
+                                f'{c.method}, sparsity {c.sparsity:.0%}, seed {c.seed}'),
+                    out / 'search.png')
+        found = dict(source=result.source, start=result.start, reward=result.reward,
+                     episodes=len(result.log), broken=result.broken, updates=result.updates)
+    return save_record(out, dict(name='prune') | run_config(c, bench.corpus.sha256),
+                       dict(widths=widths, table=table.to_dict('records'), **found),
+                       forward_tokens=result.forward_tokens if result else 0,
+                       wall_s=round(wall_s, 1))
 
 
 def card_files(bench, widths, table, out, record) -> dict[str, str | bytes]:
     "Model card and heatmap for the folder of the model"
-    c, size = bench.config, sum(p.numel() for p in bench.elastic.model.parameters())  # at the widths that are set
+    # at the widths that are set
+    c, size = bench.config, sum(p.numel() for p in bench.elastic.model.parameters())
     cut = int(bench.cost.dense - bench.cost.total(widths))
     tokens = f'the first {c.profile.test_blocks} blocks' if c.profile.test_blocks else 'all blocks'
-    how = (f'Test split of {bench.corpus.name}, {tokens} of {c.profile.block_len} tokens without overlap, {c.dtype}; the model in this folder has '
-           f'the calibration "{c.calibration}".')
-    card = model_card(c.model, bench.cost.sparsity(widths), (size + cut, size), table, how, record.stem, find_license(c.model), 'retention.png')
+    how = (f'Test split of {bench.corpus.name}, {tokens} of {c.profile.block_len} tokens without '
+           f'overlap, {c.dtype}; the model in this folder has the calibration "{c.calibration}".')
+    card = model_card(c.model, bench.cost.sparsity(widths), (size + cut, size), table, how,
+                      record.stem, find_license(c.model), 'retention.png')
     return {'README.md': card, 'retention.png': (out / 'retention.png').read_bytes()}

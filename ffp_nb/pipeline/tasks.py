@@ -36,66 +36,88 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.runs import CorruptFile
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #42d7ac66
-SEVEN = ('boolq', 'piqa', 'hellaswag', 'winogrande', 'arc_easy', 'arc_challenge', 'openbookqa')  # those of the paper
+# those of the paper
+SEVEN = ('boolq', 'piqa', 'hellaswag', 'winogrande', 'arc_easy', 'arc_challenge', 'openbookqa')
 TASKS = *SEVEN, 'lambada_openai'  # lm-eval's own names
 METRICS = 'acc_norm', 'acc', 'all'
-_FOLDERS = dict(boolq='super_glue/boolq', arc_easy='arc', arc_challenge='arc', lambada_openai='lambada')  # in lm-eval
+_FOLDERS = dict(boolq='super_glue/boolq', arc_easy='arc', arc_challenge='arc',
+                lambada_openai='lambada')  # in lm-eval
 
 
-def find_tasks(names: str | list | tuple,  # 'seven', 'all', names with commas between, or a list of names
+def find_tasks(
+        # 'seven', 'all', names with commas between, or a list of names
+        names: str | list | tuple,
                ) -> list[str]:
     "Names of tasks, each once. ValueError for others than `TASKS`"
-    if isinstance(names, str): names = dict(seven=SEVEN, all=TASKS).get(names) or [n.strip() for n in names.split(',')]
+    if isinstance(names, str):
+        names = dict(seven=SEVEN, all=TASKS).get(names) or [n.strip() for n in names.split(',')]
     for n in names:
-        if n not in TASKS: raise ValueError(f"task {n!r}; expected 'seven', 'all', or some of {', '.join(TASKS)}")
+        if n not in TASKS:
+            raise ValueError(f"task {n!r}; expected 'seven', 'all', or some of {', '.join(TASKS)}")
     if not names: raise ValueError(f"no tasks; give 'seven', 'all', or some of {', '.join(TASKS)}")
     return list(dict.fromkeys(names))
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #4b0c54e7
 def _boolq(r):
     passage, _, question = r['query'].removeprefix('Passage: ').rpartition('\nQuestion: ')
-    return dict(passage=passage.replace('\nQuestion', ' question'), question=question.removesuffix('?'), label=r['gold'])
+    return dict(passage=passage.replace('\nQuestion', ' question'),
+                question=question.removesuffix('?'), label=r['gold'])
 
 
 def _piqa(r):
     sol1, sol2 = r['choices']
-    return dict(goal=r['query'].removeprefix('Question: ').removesuffix('\n'), sol1=sol1, sol2=sol2, label=r['gold'])
+    return dict(goal=r['query'].removeprefix('Question: ').removesuffix('\n'), sol1=sol1, sol2=sol2,
+                label=r['gold'])
 
 
 def _hellaswag(r):
     label, _, text = r['query'].partition(': ')
     cut = len(text)  # a text that ends with a sentence has no fragment
-    if text[-1:] not in '.!?': cut = max((m.end() for m in re.finditer(r'[.!?]["\')]* +(?=\S)', text)), default=0)
-    return dict(activity_label=label, ctx_a=text[:cut].rstrip(), ctx_b=text[cut:], endings=r['choices'], label=str(r['gold']))
+    if text[-1:] not in '.!?':
+        cut = max((m.end() for m in re.finditer(r'[.!?]["\')]* +(?=\S)', text)), default=0)
+    return dict(activity_label=label, ctx_a=text[:cut].rstrip(), ctx_b=text[cut:],
+                endings=r['choices'], label=str(r['gold']))
 
 
 def _winogrande(r):
     a, b = r['context_options']
-    n = len(os.path.commonprefix([a, b]))  # may end inside of a word, which the prompt does not show
-    return dict(sentence=f"{a[:n]}_ {r['continuation']}", option1=a[n:], option2=b[n:], answer=str(r['gold'] + 1))
+    # may end inside of a word, which the prompt does not show
+    n = len(os.path.commonprefix([a, b]))
+    return dict(sentence=f"{a[:n]}_ {r['continuation']}", option1=a[n:], option2=b[n:],
+                answer=str(r['gold'] + 1))
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #69f1d736
 def _lettered(r):
     text = list(dict.fromkeys(r['choices']))
     letters = 'ABCDEFGHIJ'[:len(text)]
-    return dict(choices=dict(text=text, label=list(letters)), answerKey=letters[text.index(r['choices'][r['gold']])])
+    return dict(choices=dict(text=text, label=list(letters)),
+                answerKey=letters[text.index(r['choices'][r['gold']])])
 
 
-def _arc(r): return dict(question=r['query'].removeprefix('Question: '), **_lettered(r))
-def _openbookqa(r): return dict(question_stem=r['query'], **_lettered(r))
-def _lambada(r): return dict(text=f"{r['context']} {r['continuation']}")
+def _arc(r):
+    return dict(question=r['query'].removeprefix('Question: '), **_lettered(r))
 
 
-_DOCUMENT = dict(boolq=_boolq, piqa=_piqa, hellaswag=_hellaswag, winogrande=_winogrande, arc_easy=_arc, arc_challenge=_arc,
-                 openbookqa=_openbookqa, lambada_openai=_lambada)
+def _openbookqa(r):
+    return dict(question_stem=r['query'], **_lettered(r))
+
+
+def _lambada(r):
+    return dict(text=f"{r['context']} {r['continuation']}")
+
+
+_DOCUMENT = dict(boolq=_boolq, piqa=_piqa, hellaswag=_hellaswag, winogrande=_winogrande,
+                 arc_easy=_arc, arc_challenge=_arc, openbookqa=_openbookqa, lambada_openai=_lambada)
 
 
 def hub_document(task: str,  # one of `TASKS`
                  record: dict,  # a line of its local file
                  ) -> dict:  # the document as lm-eval's task definition expects it
     "A local record in the form that the hub's data set has"
-    gold, choices = record.get('gold', 0), record.get('choices') or record.get('context_options') or ['']
-    if not isinstance(gold, int) or not 0 <= gold < len(choices): raise ValueError(f'gold {gold!r} with {len(choices)} choices')
+    gold = record.get('gold', 0)
+    choices = record.get('choices') or record.get('context_options') or ['']
+    if not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise ValueError(f'gold {gold!r} with {len(choices)} choices')
     return _DOCUMENT[task](record)
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #9be37f03
@@ -106,14 +128,16 @@ def local_documents(task: str, data: str | Path,  # a folder that holds `zero-sh
     folder = Path(data).expanduser() / 'zero-shot'
     path = next((folder / n for n in names if (folder / n).is_file()), None)
     if path is None:
-        raise FileNotFoundError(f'{folder} has no {names[0]}. Correct FFP_DATA_DIR (--data) or put the file there, or leave both '
-                                'out to read the hub.')
+        raise FileNotFoundError(f'{folder} has no {names[0]}. Correct FFP_DATA_DIR (--data) or '
+                                'put the file there, or leave both out to read the hub.')
     docs = []
     for i, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip(): continue
-        try: docs.append(hub_document(task, json.loads(line)))
+        try:
+            docs.append(hub_document(task, json.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise CorruptFile(f'line {i} of {path} is no {task} document ({type(e).__name__}: {e}). Restore the file.') from e
+            raise CorruptFile(f'line {i} of {path} is no {task} document ({type(e).__name__}: '
+                              f'{e}). Restore the file.') from e
     if not docs: raise CorruptFile(f'{path} is empty. Restore the file.')
     return docs
 
@@ -122,38 +146,47 @@ def local_documents(task: str, data: str | Path,  # a folder that holds `zero-sh
 def quiet():
     "Without the log lines and progress bars of lm-eval and datasets; what fails still raises"
     log, bars = logging.getLogger('lm_eval'), datasets.is_progress_bar_enabled()
-    level, stream = log.level, random.getstate()  # lm-eval draws a name for every task: not from a search's stream
-    log.setLevel(logging.ERROR); datasets.disable_progress_bars()
+    # lm-eval draws a name for every task: not from a search's stream
+    level, stream = log.level, random.getstate()
+    log.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     try:
-        with redirect_stderr(io.StringIO()): yield  # one of lm-eval's bars has no switch
+        with redirect_stderr(io.StringIO()):
+            yield  # one of lm-eval's bars has no switch
     finally:
-        log.setLevel(level); random.setstate(stream)
-        if bars: datasets.enable_progress_bars()
+        log.setLevel(level)
+        random.setstate(stream)
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _load(name, data):
     "lm-eval's task, over its own data set or over local documents"
     root = Path(lm_eval.__file__).parent / 'tasks'
-    manager = TaskManager(include_defaults=False, include_path=[str(root / _FOLDERS.get(name, name))])  # all take 13 s
+    manager = TaskManager(include_defaults=False,
+                          include_path=[str(root / _FOLDERS.get(name, name))])  # all take 13 s
     if data is not None:
         docs = datasets.Dataset.from_list(local_documents(name, data))
-        splits = dict.fromkeys(('train', 'validation', 'test'), docs)  # zero-shot: only the evaluated one is read
+        # zero-shot: only the evaluated one is read
+        splits = dict.fromkeys(('train', 'validation', 'test'), docs)
         own = dict(task=name, custom_dataset=lambda **_: dict(splits))
         return manager.load({'group': 'local', 'task': [own]})['tasks'][name]
-    try: return manager.load([name])['tasks'][name]
+    try:
+        return manager.load([name])['tasks'][name]
     except (OSError, ValueError) as e:
-        raise OSError(f'{name}: its data set could not be read from the hub ({type(e).__name__}: {e}). Go online, or set '
-                      'FFP_DATA_DIR (--data) to a folder with zero-shot/*.jsonl.') from e
+        raise OSError(f'{name}: its data set could not be read from the hub ({type(e).__name__}: '
+                      f'{e}). Go online, or set FFP_DATA_DIR (--data) to a folder with '
+                      'zero-shot/*.jsonl.') from e
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #d25dabe0
 DEV_SHARE = 0.3
 _RELATED = dict(  # what related documents have in common
-    boolq=lambda d: d['passage'][-80:],  # the beginning may hold a title
-    piqa=lambda d: d['goal'],
-    hellaswag=lambda d: d['query'].split('. ')[0] if ': How to' in d['query'] else d['activity_label'],
-    winogrande=lambda d: d['sentence'][:25],
-    arc_easy=lambda d: d['question'], arc_challenge=lambda d: d['question'], openbookqa=lambda d: d['question_stem'],
-    lambada_openai=lambda d: d['text'][:40])
+                boolq=lambda d: d['passage'][-80:],  # the beginning may hold a title
+                piqa=lambda d: d['goal'],
+                hellaswag=lambda d: d['query'].split('. ')[0] if ': How to' in d['query']
+                else d['activity_label'], winogrande=lambda d: d['sentence'][:25],
+                arc_easy=lambda d: d['question'], arc_challenge=lambda d: d['question'],
+                openbookqa=lambda d: d['question_stem'], lambada_openai=lambda d: d['text'][:40])
 
 
 def part_of(task: str, doc: dict,  # a document as lm-eval has it
@@ -168,9 +201,11 @@ def _select(name, task, part, limit, seed):
     docs = task.eval_docs
     keep = [i for i, d in enumerate(docs) if part is None or part_of(name, d) == part]
     if not keep: raise ValueError(f'{name} has no documents in part {part!r}; use part=None')
-    if limit is not None and seed is not None: keep = [keep[i] for i in np.random.default_rng(seed).permutation(len(keep))]
+    if limit is not None and seed is not None:
+        keep = [keep[i] for i in np.random.default_rng(seed).permutation(len(keep))]
     split = task.config.test_split if task.has_test_docs() else task.config.validation_split
-    if len(keep[:limit]) < len(docs): task.dataset[split] = task.dataset[split].select(keep[:limit])
+    if len(keep[:limit]) < len(docs):
+        task.dataset[split] = task.dataset[split].select(keep[:limit])
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #faf13997
 @dataclass(frozen=True)
@@ -186,19 +221,26 @@ class TaskSet:
 def load_tasks(tasks: str | list | tuple = SEVEN,  # see `find_tasks`
                limit: int | None = None,  # documents of each task; None: all
                part: str | None = None,  # 'dev', 'test', None: both
-               seed: int | None = 0,  # of the random draw; None: the first documents, as lm-eval takes them
-               data: str | Path | None = None,  # folder with zero-shot/*.jsonl; None: FFP_DATA_DIR, or else the hub
+               # of the random draw; None: the first documents, as lm-eval takes them
+               seed: int | None = 0,
+               # folder with zero-shot/*.jsonl; None: FFP_DATA_DIR, or else the hub
+               data: str | Path | None = None,
                ) -> TaskSet:
-    "Load tasks once for several evaluations. ValueError for bad options, OSError where the data cannot be read"
+    """Load tasks once for several evaluations. ValueError for bad options, OSError where the data
+    cannot be read"""
     names = find_tasks(tasks)
-    if part not in ('dev', 'test', None): raise ValueError(f"part {part!r}; expected 'dev', 'test' or None")
+    if part not in ('dev', 'test', None):
+        raise ValueError(f"part {part!r}; expected 'dev', 'test' or None")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise ValueError(f'limit {limit!r}; expected a whole number of documents, at least 1, or None for all')
+        raise ValueError(f'limit {limit!r}; expected a whole number of documents, at least 1, or '
+                         'None for all')
     data = data or os.environ.get('FFP_DATA_DIR') or None
     loaded = {}
     for name in names:
-        with quiet(): loaded[name] = _load(name, data)
-        with quiet(): _select(name, loaded[name], part, limit, seed)
+        with quiet():
+            loaded[name] = _load(name, data)
+        with quiet():
+            _select(name, loaded[name], part, limit, seed)
     return TaskSet(loaded, 'local' if data else 'hub', part, limit, seed)
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #3ea01545
@@ -206,20 +248,26 @@ class TaskLM(HFLM):
     "lm-eval's wrapper of a model in memory"
     def __init__(self, model, tokenizer, batch, bar):
         # lm-eval may add a padding token: to a copy
-        super().__init__(model, backend='causal', tokenizer=copy.deepcopy(tokenizer), batch_size=batch, softmax_dtype='float32')
-        self.embeddings, self.bar, self.tokens, self.cut = model.get_input_embeddings().num_embeddings, bar, 0, 0
-        self.cache_hook = SimpleNamespace(add_partial=lambda *_: bar.update())  # called for every answered request
+        super().__init__(model, backend='causal', tokenizer=copy.deepcopy(tokenizer),
+                         batch_size=batch, softmax_dtype='float32')
+        self.embeddings, self.bar, self.tokens = model.get_input_embeddings().num_embeddings, bar, 0
+        self.cut = 0
+        # called for every answered request
+        self.cache_hook = SimpleNamespace(add_partial=lambda *_: bar.update())
 
-    def loglikelihood(self, requests, disable_tqdm=False): return super().loglikelihood(requests, disable_tqdm=True)
+    def loglikelihood(self, requests, disable_tqdm=False):
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kw):
         top = max(max(context + answer) for _, context, answer in requests)
         if top >= self.embeddings:
-            raise ValueError(f'the tokenizer gives token {top}, the model has {self.embeddings} embeddings: it belongs to '
-                             'another model. Pass the right one, or copy its files to the folder.')
+            raise ValueError(f'the tokenizer gives token {top}, the model has {self.embeddings} '
+                             'embeddings: it belongs to another model. Pass the right one, or '
+                             'copy its files to the folder.')
         self.bar.reset(total=len(requests))
         lengths = [len(context) + len(answer) - 1 for _, context, answer in requests]
-        self.answer, self.shortest = max(len(answer) for _, _, answer in requests), min(*lengths, self.max_length)
+        self.answer = max(len(answer) for _, _, answer in requests)
+        self.shortest = min(*lengths, self.max_length)
         self.cut += sum(n > self.max_length for n in lengths)
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, **kw)
 
@@ -228,23 +276,30 @@ class TaskLM(HFLM):
         # lm-eval counts positions from the end, where in a batch there may be padding
         padding = inps.shape[1] - self.shortest if len(inps) > 1 else 0
         keep = self.answer + padding
-        with torch.no_grad(): return self.model(inps, use_cache=False, logits_to_keep=keep).logits
+        with torch.no_grad():
+            return self.model(inps, use_cache=False, logits_to_keep=keep).logits
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #795b574d
 def _check(model, tokenizer, batch, metric):
     "Errors for what lm-eval would fail on later and less clearly"
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f'model is a {type(model).__name__}; expected a transformers model, such as ElasticModel(...).model')
+        raise ValueError(f'model is a {type(model).__name__}; expected a transformers model, '
+                         'such as ElasticModel(...).model')
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f'tokenizer {tokenizer!r:.60}; expected the tokenizer of the model, as load_model and open_model return '
-                         'it. A folder without one needs the tokenizer files of the model it was made from.')
+        raise ValueError(f'tokenizer {tokenizer!r:.60}; expected the tokenizer of the model, as '
+                         'load_model and open_model return it. A folder without one needs the '
+                         'tokenizer files of the model it was made from.')
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise ValueError('the tokenizer has neither a BOS nor an EOS token, which lm-eval needs: set tokenizer.eos_token')
-    if not isinstance(batch, int) or batch < 1: raise ValueError(f'batch {batch!r}; expected a whole number, at least 1')
-    if metric not in METRICS: raise ValueError(f'metric {metric!r}; expected one of {", ".join(METRICS)}')
+        raise ValueError('the tokenizer has neither a BOS nor an EOS token, which lm-eval needs: '
+                         'set tokenizer.eos_token')
+    if not isinstance(batch, int) or batch < 1:
+        raise ValueError(f'batch {batch!r}; expected a whole number, at least 1')
+    if metric not in METRICS:
+        raise ValueError(f'metric {metric!r}; expected one of {", ".join(METRICS)}')
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #776b5d6b
-def _stderr(v): return float(sem(v)) if len(v) > 1 else float('nan')
+def _stderr(v):
+    return float(sem(v)) if len(v) > 1 else float('nan')
 
 
 def _rows(name, scores, metric):
@@ -254,17 +309,20 @@ def _rows(name, scores, metric):
         yield dict(task=name, metric=m, value=float(np.mean(scores[m])), stderr=_stderr(scores[m]))
     if 'loglikelihood' in scores:
         ppl = float(np.exp(-np.mean(scores['loglikelihood'])))
-        yield dict(task=name, metric='perplexity', value=ppl, stderr=ppl * _stderr(scores['loglikelihood']))
+        yield dict(task=name, metric='perplexity', value=ppl,
+                   stderr=ppl * _stderr(scores['loglikelihood']))
 
 
 def _average(rows, scores, metric):
     "The row of the average over those of `SEVEN` that are there, if there are two"
-    used = [r for r in rows if r['task'] in SEVEN and r['metric'] == (metric if metric in scores[r['task']] else 'acc')]
+    used = [r for r in rows
+            if r['task'] in SEVEN
+            and r['metric'] == (metric if metric in scores[r['task']] else 'acc')]
     if len(used) < 2: return
     value, chance = (float(np.mean([r[k] for r in used])) for k in ('value', 'chance'))
     stderr = float(np.sqrt(np.sum([r['stderr']**2 for r in used])) / len(used))
-    yield dict(task='average', metric=f'{metric} of {len(used)}', value=value, stderr=stderr, chance=chance,
-               documents=sum(r['documents'] for r in used))
+    yield dict(task='average', metric=f'{metric} of {len(used)}', value=value, stderr=stderr,
+               chance=chance, documents=sum(r['documents'] for r in used))
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #02d3d3a6
 def score_table(scores: dict,  # task → metric → a value a document
@@ -274,31 +332,42 @@ def score_table(scores: dict,  # task → metric → a value a document
     "The table of an evaluation; the last row is the average over those of `SEVEN` that are in it"
     rows = [row for name in scores for row in _rows(name, scores[name], metric)]
     for row in rows:
-        row['chance'] = about['chance'].get(row['task'], np.nan) if row['metric'] != 'perplexity' else np.nan
+        row['chance'] = (about['chance'].get(row['task'], np.nan) if row['metric'] != 'perplexity'
+                         else np.nan)
         row['documents'] = len(next(iter(scores[row['task']].values())))
-    rows += [row for m in (('acc_norm', 'acc') if metric == 'all' else [metric]) for row in _average(rows, scores, m)]
+    rows += [row for m in (('acc_norm', 'acc') if metric == 'all' else [metric])
+             for row in _average(rows, scores, m)]
     table = pd.DataFrame(rows)
     table.attrs = dict(scores=scores, about=about)
     return table
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #d5008000
-def zero_shot(model: PreTrainedModel,  # a causal LM of transformers, pruned or not, such as `ElasticModel.model` at any widths
-              tokenizer: PreTrainedTokenizerBase,
-              tasks: str | list | tuple | TaskSet = SEVEN,  # names, or tasks that `load_tasks` loaded with the options below
-              limit: int | None = None, batch: int = 1, data: str | Path | None = None, progress: bool = True,
-              part: str | None = None, seed: int | None = 0, metric: str = 'acc_norm') -> pd.DataFrame:
-    """Zero-shot accuracy of a model, see `load_tasks` for the options and `score_table` for the columns.
+def zero_shot(
+              # a causal LM of transformers, pruned or not, such as `ElasticModel.model` at any
+              # widths
+              model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+              # names, or tasks that `load_tasks` loaded with the options below
+              tasks: str | list | tuple | TaskSet = SEVEN, limit: int | None = None, batch: int = 1,
+              data: str | Path | None = None, progress: bool = True, part: str | None = None,
+              seed: int | None = 0, metric: str = 'acc_norm') -> pd.DataFrame:
+    """Zero-shot accuracy of a model, see `load_tasks` for the options and `score_table` for the
+    columns.
 
-    `attrs['about']` says what was evaluated (lm-eval's version, a hash of the requests and answers of each task, limit,
-    part, tokens read), `attrs['scores']` has the score of every document. NaN in a log-likelihood makes the task's value NaN."""
+    `attrs['about']` says what was evaluated (lm-eval's version, a hash of the requests and answers
+    of each task, limit, part, tokens read), `attrs['scores']` has the score of every document. NaN
+    in a log-likelihood makes the task's value NaN."""
     _check(model, tokenizer, batch, metric)
     if isinstance(tasks, TaskSet) and (limit, data, part) != (None,) * 3:
-        raise ValueError('limit, data and part belong to load_tasks where the tasks are loaded already')
+        raise ValueError('limit, data and part belong to load_tasks where the tasks are loaded '
+                         'already')
     given = tasks if isinstance(tasks, TaskSet) else load_tasks(tasks, limit, part, seed, data)
     bar = tqdm(disable=not progress, unit='request')
-    with quiet(): lm = TaskLM(model, tokenizer, batch, bar)
-    about = dict(lm_eval=lm_eval.__version__, source=given.source, part=given.part, limit=given.limit, seed=given.seed,
-                 batch=batch, dtype=str(model.dtype).removeprefix('torch.'), data={}, chance={}, broken={}, cut={})
+    with quiet():
+        lm = TaskLM(model, tokenizer, batch, bar)
+    about = dict(lm_eval=lm_eval.__version__, source=given.source, part=given.part,
+                 limit=given.limit, seed=given.seed, batch=batch,
+                 dtype=str(model.dtype).removeprefix('torch.'), data={}, chance={}, broken={},
+                 cut={})
     scores = {}
     with bar:
         for name, task in given.tasks.items():
@@ -307,41 +376,50 @@ def zero_shot(model: PreTrainedModel,  # a causal LM of transformers, pruned or 
     about['forward_tokens'] = lm.tokens
     return score_table(scores, about, metric)
 
-
+# %% ../../nbs/pipeline/03_tasks.ipynb #7e39317e
 def _score(lm, name, task, about):
     "Scores of one task's documents by metric; adds to `about`"
     lm.cut = 0
-    with quiet(): samples = evaluate(lm, dict(tasks={name: task}), bootstrap_iters=0)['samples'][name]
+    with quiet():
+        samples = evaluate(lm, dict(tasks={name: task}), bootstrap_iters=0)['samples'][name]
     if lm.cut:
-        warnings.warn(f'{name}: {lm.cut} prompts are longer than the {lm.max_length} tokens the model reads: their start is cut')
+        warnings.warn(f'{name}: {lm.cut} prompts are longer than the {lm.max_length} tokens the '
+                      'model reads: their start is cut')
     answered = [[o[0] for o in s['filtered_resps']] for s in samples]
     broken = [not np.isfinite(a).all() for a in answered]
-    # WinoGrande's contexts are the choices and its target is the continuation: its answer is elsewhere
+    # WinoGrande's contexts are the choices and its target is the continuation: its answer is
+    # elsewhere
     gold = [task.doc_to_text(s['doc']) if task.multiple_input else s['target'] for s in samples]
     asked = json.dumps([[s['arguments'], g] for s, g in zip(samples, gold)])
     about['data'][name] = hashlib.sha256(asked.encode()).hexdigest()[:16]
     about['broken'][name], about['cut'][name] = sum(broken), lm.cut
-    if task.OUTPUT_TYPE == 'multiple_choice': about['chance'][name] = float(np.mean([1 / len(a) for a in answered]))
+    if task.OUTPUT_TYPE == 'multiple_choice':
+        about['chance'][name] = float(np.mean([1 / len(a) for a in answered]))
     names = dict(perplexity='loglikelihood')
-    return {names.get(m, m): [float('nan') if b else float(s[m]) for s, b in zip(samples, broken)] for m in samples[0]['metrics']}
+    return {names.get(m, m): [float('nan') if b else float(s[m]) for s, b in zip(samples, broken)]
+            for m in samples[0]['metrics']}
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #102c36b0
 def paired(a: pd.DataFrame, b: pd.DataFrame,  # tables of `zero_shot` over the same documents
            metric: str = 'acc_norm',  # 'acc_norm' (else acc), or 'acc'
            ) -> pd.DataFrame:  # task, metric, difference, stderr, interval, documents
-    "What `b` has more than `a` by task and on average; of LAMBADA nats too. ValueError where they were not asked the same"
+    """What `b` has more than `a` by task and on average; of LAMBADA nats too. ValueError where they
+    were not asked the same"""
     asked = [t.attrs['about']['data'] for t in (a, b)]
     if asked[0] != asked[1]:
-        raise ValueError(f'the tables are not of the same documents ({asked[0]}, {asked[1]}). Evaluate both with equal options.')
+        raise ValueError(f'the tables are not of the same documents ({asked[0]}, {asked[1]}). '
+                         'Evaluate both with equal options.')
     scores, likelihood = {}, []
     for name in asked[0]:
         x, y = (t.attrs['scores'][name] for t in (a, b))
         delta = {m: np.subtract(y[m], x[m]) for m in x}
         if (ll := delta.pop('loglikelihood', None)) is not None:
-            likelihood.append(dict(task=name, metric='loglikelihood', value=ll.mean(), stderr=_stderr(ll), documents=len(ll)))
+            likelihood.append(dict(task=name, metric='loglikelihood', value=ll.mean(),
+                                   stderr=_stderr(ll), documents=len(ll)))
         scores[name] = delta
     table = score_table(scores, a.attrs['about'], metric)
     table.attrs, mean = {}, table.task == 'average'
-    table = pd.concat([t for t in (table[~mean], pd.DataFrame(likelihood), table[mean]) if len(t)], ignore_index=True)
+    table = pd.concat([t for t in (table[~mean], pd.DataFrame(likelihood), table[mean]) if len(t)],
+                      ignore_index=True)
     table = table.rename(columns=dict(value='difference')).assign(interval=1.96 * table.stderr)
     return table[['task', 'metric', 'difference', 'stderr', 'interval', 'documents']]

@@ -6,13 +6,15 @@
 __all__ = ['LR', 'Recipe', 'Adapted', 'Recovered', 'recover', 'save_recovered']
 
 # %% ../../nbs/recover/00_train.ipynb #0feb8c80
+from collections.abc import Callable
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -27,67 +29,87 @@ from ..core.text import check_blocks
 from ..core.runs import RunDir
 
 # %% ../../nbs/recover/00_train.ipynb #d00628ce
-LR = dict(adapter=1e-2, lora=3e-3, finetune=1e-4)  # chosen on a small model, see the study of recoveries
+# chosen on a small model, see the study of recoveries
+LR = dict(adapter=1e-2, lora=3e-3, finetune=1e-4)
 
-
+# %% ../../nbs/recover/00_train.ipynb #7edaa74d
 @dataclass(frozen=True)
 class Recipe:
     "All that a trained recovery depends on, besides the pruned model and the text"
     method: str = 'lora'  # 'adapter', 'lora' or 'finetune'
     lr: float | None = None  # highest learning rate; None: that of `LR`, chosen on small models
-    tokens: int = 131_072  # that training reads: whole steps, as many passes over the text as it takes
+    # that training reads: whole steps, as many passes over the text as it takes
+    tokens: int = 131_072
     batch: int = 4  # blocks of one step
     rank: int = 16  # of an adapter or of LoRA
-    warmup: float = 0.1  # share of the steps in which the learning rate goes up; then a cosine to zero
+    # share of the steps in which the learning rate goes up; then a cosine to zero
+    warmup: float = 0.1
     clip: float = 1.0  # largest norm of the gradient
     weight_decay: float = 0.0
     seed: int = 0  # of the new weights and of the order of the text
+    steps: ClassVar[Callable[..., int]]  # given below
 
     def __post_init__(self):
-        if self.method not in LR: raise ValueError(f'method {self.method!r}; expected one of {", ".join(LR)}')
-        if self.lr is None: object.__setattr__(self, 'lr', LR[self.method])
+        if self.method not in LR:
+            raise ValueError(f'method {self.method!r}; expected one of {", ".join(LR)}')
+        if self.lr is None:
+            object.__setattr__(self, 'lr', LR[self.method])
         for name in ('lr', 'clip'):
             if not 0 < getattr(self, name) < float('inf'):
                 raise ValueError(f'{name} {getattr(self, name)}; expected a finite number above 0')
         for name in ('tokens', 'batch', 'rank'):
-            if getattr(self, name) < 1: raise ValueError(f'{name} {getattr(self, name)}; expected at least 1')
-        if not 0 <= self.warmup < 1: raise ValueError(f'warmup {self.warmup}; expected a share in [0, 1)')
-        if not 0 <= self.weight_decay < float('inf'): raise ValueError(f'weight_decay {self.weight_decay}; expected 0 or more')
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} {getattr(self, name)}; expected at least 1')
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f'warmup {self.warmup}; expected a share in [0, 1)')
+        if not 0 <= self.weight_decay < float('inf'):
+            raise ValueError(f'weight_decay {self.weight_decay}; expected 0 or more')
         if self.seed < 0: raise ValueError(f'seed {self.seed}; expected 0 or more')
 
-    def steps(self, blocks: Blocks) -> int:
-        "Optimiser steps that the tokens are good for. ValueError where there is not one"
-        if not len(blocks): raise ValueError('no blocks to train on. Give some calibration text.')
-        per_step = self.batch * blocks.ids.shape[1]
-        if self.tokens < per_step:
-            raise ValueError(f'{self.tokens} tokens; one step of {self.batch} blocks of {blocks.ids.shape[1]} takes {per_step}. '
-                             'Give more tokens, or a smaller batch.')
-        return self.tokens // per_step
+# %% ../../nbs/recover/00_train.ipynb #6b0c8f48
+@patch
+def steps(self: Recipe, blocks: Blocks) -> int:
+    "Optimiser steps that the tokens are good for. ValueError where there is not one"
+    if not len(blocks): raise ValueError('no blocks to train on. Give some calibration text.')
+    per_step = self.batch * blocks.ids.shape[1]
+    if self.tokens < per_step:
+        raise ValueError(f'{self.tokens} tokens; one step of {self.batch} blocks of '
+                         f'{blocks.ids.shape[1]} takes {per_step}. Give more tokens, or a '
+                         'smaller batch.')
+    return self.tokens // per_step
 
 # %% ../../nbs/recover/00_train.ipynb #b9abe3f0
 class Adapted(nn.Module):
-    "An output projection with a non-linear path beside it: W x + B gelu(A x + a) + b, B and b zero at first"
+    """An output projection with a non-linear path beside it: W x + B gelu(A x + a) + b, B and b
+    zero at first"""
     def __init__(self, lin: nn.Linear, rank: int):
         super().__init__()
         new: dict[str, Any] = dict(device=lin.weight.device, dtype=torch.float32)
-        self.lin, self.down, self.up = lin, nn.Linear(lin.in_features, rank, **new), nn.Linear(rank, lin.out_features, **new)
-        nn.init.zeros_(self.up.weight); nn.init.zeros_(self.up.bias)
+        self.lin, self.down = lin, nn.Linear(lin.in_features, rank, **new)
+        self.up = nn.Linear(rank, lin.out_features, **new)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
 
-    def forward(self, x): return self.lin(x) + self.up(F.gelu(self.down(x.float()))).to(x.dtype)
+    def forward(self, x):
+        return self.lin(x) + self.up(F.gelu(self.down(x.float()))).to(x.dtype)
 
 
 def _adapter(model, projections, outputs, recipe):
     for name in outputs:
         parent, _, leaf = name.rpartition('.')
         setattr(model.get_submodule(parent), leaf, Adapted(model.get_submodule(name), recipe.rank))
-        for new in ('down', 'up'): model.get_submodule(f'{name}.{new}').requires_grad_(True)
+        for new in ('down', 'up'):
+            model.get_submodule(f'{name}.{new}').requires_grad_(True)
     return lambda: model
 
 
 def _lora(model, projections, outputs, recipe):
-    try: from peft import LoraConfig, LoraModel
-    except ImportError as e: raise ImportError("LoRA needs the package peft. Run: pip install 'ffp_nb[recover]'") from e
-    # names in full: peft would take a short one for every layer, also where nothing is left to adapt
+    try:
+        from peft import LoraConfig, LoraModel
+    except ImportError as e:
+        raise ImportError("LoRA needs the package peft. Run: pip install 'ffp_nb[recover]'") from e
+    # names in full: peft would take a short one for every layer, also where nothing is left to
+    # adapt
     config = LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=projections)
     return LoraModel(model, config, 'default').merge_and_unload
 
@@ -97,12 +119,13 @@ def _finetune(model, projections, outputs, recipe):
     model.requires_grad_(True)
     return lambda: model.to(dtype)
 
-
+# %% ../../nbs/recover/00_train.ipynb #618dd421
 _PREPARE = dict(adapter=_adapter, lora=_lora, finetune=_finetune)
 
 # %% ../../nbs/recover/00_train.ipynb #dbd2d173
 def _pruned_copy(elastic, widths, weights):
-    "A copy at these widths, the names of the projections that are left in it, and those of the output projections among them"
+    """A copy at these widths, the names of the projections that are left in it, and those of the
+    output projections among them"""
     with elastic.at(widths, weights):
         modules = elastic.layout.modules.values()
         outs = {m.out for m in modules if m.out.weight.numel()}
@@ -115,32 +138,44 @@ def _train(model, blocks, recipe, half, run, every, progress):
     "Train what needs a gradient, in place, from the newest checkpoint on; the loss of every step"
     c, steps, device = recipe, recipe.steps(blocks), model.device
     passes = -(-steps * c.batch // len(blocks))
-    order = np.concatenate([np.random.default_rng([c.seed, e]).permutation(len(blocks)) for e in range(passes)])
+    order = np.concatenate([np.random.default_rng([c.seed, e]).permutation(len(blocks))
+                            for e in range(passes)])
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     opt = torch.optim.AdamW(params.values(), c.lr, weight_decay=c.weight_decay)
     schedule, losses = get_scheduler('cosine', opt, int(c.warmup * steps), steps), []
     if run is not None and (state := run.load_checkpoint()):
         model.load_state_dict(state['params'], strict=False)
-        opt.load_state_dict(state['opt']); schedule.load_state_dict(state['schedule']); losses = state['losses']
+        opt.load_state_dict(state['opt'])
+        schedule.load_state_dict(state['schedule'])
+        losses = state['losses']
     def loss_of(step):
         ids = blocks.ids[order[step * c.batch:(step + 1) * c.batch]].to(device)
-        with torch.autocast(device.type, torch.bfloat16, half): return block_loss(model, ids, blocks.scored)
+        with torch.autocast(device.type, torch.bfloat16, half):
+            return block_loss(model, ids, blocks.scored)
+
     def check(step, loss, norm=0.0):
         if not np.isfinite([loss, norm]).all():
-            raise ValueError(f'{c.method} broke down at step {step + 1} of {steps}: loss {loss}, norm of the gradient {norm}. The '
-                             f'pruned model is as it was. Use a lr below {c.lr:g}, or a lower sparsity.')
-    bar = tqdm(range(len(losses), steps), initial=len(losses), total=steps, desc=f'recover {c.method}', disable=not progress)
+            raise ValueError(f'{c.method} broke down at step {step + 1} of {steps}: loss {loss}, '
+                             f'norm of the gradient {norm}. The pruned model is as it was. Use a '
+                             f'lr below {c.lr:g}, or a lower sparsity.')
+    bar = tqdm(range(len(losses), steps), initial=len(losses), total=steps,
+               desc=f'recover {c.method}', disable=not progress)
     for step in bar:
-        with torch.enable_grad(): loss = loss_of(step)
+        with torch.enable_grad():
+            loss = loss_of(step)
         loss.backward()
         losses.append(loss.item())
         check(step, losses[-1], float(nn.utils.clip_grad_norm_(params.values(), c.clip)))
-        opt.step(); schedule.step(); opt.zero_grad()
+        opt.step()
+        schedule.step()
+        opt.zero_grad()
         bar.set_postfix(loss=f'{losses[-1]:.3f}')
         if run is not None and ((step + 1) % every == 0 or step + 1 == steps):
-            run.save_checkpoint(dict(params={n: p.detach() for n, p in params.items()}, opt=opt.state_dict(),
-                                     schedule=schedule.state_dict(), losses=losses))
-    with torch.no_grad(): check(steps - 1, float(loss_of(steps - 1)))  # the last step, too, may have broken it
+            run.save_checkpoint(dict(params={n: p.detach() for n, p in params.items()},
+                                     opt=opt.state_dict(), schedule=schedule.state_dict(),
+                                     losses=losses))
+    with torch.no_grad():
+        check(steps - 1, float(loss_of(steps - 1)))  # the last step, too, may have broken it
     return losses
 
 # %% ../../nbs/recover/00_train.ipynb #fdd37c58
@@ -163,26 +198,31 @@ class Recovered:
     def check_mergeable(self):
         "ValueError where what was trained is not in the projections"
         if self.recipe.method == 'adapter':
-            raise ValueError('a model with non-linear adapters cannot be saved: they cannot be merged into its projections, and '
-                             "other tools have no such layer. Recover with 'lora' or 'finetune' to save, or use `.model` in memory.")
+            raise ValueError('a model with non-linear adapters cannot be saved: they cannot be '
+                             'merged into its projections, and '
+                             "other tools have no such layer. Recover with 'lora' or 'finetune' "
+                             "to save, or use `.model` in memory.")
 
-
+# %% ../../nbs/recover/00_train.ipynb #90e25dca
 def recover(elastic: ElasticModel,
             widths: np.ndarray,  # (n_layers, 2)
             blocks: Blocks,  # calibration text
             recipe: Recipe = Recipe(),
-            weights: Weights | None = None,  # repaired projections to start from, such as a Calibrator; None: plain slices
-            run: RunDir | None = None,  # keeps checkpoints: the same call goes on where it was stopped
+            # repaired projections to start from, such as a Calibrator; None: plain slices
+            weights: Weights | None = None,
+            # keeps checkpoints: the same call goes on where it was stopped
+            run: RunDir | None = None,
             every: int = 50,  # steps between two of them
             progress: bool = True) -> Recovered:
     """Train a copy of the model at these widths; the elastic model stays as it is.
 
-    Takes the work of about three forward passes a token, and 16 bytes for each parameter that is trained.
-    ValueError for settings, text or a learning rate with which it cannot be done."""
+    Takes the work of about three forward passes a token, and 16 bytes for each parameter that is
+    trained. ValueError for settings, text or a learning rate with which it cannot be done."""
     steps = recipe.steps(blocks)
     check_blocks(blocks, elastic.model)
     if elastic.dtype == torch.float16:
-        raise ValueError('a float16 model cannot be trained here: its gradients underflow. Load it in bfloat16 or float32.')
+        raise ValueError('a float16 model cannot be trained here: its gradients underflow. Load '
+                         'it in bfloat16 or float32.')
     own, projections, outputs = _pruned_copy(elastic, widths, weights)
     if recipe.method != 'finetune' and not outputs:
         raise ValueError(f'no unit is left in any module: {recipe.method} has nothing to train')
@@ -190,16 +230,20 @@ def recover(elastic: ElasticModel,
         torch.manual_seed(recipe.seed)
         finish = _PREPARE[recipe.method](own.requires_grad_(False), projections, outputs, recipe)
     trained = [p for p in own.eval().parameters() if p.requires_grad]
-    for p in trained: p.data = p.data.float()
+    for p in trained:
+        p.data = p.data.float()
     losses = _train(own, blocks, recipe, elastic.dtype != torch.float32, run, every, progress)
-    return Recovered(finish().requires_grad_(False), np.array(widths), elastic.layout, recipe, losses,
-                     sum(p.numel() for p in trained), steps * recipe.batch * blocks.ids.shape[1])
+    return Recovered(finish().requires_grad_(False), np.array(widths), elastic.layout, recipe,
+                     losses, sum(p.numel() for p in trained),
+                     steps * recipe.batch * blocks.ids.shape[1])
 
 # %% ../../nbs/recover/00_train.ipynb #276a9373
 def save_recovered(found: Recovered, tokenizer, folder: str | Path,
                    overwrite: bool = False,
-                   files: dict[str, str | bytes] | None = None,  # more files for the folder, by name
+                   # more files for the folder, by name
+                   files: dict[str, str | bytes] | None = None,
                    ) -> Path:
-    "Save a recovered model as `save_pruned` saves a pruned one. ValueError where it has adapters, FileExistsError"
+    """Save a recovered model as `save_pruned` saves a pruned one. ValueError where it has adapters,
+    FileExistsError"""
     found.check_mergeable()  # before anything is touched
     return save_pruned(found, tokenizer, folder, overwrite, files)

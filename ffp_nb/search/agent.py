@@ -6,11 +6,13 @@
 __all__ = ['PUBLISHED', 'ADVANTAGES', 'Searcher', 'RandomSearch', 'PPOAgent']
 
 # %% ../../nbs/search/01_agent.ipynb #95d39455
+from collections.abc import Callable
 import copy
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..core.budget import random_scores
@@ -18,43 +20,72 @@ from ..core.budget import random_scores
 # %% ../../nbs/search/01_agent.ipynb #a52e511f
 class Searcher(Protocol):
     "What the search loop needs of whatever proposes policies; `sparsity` is the present target"
-    def ask(self, sparsity: float, n: int) -> np.ndarray: ...  # (n, n_layers, 2) scores to try
-    def tell(self, sparsity: float, scores: np.ndarray, rewards: np.ndarray) -> None: ...  # (n, n_layers, 2), (n,)
-    def recommend(self, sparsity: float) -> np.ndarray | None: ...  # (n_layers, 2) its best guess, or None
-    def stats(self) -> dict[str, float]: ...  # what a diagnostic plot should show
-    def state_dict(self) -> dict: ...  # all that a resumed search needs, random streams too
-    def load_state_dict(self, state: dict) -> None: ...
+    def ask(self, sparsity: float, n: int) -> np.ndarray:
+        ...  # (n, n_layers, 2) scores to try
 
+    def tell(self, sparsity: float, scores: np.ndarray, rewards: np.ndarray) -> None:
+        ...  # (n, n_layers, 2), (n,)
 
+    def recommend(self, sparsity: float) -> np.ndarray | None:
+        ...  # (n_layers, 2) its best guess, or None
+
+    def stats(self) -> dict[str, float]:
+        ...  # what a diagnostic plot should show
+
+    def state_dict(self) -> dict:
+        ...  # all that a resumed search needs, random streams too
+
+    def load_state_dict(self, state: dict) -> None:
+        ...
+
+# %% ../../nbs/search/01_agent.ipynb #8434e6c6
 class RandomSearch:
     "Independent normal scores; the best of all tried policies wins"
     def __init__(self, n_layers: int, seed: int = 0, scale: float = 1.0):
         self.n_layers, self.scale, self.rng = n_layers, scale, np.random.default_rng(seed)
-    def ask(self, sparsity, n): return random_scores(self.rng, (n, self.n_layers, 2), self.scale)
-    def tell(self, sparsity, scores, rewards): pass
-    def recommend(self, sparsity): return None
-    def stats(self): return {}
-    def state_dict(self): return dict(rng=self.rng.bit_generator.state)
-    def load_state_dict(self, state): self.rng.bit_generator.state = state['rng']
+
+    def ask(self, sparsity, n):
+        return random_scores(self.rng, (n, self.n_layers, 2), self.scale)
+
+    def tell(self, sparsity, scores, rewards):
+        pass
+
+    def recommend(self, sparsity):
+        return None
+
+    def stats(self):
+        return {}
+
+    def state_dict(self):
+        return dict(rng=self.rng.bit_generator.state)
+
+    def load_state_dict(self, state):
+        self.rng.bit_generator.state = state['rng']
 
 # %% ../../nbs/search/01_agent.ipynb #fc43be28
-PUBLISHED = dict(lr=1e-4, advantage='value')  # settings of arXiv 2511.18977 where the defaults here differ
+# settings of arXiv 2511.18977 where the defaults here differ
+PUBLISHED = dict(lr=1e-4, advantage='value')
 
 
 def _scaled(r, value):
-    "Mean 0 and, unless all are equal, standard deviation 1: with no spread there is nothing to learn"
+    """Mean 0 and, unless all are equal, standard deviation 1: with no spread there is nothing to
+    learn"""
     return (r - r.mean()) / ((r.std() if len(r) > 1 else torch.tensor(0.0)) + 1e-8)
 
-def _ranked(r, value): return _scaled(torch.stack([(r[:, None] > r).sum(1), (r[:, None] >= r).sum(1)]).float().mean(0), value)
+def _ranked(r, value):
+    return _scaled(torch.stack([(r[:, None] > r).sum(1), (r[:, None] >= r).sum(1)]).float().mean(0),
+                   value)
 
-# 'batch': normalised in the batch; 'rank': the same of the ranks in the batch; 'value': reward minus a learned value
+# 'batch': normalised in the batch; 'rank': the same of the ranks in the batch; 'value': reward
+# minus a learned value
 ADVANTAGES = dict(batch=_scaled, rank=_ranked, value=lambda r, value: r - value)
 
 
 def _check_mean(mean, n_layers):
     mean = np.asarray(mean, dtype=float)
     if mean.shape != (n_layers, 2) or not np.isfinite(mean).all():
-        raise ValueError(f'mean: expected finite scores of shape {(n_layers, 2)}, got shape {mean.shape}')
+        raise ValueError(f'mean: expected finite scores of shape {(n_layers, 2)}, got shape '
+                         f'{mean.shape}')
     return mean
 
 
@@ -63,16 +94,27 @@ def _mlp(sizes, gain):
     layers = []
     for i, (a, b) in enumerate(zip(sizes, sizes[1:])):
         lin = nn.Linear(a, b)
-        nn.init.orthogonal_(lin.weight, gain if i == len(sizes) - 2 else 2**0.5); nn.init.zeros_(lin.bias)
+        nn.init.orthogonal_(lin.weight, gain if i == len(sizes) - 2 else 2**0.5)
+        nn.init.zeros_(lin.bias)
         layers += [lin, nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
 # %% ../../nbs/search/01_agent.ipynb #6c465125
 class PPOAgent:
-    """Single-step PPO (arXiv 1707.06347) with a Gaussian policy over 2L scores, conditioned on the target sparsity.
+    """Single-step PPO (arXiv 1707.06347) with a Gaussian policy over 2L scores, conditioned on the
+    target sparsity.
 
-    Source: FastForward Pruning, arXiv 2511.18977, section on the search policy; see the notebook for the differences.
+    Source: FastForward Pruning, arXiv 2511.18977, section on the search policy; see the notebook
+    for the differences.
     """
+    _policy: Callable[..., Any]  # these are given below
+    ask: Callable[..., Any]
+    recommend: Callable[..., Any]
+    tell: Callable[..., None]
+    stats: Callable[..., Any]
+    state_dict: Callable[..., Any]
+    load_state_dict: Callable[..., None]
+
     def __init__(self, n_layers: int, seed: int = 0,
                  hidden: tuple[int, ...] = (256, 256, 128),
                  lr: float = 1e-3, epochs: int = 10,  # passes over the batch at each update
@@ -82,65 +124,95 @@ class PPOAgent:
                  advantage: str = 'batch',  # a key of `ADVANTAGES`
                  antithetic: bool = False,  # noise in pairs of opposite sign
                  condition: bool = True,  # False: the agent does not see the target
-                 mean: list | np.ndarray | None = None):  # (n_layers, 2) scores to start from; None: all equal
-        if advantage not in ADVANTAGES: raise ValueError(f"advantage {advantage!r}; expected one of {', '.join(ADVANTAGES)}")
-        self.n_layers, self.epochs, self.clip, self.entropy, self.advantage = n_layers, epochs, clip, entropy, advantage
+                 # (n_layers, 2) scores to start from; None: all equal
+                 mean: list | np.ndarray | None = None):
+        if advantage not in ADVANTAGES:
+            raise ValueError(f"advantage {advantage!r}; expected one of {', '.join(ADVANTAGES)}")
+        self.n_layers, self.epochs, self.clip = n_layers, epochs, clip
+        self.entropy, self.advantage = entropy, advantage
         self.antithetic, self.condition = antithetic, condition
         self.rng = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            self.net = nn.ModuleDict(dict(mean=_mlp((1, *hidden, 2 * n_layers), 0.01), value=_mlp((1, *hidden, 1), 1.0)))
+            self.net = nn.ModuleDict(dict(mean=_mlp((1, *hidden, 2 * n_layers), 0.01),
+                                          value=_mlp((1, *hidden, 1), 1.0)))
         *_, bias = self.net['mean'].parameters()  # of the last layer
-        if mean is not None: bias.data += torch.tensor(_check_mean(mean, n_layers), dtype=torch.float32).flatten()
-        self.log_std = nn.Parameter(torch.full((2 * n_layers,), float(np.log(std))), requires_grad=learn_std)
+        if mean is not None:
+            bias.data += torch.tensor(_check_mean(mean, n_layers), dtype=torch.float32).flatten()
+        self.log_std = nn.Parameter(torch.full((2 * n_layers,), float(np.log(std))),
+                                    requires_grad=learn_std)
         self.opt = torch.optim.Adam([*self.net.parameters(), self.log_std], lr=lr, eps=1e-5)
         self.last = {}
 
-    def _policy(self, sparsity):
-        state = torch.full((1, 1), float(sparsity) if self.condition else 0.0)
-        return torch.distributions.Normal(self.net['mean'](state), self.log_std.exp()), self.net['value'](state)[0, 0]
+# %% ../../nbs/search/01_agent.ipynb #afd1bd6f
+@patch
+def _policy(self: PPOAgent, sparsity):
+    state = torch.full((1, 1), float(sparsity) if self.condition else 0.0)
+    return torch.distributions.Normal(self.net['mean'](state),
+                                      self.log_std.exp()), self.net['value'](state)[0, 0]
 
-    @torch.no_grad()
-    def ask(self, sparsity, n):
-        mean = self.recommend(sparsity).reshape(1, -1)
-        noise = torch.randn(-(-n // 2) if self.antithetic else n, 2 * self.n_layers, generator=self.rng) * self.log_std.exp()
-        if self.antithetic: noise = torch.cat([noise, -noise])[:n]
-        return (mean + noise.double().numpy()).reshape(n, self.n_layers, 2)
 
-    @torch.no_grad()
-    def recommend(self, sparsity):
-        return self._policy(sparsity)[0].mean.double().numpy().reshape(self.n_layers, 2)
+@patch
+@torch.no_grad()
+def ask(self: PPOAgent, sparsity, n):
+    mean = self.recommend(sparsity).reshape(1, -1)
+    noise = (torch.randn(-(-n // 2) if self.antithetic else n, 2 * self.n_layers,
+                         generator=self.rng) * self.log_std.exp())
+    if self.antithetic:
+        noise = torch.cat([noise, -noise])[:n]
+    return (mean + noise.double().numpy()).reshape(n, self.n_layers, 2)
 
-    @torch.enable_grad()
-    def tell(self, sparsity, scores, rewards):
-        "One PPO update on one batch"
-        a = torch.tensor(np.asarray(scores), dtype=torch.float32).flatten(1)
-        r = torch.tensor(np.asarray(rewards), dtype=torch.float32)
-        if not (torch.isfinite(a).all() and torch.isfinite(r).all()):
-            raise ValueError('scores and rewards must be finite; give a failed episode a low reward instead')
-        with torch.no_grad():
-            dist, value = self._policy(sparsity)
-            old = dist.log_prob(a).sum(1)
-            adv = ADVANTAGES[self.advantage](r, value)
-        for _ in range(self.epochs):
-            dist, value = self._policy(sparsity)
-            ratio = (dist.log_prob(a).sum(1) - old).clamp(-20, 20).exp()
-            gain = torch.min(ratio * adv, ratio.clamp(1 - self.clip, 1 + self.clip) * adv).mean()
-            loss = -gain - self.entropy * self.log_std.sum() + 0.5 * (r - value).square().mean()
-            self.opt.zero_grad(); loss.backward()
-            nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-            self.opt.step()
-        self.last = dict(clipped=float(((ratio - 1).abs() > self.clip).float().mean().detach()), value=float(value.detach()))
 
-    def stats(self):
-        entropy = float((self.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum().detach())
-        return dict(std=float(self.log_std.detach().exp().mean()), entropy=entropy, **self.last)
+@patch
+@torch.no_grad()
+def recommend(self: PPOAgent, sparsity):
+    return self._policy(sparsity)[0].mean.double().numpy().reshape(self.n_layers, 2)
 
-    def state_dict(self):
-        state = dict(net=self.net.state_dict(), log_std=self.log_std.detach(), opt=self.opt.state_dict(),
-                     rng=self.rng.get_state(), last=self.last)
-        return copy.deepcopy(state)  # torch hands out its live buffers, and an optimizer that loads them would share them
+# %% ../../nbs/search/01_agent.ipynb #fcabab3e
+@patch
+@torch.enable_grad()
+def tell(self: PPOAgent, sparsity, scores, rewards):
+    "One PPO update on one batch"
+    a = torch.tensor(np.asarray(scores), dtype=torch.float32).flatten(1)
+    r = torch.tensor(np.asarray(rewards), dtype=torch.float32)
+    if not (torch.isfinite(a).all() and torch.isfinite(r).all()):
+        raise ValueError('scores and rewards must be finite; give a failed episode a low '
+                         'reward instead')
+    with torch.no_grad():
+        dist, value = self._policy(sparsity)
+        old = dist.log_prob(a).sum(1)
+        adv = ADVANTAGES[self.advantage](r, value)
+    for _ in range(self.epochs):
+        dist, value = self._policy(sparsity)
+        ratio = (dist.log_prob(a).sum(1) - old).clamp(-20, 20).exp()
+        gain = torch.min(ratio * adv, ratio.clamp(1 - self.clip, 1 + self.clip) * adv).mean()
+        loss = -gain - self.entropy * self.log_std.sum() + 0.5 * (r - value).square().mean()
+        self.opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.opt.step()
+    self.last = dict(clipped=float(((ratio - 1).abs() > self.clip).float().mean().detach()),
+                     value=float(value.detach()))
 
-    def load_state_dict(self, state):
-        self.net.load_state_dict(state['net']); self.log_std.data.copy_(state['log_std'])
-        self.opt.load_state_dict(state['opt']); self.rng.set_state(state['rng']); self.last = dict(state['last'])
+
+@patch
+def stats(self: PPOAgent):
+    entropy = float((self.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum().detach())
+    return dict(std=float(self.log_std.detach().exp().mean()), entropy=entropy, **self.last)
+
+
+@patch
+def state_dict(self: PPOAgent):
+    state = dict(net=self.net.state_dict(), log_std=self.log_std.detach(),
+                 opt=self.opt.state_dict(), rng=self.rng.get_state(), last=self.last)
+    # torch hands out its live buffers, and an optimizer that loads them would share them
+    return copy.deepcopy(state)
+
+# %% ../../nbs/search/01_agent.ipynb #e2d8f363
+@patch
+def load_state_dict(self: PPOAgent, state):
+    self.net.load_state_dict(state['net'])
+    self.log_std.data.copy_(state['log_std'])
+    self.opt.load_state_dict(state['opt'])
+    self.rng.set_state(state['rng'])
+    self.last = dict(state['last'])

@@ -27,7 +27,8 @@ from ..core.elastic import ElasticModel, Weights
 from ..core.families import KINDS, Layout, tiny_model
 from ..core.perplexity import Perplexity, paired_interval
 from ..core.ridge import Calibrator
-from ..core.runs import Checkpoints, CorruptFile, PolicyLog, RunDir, _read_checkpoint, read_json
+from ..core.runs import (Checkpoints, CorruptFile, PolicyLog, RunDir, _read_checkpoint,
+                              read_json)
 from ..core.stats import collect_stats
 from ..core.text import Blocks
 from .heuristics import BASELINES, Problem
@@ -36,7 +37,8 @@ from .loop import Evaluator, Search, SearchConfig, SearchResult, final_idx
 # %% ../../nbs/search/07_diagnose.ipynb #1aceae70
 def _modules(ax, values, label, **kw):
     "Heatmap of one number a module: layers across, attention and FFN down"
-    sns.heatmap(np.asarray(values).T, yticklabels=['attention', 'FFN'], ax=ax, linewidths=0.3, cbar_kws=dict(label=label), **kw)
+    sns.heatmap(np.asarray(values).T, yticklabels=['attention', 'FFN'], ax=ax, linewidths=0.3,
+                cbar_kws=dict(label=label), **kw)
     ax.set(xlabel='layer')
     ax.tick_params(axis='y', rotation=0)
 
@@ -57,10 +59,12 @@ def plot_search(updates: list[dict],  # of a `SearchResult`
     "Rewards, target and exploration width against episodes"
     df = pd.DataFrame(updates)
     panels = [('PPL dense / PPL', ['reward', 'best']), ('target sparsity', ['target'])]
-    if 'std' in df: panels.append(('exploration width', ['std']))
+    if 'std' in df:
+        panels.append(('exploration width', ['std']))
     fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3))
     for ax, (label, columns) in zip(axes, panels):
-        lines = df.set_index('episode')[columns].rename(columns=dict(reward='mean of update', best='best of update'))
+        lines = df.set_index('episode')[columns].rename(columns=dict(reward='mean of update',
+                                                                     best='best of update'))
         sns.lineplot(lines, ax=ax, legend=len(columns) > 1, dashes=False)
         ax.set(xlabel='episode', ylabel=label)
     fig.suptitle(title)
@@ -68,8 +72,10 @@ def plot_search(updates: list[dict],  # of a `SearchResult`
     return fig
 
 # %% ../../nbs/search/07_diagnose.ipynb #a3ec1f8d
-_OWN = 'update', 'episode', 'target', 'blocks', 'reward', 'best', 'spread', 'wall_s', 'forward_tokens', 'guess'  # the loop's
-_ROW = 'episode', 'update', 'target', 'sparsity', 'reward', 'blocks', 'forward_tokens', 'scores', 'widths'
+_OWN = ('update', 'episode', 'target', 'blocks', 'reward', 'best', 'spread', 'wall_s',  # the loop's
+        'forward_tokens', 'guess')
+_ROW = ('episode', 'update', 'target', 'sparsity', 'reward', 'blocks', 'forward_tokens', 'scores',
+        'widths')
 
 
 @dataclass
@@ -84,7 +90,8 @@ class RunLog:
     @property
     def name(self) -> str:
         c = self.config
-        return f"{Path(c['model']).name}, {c['method']}, sparsity {c['sparsity']:.0%}, seed {c['seed']}"
+        return (f"{Path(c['model']).name}, {c['method']}, sparsity {c['sparsity']:.0%}, seed "
+                f"{c['seed']}")
 
     @property
     def planned(self) -> int:
@@ -93,52 +100,65 @@ class RunLog:
 
 # %% ../../nbs/search/07_diagnose.ipynb #e5e3b6dc
 def read_run(folder: str | Path) -> RunLog:  # what `--out` named, or the folder `search` in it
-    "Read a run folder. FileNotFoundError if it is none, ValueError if nothing is logged yet, CorruptFile if it is damaged"
+    """Read a run folder. FileNotFoundError if it is none, ValueError if nothing is logged yet,
+    CorruptFile if it is damaged"""
     folder = Path(folder)
     found = next((f for f in (folder / 'search', folder) if _is_run(f / 'config.json')), None)
     if found is None:
-        raise FileNotFoundError(f'{folder} is no run: it has no search/config.json. Give a folder that `ffp search` or '
-                                '`ffp prune` wrote to (--out).')
-    config, state = read_json(found / 'config.json'), _last_state(found)  # first the checkpoint: the log is never behind it
+        raise FileNotFoundError(f'{folder} is no run: it has no search/config.json. Give a '
+                                'folder that `ffp search` or `ffp prune` wrote to (--out).')
+    # first the checkpoint: the log is never behind it
+    config, state = read_json(found / 'config.json'), _last_state(found)
     log = PolicyLog(found / 'policies.jsonl').rows()
     for i, row in enumerate(log, 1):
         missing = [k for k in _ROW if k not in row] if isinstance(row, dict) else _ROW
-        if missing: raise CorruptFile(f'line {i} of {found}/policies.jsonl is no policy ({row!r:.40}, {", ".join(missing)} missing): '
-                                      'restore the file')
+        if missing:
+            raise CorruptFile(f'line {i} of {found}/policies.jsonl is no policy ({row!r:.40}, '
+                              f'{", ".join(missing)} missing): restore the file')
     if state and len(log) < state['rows']:
-        raise CorruptFile(f'{found}/policies.jsonl has {len(log)} rows, its checkpoint counts {state["rows"]}: restore the file')
+        raise CorruptFile(f'{found}/policies.jsonl has {len(log)} rows, its checkpoint counts '
+                          f'{state["rows"]}: restore the file')
     if not log:
-        why = ('it is not searched for' if config['method'] in ('uniform', 'uniform-ffn', 'random') else
-               'the first update is not finished')
-        raise ValueError(f'{found} has no policy in its log: method {config["method"]!r}, {why}. There is nothing to report.')
+        why = ('it is not searched for' if config['method'] in ('uniform', 'uniform-ffn', 'random')
+               else 'the first update is not finished')
+        raise ValueError(f'{found} has no policy in its log: method {config["method"]!r}, {why}. '
+                         'There is nothing to report.')
     log, updates = (log[:state['rows']], state['updates']) if state else (log, [])
-    return RunLog(config, log, updates, (state or {}).get('start') or 0.0, _find_result(found, config, log))
+    return RunLog(config, log, updates, (state or {}).get('start') or 0.0,
+                  _find_result(found, config, log))
 
 # %% ../../nbs/search/07_diagnose.ipynb #b0843cbf
 def _is_run(path):
     "A configuration that `open_run` wrote; a model folder has a config.json too"
     if not path.exists(): return False
     config = read_json(path)
-    return isinstance(config, dict) and {'sparsity', 'method', 'profile', 'step', 'p_min'} <= config.keys()
+    return (isinstance(config, dict)
+            and {'sparsity', 'method', 'profile', 'step', 'p_min'} <= config.keys())
 
 
 def _last_state(folder):
     "The newest checkpoint that can be read, or None; unlike a resume it moves no file"
     errors = []
     for name in Checkpoints.files[:2]:
-        try: return _read_checkpoint(folder / name)
-        except FileNotFoundError: pass
-        except CorruptFile as e: errors.append(str(e))
+        try:
+            return _read_checkpoint(folder / name)
+        except FileNotFoundError:
+            pass
+        except CorruptFile as e:
+            errors.append(str(e))
     if errors:
-        raise CorruptFile(f'no checkpoint can be read: {"; ".join(errors)}. Restore one, or delete them to see only the log')
+        raise CorruptFile(f'no checkpoint can be read: {"; ".join(errors)}. Restore one, or '
+                          'delete them to see only the log')
 
 
 def _find_result(folder, config, log):
-    "The result of this very search in the folder above: the record of `ffp prune`, or widths.json of `ffp search`"
+    """The result of this very search in the folder above: the record of `ffp prune`, or widths.json
+    of `ffp search`"""
     episodes, batch = config['profile']['episodes'], config['profile']['batch']
     if len(log) < -(-episodes // batch) * batch: return None
     own = {k: v for k, v in config.items() if k not in ('profile', 'weights')}
-    records = [r for r in map(read_json, folder.parent.glob('prune-*.json')) if own.items() <= r['config'].items()
+    records = [r for r in map(read_json, folder.parent.glob('prune-*.json'))
+               if own.items() <= r['config'].items()
                and config['profile'].items() <= r['config']['profile'].items()]
     if records: return max(records, key=lambda r: r['created'])['result']
     path = folder.parent / 'widths.json'
@@ -146,71 +166,94 @@ def _find_result(folder, config, log):
 
 # %% ../../nbs/search/07_diagnose.ipynb #f3fad0d5
 def tiny_problem(seed: int = 0, sparsity: float = 0.4,
-                 blocks: int = 32,  # of random text: 8 for calibration, 12 for a search, the rest for nobody
+                 # of random text: 8 for calibration, 12 for a search, the rest for nobody
+                 blocks: int = 32,
                  ) -> tuple[Problem, Blocks]:  # its evaluator repairs; all of the text
     "A random tiny LLaMA with order, statistics and text, for tests and pages"
-    text = Blocks(torch.randint(0, 211, (blocks, 32), generator=torch.Generator().manual_seed(0)), 31)
+    text = Blocks(torch.randint(0, 211, (blocks, 32), generator=torch.Generator().manual_seed(0)),
+                  31)
     model = tiny_model('llama', seed=1)
     stats = collect_stats(model, Layout(model), text[:8], progress=False)
     elastic = ElasticModel(model, unit_order(Layout(model), stats))
     static = Calibrator(elastic, stats.permute(elastic.columns))
     evaluator = lambda: Evaluator(elastic, text[8:20], static)
-    return Problem(elastic, static.stats, param_cost(elastic.layout), text[:8], evaluator, sparsity, 2, seed, (1, 8)), text
+    return Problem(elastic, static.stats, param_cost(elastic.layout), text[:8], evaluator, sparsity,
+                   2, seed, (1, 8)), text
 
 
-def tiny_run(folder: str | Path, seed: int = 0, method: str = 'ffp', sparsity: float = 0.4) -> tuple[Problem, SearchResult]:
+def tiny_run(folder: str | Path, seed: int = 0, method: str = 'ffp',
+             sparsity: float = 0.4) -> tuple[Problem, SearchResult]:
     "A search on `tiny_problem` in a folder, as `ffp search` leaves it: 64 episodes, 8 an update"
     p, _ = tiny_problem(seed, sparsity)
-    config = SearchConfig(p.sparsity, method, seed, episodes=64, batch=8, step=p.step, final_blocks=6)
+    config = SearchConfig(p.sparsity, method, seed, episodes=64, batch=8, step=p.step,
+                          final_blocks=6)
     profile = dict(episodes=64, batch=8, blocks=2, final_blocks=6)
-    settings = dict(model='tiny', method=method, sparsity=sparsity, seed=seed, step=p.step, p_min=p.p_min, profile=profile)
+    settings = dict(model='tiny', method=method, sparsity=sparsity, seed=seed, step=p.step,
+                    p_min=p.p_min, profile=profile)
     run = RunDir(Path(folder) / 'search', settings)
     return p, Search(p.evaluator(), p.cost, config, run).run(progress=False)
 
 # %% ../../nbs/search/07_diagnose.ipynb #955b4b40
-def recorded_run(folder: str | Path, name: str) -> RunLog:  # folder of the records, name of the search without its `config_id`
-    "A search as a study keeps it: its record, and beside it the widths of its policies. FileNotFoundError"
+# folder of the records, name of the search without its `config_id`
+def recorded_run(folder: str | Path, name: str) -> RunLog:
+    """A search as a study keeps it: its record, and beside it the widths of its policies.
+    FileNotFoundError"""
     path = next(Path(folder).glob(f'{name}-*.json'), None)
     if path is None: raise FileNotFoundError(f'{folder} has no record of {name}')
     record, z = read_json(path), np.load(Path(folder) / f'{name}.npz')
     s = record['result']['search']
     tokens = {u['update']: u['forward_tokens'] for u in s['updates']}
     columns = zip(*(z[k] for k in ('update', 'target', 'sparsity', 'reward', 'blocks', 'widths')))
-    log = [dict(episode=i, update=int(u), target=float(t), sparsity=float(p), reward=float(r), blocks=[0] * int(b),
-                forward_tokens=tokens[int(u)], scores=None, widths=w.tolist()) for i, (u, t, p, r, b, w) in enumerate(columns)]
-    return RunLog(record['config'], log, s['updates'], s['start'], dict(widths=record['result']['widths'], reward=s['reward'], source=s['source']))
+    log = [dict(episode=i, update=int(u), target=float(t), sparsity=float(p), reward=float(r),
+                blocks=[0] * int(b), forward_tokens=tokens[int(u)], scores=None, widths=w.tolist())
+           for i, (u, t, p, r, b, w) in enumerate(columns)]
+    return RunLog(record['config'], log, s['updates'], s['start'],
+                  dict(widths=record['result']['widths'], reward=s['reward'], source=s['source']))
 
 # %% ../../nbs/search/07_diagnose.ipynb #35978f49
-def log_cost(log: list[dict]) -> Cost | None:  # in shares of the dense cost; None where the log cannot tell
+def log_cost(
+    log: list[dict]) -> Cost | None:  # in shares of the dense cost; None where the log cannot tell
     "The cost model behind a log, for models whose layers are alike, as in all supported families"
     w, kept = np.array([r['widths'] for r in log]), 1 - np.array([r['sparsity'] for r in log])
     L, full = w.shape[1], w.max((0, 1))
-    X = np.column_stack([w[..., 0].sum(1) / (L * full[0]), w[..., 1].sum(1) / (L * full[1]), np.ones(len(w))])
+    X = np.column_stack([w[..., 0].sum(1) / (L * full[0]), w[..., 1].sum(1) / (L * full[1]),
+                         np.ones(len(w))])
     (attn, ffn, fixed), _, rank, _ = np.linalg.lstsq(X, kept, rcond=1e-9)
     if rank < 3 or min(attn, ffn) <= 0 or fixed < -1e-9: return None
-    if abs(attn + ffn + fixed - 1) > 1e-9 or np.abs(X @ [attn, ffn, fixed] - kept).max() > 1e-9: return None
-    return Cost(np.tile([attn, ffn] / (L * full), (L, 1)), np.tile(full, (L, 1)), max(float(fixed), 0.0))
+    if abs(attn + ffn + fixed - 1) > 1e-9 or np.abs(X @ [attn, ffn, fixed] - kept).max() > 1e-9:
+        return None
+    return Cost(np.tile([attn, ffn] / (L * full), (L, 1)), np.tile(full, (L, 1)),
+                max(float(fixed), 0.0))
 
 # %% ../../nbs/search/07_diagnose.ipynb #274369dd
 def reward_frame(run: RunLog) -> pd.DataFrame:
-    "A row an update: mean, best, worst and spread of its rewards, and how many of its policies differ or broke the model"
-    d = pd.DataFrame([{k: r[k] for k in ('update', 'episode', 'forward_tokens', 'target', 'reward')} |
-                      dict(blocks=len(r['blocks']), key=str(r['widths'])) for r in run.log])
-    return d.groupby('update').agg(
-        episode=('episode', 'min'), forward_tokens=('forward_tokens', 'max'),
-        target=('target', 'last'), blocks=('blocks', 'last'), mean=('reward', 'mean'), best=('reward', 'max'),
-        worst=('reward', 'min'), spread=('reward', lambda r: r.std(ddof=0)),
-        broken=('reward', lambda r: int((r == 0).sum())), policies=('reward', 'size'), distinct=('key', 'nunique')).reset_index()
+    """A row an update: mean, best, worst and spread of its rewards, and how many of its policies
+    differ or broke the model"""
+    d = pd.DataFrame([{k: r[k] for k in ('update', 'episode', 'forward_tokens', 'target', 'reward')}
+                      | dict(blocks=len(r['blocks']), key=str(r['widths'])) for r in run.log])
+    return d.groupby('update').agg(episode=('episode', 'min'),
+                                   forward_tokens=('forward_tokens', 'max'),
+                                   target=('target', 'last'), blocks=('blocks', 'last'),
+                                   mean=('reward', 'mean'), best=('reward', 'max'),
+                                   worst=('reward', 'min'),
+                                   spread=('reward', lambda r: r.std(ddof=0)),
+                                   broken=('reward', lambda r: int((r == 0).sum())),
+                                   policies=('reward', 'size'),
+                                   distinct=('key', 'nunique')).reset_index()
 
 
 def uniform_rewards(p: Problem,
-                    final_blocks: int) -> dict[str, float]:  # name -> reward; one that is off the budget is left out
-    "Rewards of the two uniform policies at the final target, on the blocks on which a search chooses its winner"
+                    final_blocks: int) -> dict[
+    str, float]:  # name -> reward; one that is off the budget is left out
+    """Rewards of the two uniform policies at the final target, on the blocks on which a search
+    chooses its winner"""
     evaluator, out = p.evaluator(), {}
     idx = final_idx(len(evaluator.pool), p.seed, final_blocks)
     for name in ('uniform', 'uniform-ffn'):
-        try: out[name] = evaluator.reward(BASELINES[name](p)[0], idx)
-        except InfeasibleBudget: pass  # there is no such policy
+        try:
+            out[name] = evaluator.reward(BASELINES[name](p)[0], idx)
+        except InfeasibleBudget:
+            pass  # there is no such policy
     return out
 
 # %% ../../nbs/search/07_diagnose.ipynb #d1773c72
@@ -222,15 +265,18 @@ def plot_rewards(frame: pd.DataFrame,  # of `reward_frame`; of several runs with
     for ax, x in zip(axes, ('episode', 'forward_tokens')):
         long = frame.melt(['run', x], ['mean', 'best'], 'of the update', 'reward')
         several = frame.run.nunique() > 1
-        sns.lineplot(long, x=x, y='reward', hue='run' if several else 'of the update', style='of the update', ax=ax,
-                     estimator=None)
+        sns.lineplot(long, x=x, y='reward', hue='run' if several else 'of the update',
+                     style='of the update', ax=ax, estimator=None)
         for color, (_, d) in zip(sns.color_palette(), frame.groupby('run', sort=False)):
-            ax.fill_between(d[x], d['mean'] - d.spread, d['mean'] + d.spread, color=color, alpha=0.15, lw=0)
+            ax.fill_between(d[x], d['mean'] - d.spread, d['mean'] + d.spread, color=color,
+                            alpha=0.15, lw=0)
         _reference(ax, frame, x, uniforms or {})
-        ax.set(ylabel='PPL dense / PPL', xlabel=x.replace('_', ' ')); ax.xaxis.set_major_formatter(EngFormatter(sep=''))
+        ax.set(ylabel='PPL dense / PPL', xlabel=x.replace('_', ' '))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=''))
         ax.legend_.remove()
     axes[1].legend(*_legend(axes[1]), fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
-    fig.suptitle(title); fig.tight_layout()
+    fig.suptitle(title)
+    fig.tight_layout()
     return fig
 
 
@@ -246,47 +292,59 @@ def _reference(ax, frame, x, uniforms):
     for (name, value), color in zip(uniforms.items(), ('tab:red', 'tab:purple')):
         ax.hlines(value, arrived, d[x].iloc[-1], color=color, ls=':', label=name)
 
-
+# %% ../../nbs/search/07_diagnose.ipynb #5f0fa2e8
 def _legend(ax):
     "Handles and labels, without the headings that seaborn adds"
-    pairs = [(h, l) for h, l in zip(*ax.get_legend_handles_labels()) if l not in ('run', 'of the update')]
+    pairs = [(h, l) for h, l in zip(*ax.get_legend_handles_labels())
+             if l not in ('run', 'of the update')]
     return tuple(zip(*pairs))
 
 # %% ../../nbs/search/07_diagnose.ipynb #d374dd7a
-_LABELS = dict(std='exploration width', entropy='policy entropy', clipped='share of clipped ratios', value='expected reward',
-               spread='spread of rewards', distinct='share of policies that differ')
+_LABELS = dict(std='exploration width', entropy='policy entropy', clipped='share of clipped ratios',
+               value='expected reward', spread='spread of rewards',
+               distinct='share of policies that differ')
 
 
 def exploration_frame(run: RunLog) -> pd.DataFrame:
     "Long form: update, episode, forward_tokens, statistic, value"
     frame = reward_frame(run)
-    wide = frame[['update', 'episode', 'forward_tokens', 'spread']].assign(distinct=frame.distinct / frame.policies)
+    wide = frame[['update', 'episode', 'forward_tokens', 'spread']].assign(distinct=frame.distinct
+                                                                           / frame.policies)
     number = lambda v: np.isscalar(v) and not isinstance(v, str)
-    own = pd.DataFrame([{k: v for k, v in u.items() if k == 'update' or (k not in _OWN and number(v))} for u in run.updates])
-    if len(own): wide = wide.merge(own, on='update', how='left')
-    long = wide.rename(columns=_LABELS).melt(['update', 'episode', 'forward_tokens'], var_name='statistic')
+    own = pd.DataFrame([{k: v for k, v in u.items()
+                         if k == 'update' or (k not in _OWN and number(v))} for u in run.updates])
+    if len(own):
+        wide = wide.merge(own, on='update', how='left')
+    long = wide.rename(columns=_LABELS).melt(['update', 'episode', 'forward_tokens'],
+                                             var_name='statistic')
     return long.dropna(subset='value').reset_index(drop=True)
 
 
-def plot_exploration(frame: pd.DataFrame,  # of `exploration_frame`; of several runs with a column `run`
+def plot_exploration(
+        # of `exploration_frame`; of several runs with a column `run`
+        frame: pd.DataFrame,
                      title: str = ''):
     "A panel a statistic, against episodes"
-    grid = sns.relplot(frame, x='episode', y='value', col='statistic', hue='run' if 'run' in frame else None, kind='line',
-                       col_wrap=3, height=2.3, aspect=1.5, estimator=None, facet_kws=dict(sharey=False))
+    grid = sns.relplot(frame, x='episode', y='value', col='statistic',
+                       hue='run' if 'run' in frame else None, kind='line', col_wrap=3, height=2.3,
+                       aspect=1.5, estimator=None, facet_kws=dict(sharey=False))
     grid.set_titles('{col_name}').set(ylabel='')
-    grid.figure.suptitle(title); grid.tight_layout()
+    grid.figure.suptitle(title)
+    grid.tight_layout()
     return grid.figure
 
 # %% ../../nbs/search/07_diagnose.ipynb #a9465f5e
 def slack_frame(run: RunLog,
                 cost: Cost | None = None,  # None: the one that the log tells
                 ) -> pd.DataFrame:
-    "Every logged policy: realised sparsity minus target in cheapest steps (`slack`, NaN where costs are not known); is it `exact`?"
+    """Every logged policy: realised sparsity minus target in cheapest steps (`slack`, NaN where
+    costs are not known); is it `exact`?"""
     cost, cheapest = cost or log_cost(run.log), np.nan
     if cost:
         steps = cost.unit * np.array(run.config['step']) / cost.dense
         cheapest = steps[steps > 0].min()
-    d = pd.DataFrame([{k: r[k] for k in ('episode', 'update', 'target', 'sparsity')} for r in run.log])
+    d = pd.DataFrame([{k: r[k] for k in ('episode', 'update', 'target', 'sparsity')}
+                      for r in run.log])
     d['slack'] = (d.sparsity - d.target) / cheapest
     d['exact'] = d.slack.between(-1e-6, 1 - 1e-6)
     return d
@@ -297,7 +355,8 @@ def plot_slack(frame: pd.DataFrame, title: str = ''):
     fig, ax = plt.subplots(figsize=(6, 2.6))
     ax.axhspan(0, 1, color='tab:green', alpha=0.12, zorder=0)
     frame = frame.assign(target=np.where(frame.target < frame.target.max(), 'moving', 'final'))
-    sns.scatterplot(frame, x='episode', y='slack', hue='target', hue_order=['moving', 'final'], s=14, lw=0, ax=ax)
+    sns.scatterplot(frame, x='episode', y='slack', hue='target', hue_order=['moving', 'final'],
+                    s=14, lw=0, ax=ax)
     ax.set(ylabel='unspent, in cheapest steps', title=title)
     ax.set_ylim(min(-0.2, frame.slack.min() - 0.2), max(1.2, frame.slack.max() + 0.2))
     ax.legend(title='target', fontsize=8, title_fontsize=8, bbox_to_anchor=(1, 1), loc='upper left')
@@ -309,7 +368,8 @@ def incumbent(log: list[dict], updates: list[dict],
               u: int,  # index of the update
               sparsity: float,  # the final target
               solve: Callable,  # scores (L, 2) → widths at the final target
-              ) -> tuple[np.ndarray | None, str]:  # widths (L, 2), None where every policy broke the model; what they are
+              # widths (L, 2), None where every policy broke the model; what they are
+              ) -> tuple[np.ndarray | None, str]:
     "The best policy that a search knew after an update"
     guess = next((o.get('guess') for o in updates if o['update'] == u), None)
     if guess is not None: return np.array(guess), 'recommended'
@@ -325,16 +385,19 @@ def trace(measure: Callable[[np.ndarray], Perplexity],  # of widths (L, 2), on h
           p: Problem,  # its budget
           points: int = 8,  # of the search, evenly spread, with the first and the last update
           ) -> pd.DataFrame:  # update, forward_tokens, source, nll, ppl, gap
-    "NLL of the incumbents and its gap to the dense model, nats per token; each policy is measured once"
+    """NLL of the incumbents and its gap to the dense model, nats per token; each policy is measured
+    once"""
     if points < 1: raise ValueError(f'points {points}; expected at least 1')
     tokens, seen, rows = {r['update']: r['forward_tokens'] for r in log}, {}, []
     dense = measure(p.cost.full).mean_nll
     for u in np.unique(np.linspace(0, max(tokens), points).round().astype(int)):
         widths, source = incumbent(log, updates, int(u), p.sparsity, p.solve)
         if widths is None: continue
-        if (key := widths.tobytes()) not in seen: seen[key] = measure(widths)
+        if (key := widths.tobytes()) not in seen:
+            seen[key] = measure(widths)
         m = seen[key]
-        rows.append(dict(update=int(u), forward_tokens=tokens[u], source=source, nll=m.mean_nll, ppl=m.ppl, gap=m.mean_nll - dense))
+        rows.append(dict(update=int(u), forward_tokens=tokens[u], source=source, nll=m.mean_nll,
+                         ppl=m.ppl, gap=m.mean_nll - dense))
     return pd.DataFrame(rows, columns=['update', 'forward_tokens', 'source', 'nll', 'ppl', 'gap'])
 
 # %% ../../nbs/search/07_diagnose.ipynb #b75508da
@@ -344,13 +407,15 @@ def plot_trace(frame: pd.DataFrame, title: str = ''):
     ax.plot(frame.forward_tokens, frame.gap, drawstyle='steps-post', color='0.6', lw=1)
     sns.scatterplot(frame, x='forward_tokens', y='gap', hue='source', s=45, ax=ax, zorder=3)
     ax.set(xlabel='forward tokens', ylabel='NLL above dense', title=title)
-    ax.legend(fontsize=8); ax.xaxis.set_major_formatter(EngFormatter(sep=''))
+    ax.legend(fontsize=8)
+    ax.xaxis.set_major_formatter(EngFormatter(sep=''))
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/search/07_diagnose.ipynb #1fc48fe5
 def _pairs(r):
-    "Mean over pairs of policies (n, L, 2) of Spearman and cosine, over all modules and by kind; NaN where widths are all alike"
+    """Mean over pairs of policies (n, L, 2) of Spearman and cosine, over all modules and by kind;
+    NaN where widths are all alike"""
     deviation, out = r - r.mean(1, keepdims=True), {}
     for name, part in (('all', slice(0, 2)), ('attn', slice(0, 1)), ('ffn', slice(1, 2))):
         x, d = r[..., part].reshape(len(r), -1), deviation[..., part].reshape(len(r), -1)
@@ -358,32 +423,41 @@ def _pairs(r):
         norm = np.where((d**2).sum(1) > 1e-18, np.linalg.norm(d, axis=1), np.nan)
         ranks = stats.rankdata(x, axis=1)  # Spearman is the correlation of ranks
         ij = list(combinations(range(len(r)), 2))
-        out[name] = [np.mean([f(i, j) for i, j in ij]) for f in (
-            lambda i, j: np.corrcoef(ranks[i], ranks[j])[0, 1] if varies[i] and varies[j] else np.nan,
-            lambda i, j: d[i] @ d[j] / (norm[i] * norm[j]))]
+        out[name] = [np.mean([f(i, j) for i, j in ij])
+                     for f in (lambda i, j: np.corrcoef(ranks[i], ranks[j])[0, 1] if varies[i]
+                               and varies[j] else np.nan,
+                               lambda i, j: d[i] @ d[j] / (norm[i] * norm[j]))]
     return out
 
-
+# %% ../../nbs/search/07_diagnose.ipynb #df76d2e5
 def agreement(widths_list,  # (n, L, 2) widths of n seeds at one target, n >= 2
               cost: Cost, sparsity: float, step=(1, 32), p_min=0.1,
               start: float = 0.0,  # head start of the attention of the random policies
               draws: int = 100,  # sets of n random policies
-              seed: int = 0) -> pd.DataFrame:  # kind, policies, spearman, cosine; of the references the mean and `…_95`
-    "Do seeds choose the same modules? Mean over pairs, with two references. ValueError for fewer than two policies"
+              # kind, policies, spearman, cosine; of the references the mean and `…_95`
+              seed: int = 0) -> pd.DataFrame:
+    """Do seeds choose the same modules? Mean over pairs, with two references. ValueError for fewer
+    than two policies"""
     w = np.array(widths_list)
     if len(w) < 2 or w.shape[1:] != cost.full.shape:
-        raise ValueError(f'widths of shape {w.shape}; expected (n, {len(cost.full)}, 2) with at least 2 policies')
+        raise ValueError(f'widths of shape {w.shape}; expected (n, {len(cost.full)}, 2) with at '
+                         'least 2 policies')
     rng, offset = np.random.default_rng(seed), np.array([start, 0.0])
-    make = dict(random=lambda: [solve(random_scores(rng, cost.full.shape) + offset, cost, sparsity, step, p_min) for _ in w],
+    make = dict(random=lambda: [solve(random_scores(rng, cost.full.shape) + offset, cost, sparsity,
+                                      step, p_min) for _ in w],
                 shuffled=lambda: rng.permuted(w, axis=1))
-    rows = [dict(kind=k, policies='seeds', spearman=v[0], cosine=v[1]) for k, v in _pairs(retention(w, cost.full)).items()]
+    rows = [dict(kind=k, policies='seeds', spearman=v[0], cosine=v[1])
+            for k, v in _pairs(retention(w, cost.full)).items()]
     for name, draw in make.items():
         found = [_pairs(retention(np.array(draw()), cost.full)) for _ in range(draws)]
         for kind in found[0]:
             v = np.array([f[kind] for f in found])
             v = v[np.isfinite(v).all(1)]  # without sets in which a kind is the same everywhere
-            (s, c), top = (v.mean(0), np.quantile(v, 0.95, axis=0)) if len(v) else ((np.nan,) * 2,) * 2
-            rows.append(dict(kind=kind, policies=name, spearman=s, cosine=c, spearman_95=top[0], cosine_95=top[1]))
+            (s,
+             c), top = ((v.mean(0), np.quantile(v, 0.95, axis=0)) if len(v)
+                        else ((np.nan,) * 2,) * 2)
+            rows.append(dict(kind=kind, policies=name, spearman=s, cosine=c, spearman_95=top[0],
+                             cosine_95=top[1]))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/search/07_diagnose.ipynb #a7e7a604
@@ -398,19 +472,23 @@ def plot_seeds(widths_list, full: np.ndarray, title: str = ''):
     return fig
 
 # %% ../../nbs/search/07_diagnose.ipynb #acb4c7fc
-def calibration_gain(measure: Callable[[np.ndarray, Weights], Perplexity],  # of widths and weights, on held-out text
+def calibration_gain(
+        # of widths and weights, on held-out text
+        measure: Callable[[np.ndarray, Weights], Perplexity],
                      widths: np.ndarray,  # (L, 2)
                      full: np.ndarray,  # (L, 2) widths of the dense model
                      static: Weights,  # the repair
                      ) -> pd.DataFrame:  # layer, kind, width, gain, interval (both nats per token)
-    "What each module's static repair gains, leaving one out; `interval` is the half-width over blocks (95 %), NaN for one block"
+    """What each module's static repair gains, leaving one out; `interval` is the half-width over
+    blocks (95 %), NaN for one block"""
     rows, repaired = [], measure(widths, static).nll
     for (layer, j), k in np.ndenumerate(widths):
         key, gain, half = (layer, KINDS[j]), 0.0, 0.0
         if k < full[layer, j]:
             but_one = lambda i, kind, n: None if (i, kind) == key else static(i, kind, n)
             plain = measure(widths, but_one).nll
-            gain, half = paired_interval(plain, repaired) if len(plain) > 1 else (float(plain[0] - repaired[0]), np.nan)
+            gain, half = (paired_interval(plain, repaired) if len(plain) > 1
+                          else (float(plain[0] - repaired[0]), np.nan))
         rows.append(dict(layer=layer, kind=KINDS[j], width=int(k), gain=gain, interval=half))
     return pd.DataFrame(rows)
 
@@ -421,5 +499,6 @@ def plot_gain(frame: pd.DataFrame, title: str = ''):
     top = max(float(np.nanmax(np.abs(grid))), 1e-6)
     fig, ax = plt.subplots(figsize=(0.28 * len(grid) + 2, 1.9))
     _modules(ax, grid, 'nats per token', cmap='RdBu', vmin=-top, vmax=top)
-    ax.set_title(title); fig.tight_layout()
+    ax.set_title(title)
+    fig.tight_layout()
     return fig

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Any
 
 import numpy as np
 from fastcore.basics import patch
@@ -29,9 +29,19 @@ from .rivals import SEARCHERS
 # %% ../../nbs/search/04_loop.ipynb #80ae6a06
 class Evaluator:
     "Measures policies of one elastic model on blocks of the search text"
+    _measure_dense: Callable[..., Any]  # these are given below
+    _keep_dense: Callable[..., None]
+    rewards: Callable[..., np.ndarray]
+    _compare: Callable[..., Any]
+    reward: Callable[..., float]
+    close: Callable[..., None]
+    state_dict: Callable[..., Any]
+    load_state_dict: Callable[..., None]
+
     def __init__(self, elastic: ElasticModel,
                  pool: Blocks,  # the search text
-                 weights: Weights | None = None,  # a Calibrator, to search with repaired projections; None: plain slices
+                 # a Calibrator, to search with repaired projections; None: plain slices
+                 weights: Weights | None = None,
                  batch: int = 1):  # blocks of one forward pass
         self.elastic, self.pool, self.weights, self.batch = elastic, pool, weights, batch
         self.forward_tokens, self._dense = 0, np.full(len(pool), np.nan)
@@ -42,43 +52,68 @@ class Evaluator:
 
     def dense(self, idx) -> np.ndarray:  # (len(idx),) mean nats per token of each block
         "The dense model on these blocks; each is measured once"
-        if new := self._unseen(idx): self._keep_dense(new, self._measure_dense(new))
+        if new := self._unseen(idx):
+            self._keep_dense(new, self._measure_dense(new))
         return self._dense[idx]
 
-    def _unseen(self, idx): return [i for i in idx if np.isnan(self._dense[i])]
+    def _unseen(self, idx):
+        return [i for i in idx if np.isnan(self._dense[i])]
 
-    def _measure_dense(self, idx):
-        with self.elastic.at(self.elastic.layout.full): return self._measure(idx)
-
-    def _keep_dense(self, idx, nats):
-        self._dense[idx] = nats
-        if not np.isfinite(nats).all():
-            raise ValueError('the dense model gives NaN or infinity on the search text. Check its weights with '
-                             'ffp_nb.core.families.check_finite, or load it in another dtype.')
-
-    def __call__(self, widths: np.ndarray, idx) -> np.ndarray:  # (len(idx),) mean nats per token of each block
+    def __call__(self, widths: np.ndarray,
+                 idx) -> np.ndarray:  # (len(idx),) mean nats per token of each block
         "A pruned model on these blocks"
-        with self.elastic.at(widths, self.weights): return self._measure(idx)
+        with self.elastic.at(widths, self.weights):
+            return self._measure(idx)
 
-    def rewards(self, policies: list[np.ndarray], idx) -> np.ndarray:  # (len(policies),)
-        "PPL_dense / PPL of each policy on these blocks; 0 where the model broke down"
-        dense, nats = self._compare(policies, idx)
-        gaps = [float(np.mean(n - dense)) for n in nats]
-        return np.array([float(np.exp(-gap)) if np.isfinite(gap) else 0.0 for gap in gaps])
+# %% ../../nbs/search/04_loop.ipynb #f27a6473
+@patch
+def _measure_dense(self: Evaluator, idx):
+    with self.elastic.at(self.elastic.layout.full):
+        return self._measure(idx)
 
-    def _compare(self, policies, idx):
-        "Nats of the dense model, and of each policy: here one after the other"
-        return self.dense(idx), [self(w, idx) for w in policies]
 
-    def reward(self, widths, idx) -> float:
-        "The reward of one policy"
-        return float(self.rewards([widths], idx)[0])
+@patch
+def _keep_dense(self: Evaluator, idx, nats):
+    self._dense[idx] = nats
+    if not np.isfinite(nats).all():
+        raise ValueError('the dense model gives NaN or infinity on the search text. Check '
+                         'its weights with ffp_nb.core.families.check_finite, or load it in '
+                         'another dtype.')
 
-    def close(self): "Give back what measuring needs beside the model: nothing here"
 
-    def state_dict(self): return dict(forward_tokens=self.forward_tokens, dense=self._dense.copy())
-    def load_state_dict(self, state):
-        self.forward_tokens, self._dense = int(state['forward_tokens']), np.array(state['dense'])
+@patch
+def rewards(self: Evaluator, policies: list[np.ndarray], idx) -> np.ndarray:  # (len(policies),)
+    "PPL_dense / PPL of each policy on these blocks; 0 where the model broke down"
+    dense, nats = self._compare(policies, idx)
+    gaps = [float(np.mean(n - dense)) for n in nats]
+    return np.array([float(np.exp(-gap)) if np.isfinite(gap) else 0.0 for gap in gaps])
+
+
+@patch
+def _compare(self: Evaluator, policies, idx):
+    "Nats of the dense model, and of each policy: here one after the other"
+    return self.dense(idx), [self(w, idx) for w in policies]
+
+
+@patch
+def reward(self: Evaluator, widths, idx) -> float:
+    "The reward of one policy"
+    return float(self.rewards([widths], idx)[0])
+
+
+@patch
+def close(self: Evaluator):
+    "Give back what measuring needs beside the model: nothing here"
+
+# %% ../../nbs/search/04_loop.ipynb #fe5cdefe
+@patch
+def state_dict(self: Evaluator):
+    return dict(forward_tokens=self.forward_tokens, dense=self._dense.copy())
+
+
+@patch
+def load_state_dict(self: Evaluator, state):
+    self.forward_tokens, self._dense = int(state['forward_tokens']), np.array(state['dense'])
 
 # %% ../../nbs/search/04_loop.ipynb #43e384be
 @dataclass(frozen=True)
@@ -96,40 +131,50 @@ class SearchConfig:
     fidelity_shape: Shape = 'cubic'
     sparsity_share: float = 0.2  # share of the episodes in which the target moves
     fidelity_share: float = 0.8  # share of the episodes in which the fidelity moves
-    balance: tuple[float, ...] = (0, 1, 2, 3, 4)  # head starts of the attention to try first; (0,): none
+    # head starts of the attention to try first; (0,): none
+    balance: tuple[float, ...] = (0, 1, 2, 3, 4)
     step: tuple[int, int] = (1, 32)  # units that come and go together: KV groups, FFN channels
-    p_min: float | tuple[float, float] = 0.1  # least retention of a module, see `bounds`; 0: it may be removed
+    # least retention of a module, see `bounds`; 0: it may be removed
+    p_min: float | tuple[float, float] = 0.1
     candidates: int = 4  # logged policies that meet the agent's own best guess at the end
     final_blocks: int = 24  # blocks of search text on which they meet
     agent: dict = field(default_factory=dict)  # settings of the searcher
+    schedules: ClassVar[Callable[..., tuple[Schedule, Schedule]]]  # given below
 
     def __post_init__(self):
         if self.method not in SEARCHERS:
             raise ValueError(f'method {self.method!r}; expected one of {", ".join(SEARCHERS)}')
-        if not 0 < self.sparsity < 1: raise ValueError(f'sparsity {self.sparsity}; expected a share above 0 and below 1')
+        if not 0 < self.sparsity < 1:
+            raise ValueError(f'sparsity {self.sparsity}; expected a share above 0 and below 1')
         if self.seed < 0: raise ValueError(f'seed {self.seed}; expected 0 or more')
         for name in ('episodes', 'batch', 'blocks', 'final_blocks'):
-            if getattr(self, name) < 1: raise ValueError(f'{name} {getattr(self, name)}; expected at least 1')
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} {getattr(self, name)}; expected at least 1')
 
     @property
-    def updates(self) -> int: return -(-self.episodes // self.batch)
+    def updates(self) -> int:
+        return -(-self.episodes // self.batch)
 
-    def schedules(self) -> tuple[Schedule, Schedule]:
-        "Schedules of the target and of the fidelity, by episode"
-        last = (self.updates - 1) * self.batch
-        make = lambda share: Schedule(self.sparsity, self.updates * self.batch, self.sparsity_start, self.fidelity_start,
-                                      sparsity_shape=self.sparsity_shape, fidelity_shape=self.fidelity_shape,
-                                      t1=int(share * last))
-        return make(self.sparsity_share), make(self.fidelity_share)
+# %% ../../nbs/search/04_loop.ipynb #e86a6b1f
+@patch
+def schedules(self: SearchConfig) -> tuple[Schedule, Schedule]:
+    "Schedules of the target and of the fidelity, by episode"
+    last = (self.updates - 1) * self.batch
+    make = lambda share: Schedule(self.sparsity, self.updates * self.batch, self.sparsity_start,
+                                  self.fidelity_start, sparsity_shape=self.sparsity_shape,
+                                  fidelity_shape=self.fidelity_shape, t1=int(share * last))
+    return make(self.sparsity_share), make(self.fidelity_share)
 
 # %% ../../nbs/search/04_loop.ipynb #9c39afdd
 class TextSampler:
     "Blocks without replacement, in a new random order each time the pool is through"
-    def __init__(self, n: int, seed: int): self.n, self.rng, self.queue = n, np.random.default_rng([seed, 1]), []
+    def __init__(self, n: int, seed: int):
+        self.n, self.rng, self.queue = n, np.random.default_rng([seed, 1]), []
 
     def __call__(self, k: int) -> list[int]:
         if k > self.n:
-            raise ValueError(f'{k} blocks are needed for a reward, the search text has {self.n}. Use fewer or more text.')
+            raise ValueError(f'{k} blocks are needed for a reward, the search text has {self.n}. '
+                             'Use fewer or more text.')
         while len(self.queue) < k:
             # blocks still waiting come first; the new order must not repeat them in the same draw
             fresh = [int(i) for i in self.rng.permutation(self.n)]
@@ -137,8 +182,11 @@ class TextSampler:
         out, self.queue = self.queue[:k], self.queue[k:]
         return out
 
-    def state_dict(self): return dict(rng=self.rng.bit_generator.state, queue=list(self.queue))
-    def load_state_dict(self, state): self.rng.bit_generator.state, self.queue = state['rng'], list(state['queue'])
+    def state_dict(self):
+        return dict(rng=self.rng.bit_generator.state, queue=list(self.queue))
+
+    def load_state_dict(self, state):
+        self.rng.bit_generator.state, self.queue = state['rng'], list(state['queue'])
 
 # %% ../../nbs/search/04_loop.ipynb #b03effc2
 @dataclass
@@ -159,8 +207,9 @@ class SearchResult:
 class Search:
     """One search: `run` goes from wherever it is to the end.
 
-    With a `RunDir`, every policy is logged and every update checkpointed, and a new Search on the same folder goes on where
-    the last one stopped. A process killed at any moment resumes bit for bit (same device, same number of threads).
+    With a `RunDir`, every policy is logged and every update checkpointed, and a new Search on the
+    same folder goes on where the last one stopped. A process killed at any moment resumes bit for
+    bit (same device, same number of threads).
     """
     _state: Callable[..., dict]  # these are given below
     _load: Callable[..., None]
@@ -174,15 +223,20 @@ class Search:
                  run: RunDir | None = None,  # where to log; None: in memory
                  searcher: Searcher | None = None):  # None: made from the configuration
         lo, hi = feasible_range(cost, *bounds(cost, config.step, config.p_min))
-        if not lo <= config.sparsity <= hi: raise InfeasibleBudget(config.sparsity, lo, hi, cost.name)
+        if not lo <= config.sparsity <= hi:
+            raise InfeasibleBudget(config.sparsity, lo, hi, cost.name)
         self.evaluator, self.cost, self.config, self.run_dir = evaluator, cost, config, run
-        self.searcher = searcher or SEARCHERS[config.method](len(cost.full), seed=config.seed, **config.agent)
+        self.searcher = (searcher
+                         or SEARCHERS[config.method](len(cost.full), seed=config.seed,
+                                                     **config.agent))
         self.sampler = TextSampler(len(evaluator.pool), config.seed)
         self.target, self.fidelity = config.schedules()
         self.update, self.log, self.updates, self.wall_s, self.broken = 0, [], [], 0.0, 0
         self.start: Any = None  # head start of the attention, a number from the first update on
-        if run is not None and (state := run.load_checkpoint()) is not None: self._load(run, state)
-        elif run is not None: run.truncate(0)  # killed after the first log and before the first checkpoint
+        if run is not None and (state := run.load_checkpoint()) is not None:
+            self._load(run, state)
+        elif run is not None:
+            run.truncate(0)  # killed after the first log and before the first checkpoint
 
     def solve(self, scores, sparsity) -> np.ndarray:
         "Widths of a policy at a target"
@@ -191,16 +245,17 @@ class Search:
 # %% ../../nbs/search/04_loop.ipynb #cde5b7c6
 @patch
 def _state(self: Search):
-    return dict(update=self.update, rows=len(self.log), start=self.start, updates=self.updates, wall_s=self.wall_s, broken=self.broken,
-                proposer=self.searcher.state_dict(), sampler=self.sampler.state_dict(),
-                evaluator=self.evaluator.state_dict())
+    return dict(update=self.update, rows=len(self.log), start=self.start, updates=self.updates,
+                wall_s=self.wall_s, broken=self.broken, proposer=self.searcher.state_dict(),
+                sampler=self.sampler.state_dict(), evaluator=self.evaluator.state_dict())
 
 
 @patch
 def _load(self: Search, run, state):
     self.update, self.updates, self.wall_s = state['update'], state['updates'], state['wall_s']
     self.broken, self.start = state['broken'], state['start']
-    for part, saved in ((self.searcher, 'proposer'), (self.sampler, 'sampler'), (self.evaluator, 'evaluator')):
+    for part, saved in ((self.searcher, 'proposer'), (self.sampler, 'sampler'),
+                        (self.evaluator, 'evaluator')):
         part.load_state_dict(state[saved])  # names of the first checkpoints, which still resume
     run.truncate(state['rows'])  # rows behind the last checkpoint are done again
     self.log = run.rows()
@@ -219,15 +274,17 @@ def balance(self: Search) -> float:
     tried = sorted(set(self.config.balance))
     if len(tried) < 2: return float(tried[0]) if tried else 0.0
     idx = self.sampler(min(2 * self.config.blocks, len(self.evaluator.pool)))
-    policies = [self.solve(np.array([b, 0.0]) + np.zeros(self.cost.full.shape), self.config.sparsity) for b in tried]
+    policies = [self.solve(np.array([b, 0.0]) + np.zeros(self.cost.full.shape),
+                           self.config.sparsity) for b in tried]
     return float(tried[int(np.argmax(self.evaluator.rewards(policies, idx)))])
 
-
+# %% ../../nbs/search/04_loop.ipynb #d8f4f1bb
 @patch
 def step(self: Search) -> None:
     "One update: draw text, ask, measure, tell"
     c, start = self.config, time.perf_counter()
-    if self.start is None: self.start = self.balance()
+    if self.start is None:
+        self.start = self.balance()
     t = self.update * c.batch
     sparsity, n_blocks = float(self.target.sparsity(t)), self.fidelity.n_blocks(t, c.blocks)
     idx = self.sampler(n_blocks)
@@ -238,15 +295,18 @@ def step(self: Search) -> None:
     self.searcher.tell(sparsity, asked, rewards)
     self.broken += int((rewards == 0).sum())
     self.wall_s += time.perf_counter() - start
-    rows = [dict(episode=t + i, update=self.update, target=sparsity, sparsity=self.cost.sparsity(w), reward=float(r),
-                 blocks=idx, forward_tokens=self.evaluator.forward_tokens, scores=s.round(6).tolist(), widths=w.tolist())
+    rows = [dict(episode=t + i, update=self.update, target=sparsity, sparsity=self.cost.sparsity(w),
+                 reward=float(r), blocks=idx, forward_tokens=self.evaluator.forward_tokens,
+                 scores=s.round(6).tolist(), widths=w.tolist())
             for i, (s, w, r) in enumerate(zip(scores, widths, rewards))]
     self.log += rows
     guess = self.guess()
-    self.updates.append(dict(update=self.update, episode=t, target=sparsity, blocks=n_blocks, reward=float(rewards.mean()),
-                             best=float(rewards.max()), spread=float(rewards.std()), wall_s=self.wall_s,
+    self.updates.append(dict(update=self.update, episode=t, target=sparsity, blocks=n_blocks,
+                             reward=float(rewards.mean()), best=float(rewards.max()),
+                             spread=float(rewards.std()), wall_s=self.wall_s,
                              forward_tokens=self.evaluator.forward_tokens, **self.searcher.stats(),
-                             guess=None if guess is None else self.solve(guess, c.sparsity).tolist()))
+                             guess=None if guess is None
+                             else self.solve(guess, c.sparsity).tolist()))
     self.update += 1
     if self.run_dir is not None:
         self.run_dir.log(rows)  # first the log, then the checkpoint that counts its rows
@@ -264,34 +324,45 @@ def final_idx(pool: int,  # blocks of the search text
 def finish(self: Search) -> SearchResult:
     "Choose the winner at the final target, on the same text for all"
     c, start = self.config, time.perf_counter()
-    before = self.evaluator.state_dict()  # put back below: finishing twice gives the same result and the same count
-    at_target = sorted((r for r in self.log if r['target'] == c.sparsity and r['reward'] > 0), key=lambda r: -r['reward'])
+    # put back below: finishing twice gives the same result and the same count
+    before = self.evaluator.state_dict()
+    at_target = sorted((r for r in self.log if r['target'] == c.sparsity and r['reward'] > 0),
+                       key=lambda r: -r['reward'])
     found = {}
     if (guess := self.guess()) is not None:
         found[self.solve(guess, c.sparsity).tobytes()] = ('agent', guess)
     for r in at_target:
         if len(found) > c.candidates: break
-        found.setdefault(np.array(r['widths']).tobytes(), (f"episode {r['episode']}", np.array(r['scores'])))
+        found.setdefault(np.array(r['widths']).tobytes(),
+                         (f"episode {r['episode']}", np.array(r['scores'])))
     idx = final_idx(len(self.evaluator.pool), c.seed, c.final_blocks)
-    rewards = self.evaluator.rewards([self.solve(s, c.sparsity) for _, s in found.values()], idx).tolist() if found else []
-    ranked = sorted(((r, name, s) for r, (name, s) in zip(rewards, found.values())), key=lambda x: -x[0])
+    rewards = (self.evaluator.rewards([self.solve(s, c.sparsity) for _, s in found.values()],
+                                      idx).tolist() if found else [])
+    ranked = sorted(((r, name, s) for r, (name, s) in zip(rewards, found.values())),
+                    key=lambda x: -x[0])
     if not ranked or ranked[0][0] == 0:
-        raise RuntimeError('no policy of this search could be measured: every episode gave NaN or infinity. '
-                           'Check the weights with ffp_nb.core.families.check_finite, or load the model in another dtype.')
+        raise RuntimeError('no policy of this search could be measured: every episode gave NaN '
+                           'or infinity. Check the weights with '
+                           'ffp_nb.core.families.check_finite, or load the model in another '
+                           'dtype.')
     used, (reward, name, scores) = self.evaluator.forward_tokens, ranked[0]
     self.evaluator.load_state_dict(before)
-    return SearchResult(self.solve(scores, c.sparsity), scores, reward, name, self.log, self.updates, used,
-                        self.wall_s + time.perf_counter() - start, self.broken, self.start)
+    return SearchResult(self.solve(scores, c.sparsity), scores, reward, name, self.log,
+                        self.updates, used, self.wall_s + time.perf_counter() - start, self.broken,
+                        self.start)
 
-
+# %% ../../nbs/search/04_loop.ipynb #76090fb9
 @patch
 def run(self: Search, progress: bool = True) -> SearchResult:
     "Go on to the end"
-    with tqdm(total=self.config.updates, initial=self.update, desc=f'search {self.config.method}', disable=not progress) as bar:
+    with tqdm(total=self.config.updates, initial=self.update, desc=f'search {self.config.method}',
+              disable=not progress) as bar:
         while self.update < self.config.updates:
-            self.step(); bar.update()
+            self.step()
+            bar.update()
             last = self.updates[-1]
-            bar.set_postfix(target=f"{last['target']:.1%}", reward=f"{last['reward']:.3f}", best=f"{last['best']:.3f}")
+            bar.set_postfix(target=f"{last['target']:.1%}", reward=f"{last['reward']:.3f}",
+                            best=f"{last['best']:.3f}")
     return self.finish()
 
 # %% ../../nbs/search/04_loop.ipynb #bf13d55c
@@ -302,9 +373,12 @@ def search_summary(found: SearchResult) -> dict:
 
 
 def save_policies(path: Path, log: list[dict]) -> None:
-    "Every evaluated policy of a search as `.npz`: widths (n, n_layers, 2), and of each reward, target, sparsity, update, blocks"
+    """Every evaluated policy of a search as `.npz`: widths (n, n_layers, 2), and of each reward,
+    target, sparsity, update, blocks"""
     buffer = io.BytesIO()
     column = lambda name: np.array([row[name] for row in log])
-    np.savez_compressed(buffer, widths=column('widths').astype(np.int16), reward=column('reward'), target=column('target'),
-                        sparsity=column('sparsity'), update=column('update'), blocks=np.array([len(row['blocks']) for row in log]))
+    np.savez_compressed(buffer, widths=column('widths').astype(np.int16), reward=column('reward'),
+                        target=column('target'), sparsity=column('sparsity'),
+                        update=column('update'),
+                        blocks=np.array([len(row['blocks']) for row in log]))
     atomic_write(path, buffer.getvalue())

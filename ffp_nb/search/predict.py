@@ -11,10 +11,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from scipy import stats
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.exceptions import ConvergenceWarning
@@ -38,10 +39,12 @@ def features(widths,  # (n, n_layers, 2) units kept
              sparsity,  # (n,) or one for all: share of the cost that is removed
              calibrated,  # (n,) or one for all: are the projections repaired?
              ) -> np.ndarray:  # (n, 2 * n_layers + 2) float64
-    "One row a policy: retentions layer by layer (attention, FFN), then the sparsity, then 1 if calibrated, else 0"
+    """One row a policy: retentions layer by layer (attention, FFN), then the sparsity, then 1 if
+    calibrated, else 0"""
     widths, full = np.asarray(widths), np.asarray(full)
     if widths.ndim != 3 or widths.shape[1:] != full.shape:
-        raise ValueError(f'widths have shape {widths.shape}; expected (n, {len(full)}, 2), a stack of policies')
+        raise ValueError(f'widths have shape {widths.shape}; expected (n, {len(full)}, 2), a '
+                         'stack of policies')
     n = len(widths)
     rest = [np.broadcast_to(np.asarray(o, dtype=float), n) for o in (sparsity, calibrated)]
     return np.column_stack([retention(widths, full).reshape(n, -1), *rest])
@@ -49,23 +52,29 @@ def features(widths,  # (n, n_layers, 2) units kept
 # %% ../../nbs/search/05_predict.ipynb #0de3c52b
 class Predictor(Protocol):
     "What a predictor offers; `y` in nats per token"
-    def fit(self, X: np.ndarray, y: np.ndarray) -> 'Predictor': ...  # (n, k), (n,)
-    def predict(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...  # (n,) mean, (n,) standard deviation
+    def fit(self, X: np.ndarray, y: np.ndarray) -> 'Predictor':
+        ...  # (n, k), (n,)
+
+    def predict(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ...  # (n,) mean, (n,) standard deviation
 
 
 class Probabilistic:
-    "A scikit-learn model that knows its standard deviation, of the logarithm of the target above a floor, on standardised columns"
+    """A scikit-learn model that knows its standard deviation, of the logarithm of the target above
+    a floor, on standardised columns"""
     def __init__(self, make: Callable,  # (columns) -> model
                  *before,  # transformers of the columns
                  log: bool = True):  # False: the target as it is
         self.make, self.before, self.log = make, before, log
 
     def fit(self, X, y):
-        self.scale, self.floor = make_pipeline(*self.before, StandardScaler()).fit(X), float(np.min(y)) - 1.0
+        self.scale = make_pipeline(*self.before, StandardScaler()).fit(X)
+        self.floor = float(np.min(y)) - 1.0
         Z, z = self.scale.transform(X), np.log(y - self.floor) if self.log else np.asarray(y)
         self.top = z.max() + 0.5  # far outside of the data an exponential knows no bounds
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore', ConvergenceWarning)  # a length at the end of its range: a column that does not matter
+            # a length at the end of its range: a column that does not matter
+            warnings.simplefilter('ignore', ConvergenceWarning)
             self.model = self.make(Z.shape[1]).fit(Z, z)
         return self
 
@@ -73,24 +82,37 @@ class Probabilistic:
         mean, std = self.model.predict(self.scale.transform(X), return_std=True)
         if not self.log: return mean, std
         scale = np.exp(mean.clip(max=self.top))
-        return self.floor + scale, scale * std  # the median, and the spread of small errors around it
+        # the median, and the spread of small errors around it
+        return self.floor + scale, scale * std
 
 
 def _process(columns):
     smooth = ConstantKernel(10.0, (1e-2, 1e5)) * Matern(np.full(columns, 5.0), (0.3, 1e3), nu=2.5)
     return GaussianProcessRegressor(smooth + WhiteKernel(1e-2, (1e-5, 1.0)), normalize_y=True)
-def _bayes(columns): return BayesianRidge()
-def _by_calibration(B): return np.hstack([B[:, :-1] * B[:, -1:], B])  # every column once for all, once for the calibrated
+
+# %% ../../nbs/search/05_predict.ipynb #807e2705
+def _bayes(columns):
+    return BayesianRidge()
+
+
+def _by_calibration(B):
+    # every column once for all, once for the calibrated
+    return np.hstack([B[:, :-1] * B[:, -1:], B])
+
+
 def _splines(X):
-    B = SplineTransformer(degree=3, knots=np.linspace(0, 1, 5)[:, None].repeat(X.shape[1] - 1, 1), include_bias=False)
+    B = SplineTransformer(degree=3, knots=np.linspace(0, 1, 5)[:, None].repeat(X.shape[1] - 1, 1),
+                          include_bias=False)
     B.fit(np.zeros((2, X.shape[1] - 1)))  # the knots are given: nothing is learned from data
     return _by_calibration(np.column_stack([B.transform(X[:, :-1]), X[:, -1]]))
 
 # %% ../../nbs/search/05_predict.ipynb #b9cb04f3
 class GridCNN:
     "Two convolutions over the layers and two dense layers"
-    def __init__(self, seed: int = 0, channels: int = 16, epochs: int = 200, batch: int = 64, lr: float = 4e-3):
-        self.seed, self.channels, self.epochs, self.batch, self.lr = seed, channels, epochs, batch, lr
+    def __init__(self, seed: int = 0, channels: int = 16, epochs: int = 200, batch: int = 64,
+                 lr: float = 4e-3):
+        self.seed, self.channels, self.epochs = seed, channels, epochs
+        self.batch, self.lr = batch, lr
 
     @staticmethod
     def _grid(X):  # (n, 4, n_layers)
@@ -101,34 +123,47 @@ class GridCNN:
     def fit(self, X, y):
         x, c, rng = self._grid(X), self.channels, np.random.default_rng(self.seed)
         self.mean, self.scale = float(np.mean(y)), float(np.std(y)) or 1.0
-        t, parts = torch.tensor((y - self.mean) / self.scale, dtype=torch.float32), -(-len(x) // self.batch)
+        t = torch.tensor((y - self.mean) / self.scale, dtype=torch.float32)
+        parts = -(-len(x) // self.batch)
         with torch.random.fork_rng([]):
             torch.manual_seed(self.seed)
-            self.net = nn.Sequential(nn.Conv1d(4, c, 3, padding=1), nn.SiLU(), nn.Conv1d(c, c, 3, padding=1), nn.SiLU(),
-                                     nn.Flatten(), nn.Linear(c * x.shape[2], 32), nn.SiLU(), nn.Linear(32, 1), nn.Flatten(0))
+            self.net = nn.Sequential(nn.Conv1d(4, c, 3, padding=1), nn.SiLU(),
+                                     nn.Conv1d(c, c, 3, padding=1), nn.SiLU(), nn.Flatten(),
+                                     nn.Linear(c * x.shape[2], 32), nn.SiLU(), nn.Linear(32, 1),
+                                     nn.Flatten(0))
         opt = torch.optim.AdamW(self.net.parameters(), self.lr)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, self.lr, total_steps=self.epochs * parts)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, self.lr,
+                                                       total_steps=self.epochs * parts)
         for _ in range(self.epochs):
             for idx in np.array_split(rng.permutation(len(x)), parts):
                 loss = (self.net(x[idx]) - t[idx]).square().mean()
-                opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+                schedule.step()
         return self
 
     @torch.no_grad()
-    def predict(self, X): return self.net(self._grid(X)).double().numpy() * self.scale + self.mean
+    def predict(self, X):
+        return self.net(self._grid(X)).double().numpy() * self.scale + self.mean
 
-
+# %% ../../nbs/search/05_predict.ipynb #88ac0e96
 class Folds:
     "Several models, each trained without one part of the data"
-    def __init__(self, make: Callable,  # (seed) -> model with `fit` and a `predict` that gives the mean
+    def __init__(
+            # (seed) -> model with `fit` and a `predict` that gives the mean
+            self, make: Callable,
                  seed: int = 0, k: int = 5):
         self.make, self.seed, self.k = make, seed, k
 
     def fit(self, X, y):
         X, y = np.asarray(X), np.asarray(y)
-        if len(y) < self.k: raise ValueError(f'{len(y)} policies; at least {self.k} are needed to train as many models on different parts')
+        if len(y) < self.k:
+            raise ValueError(f'{len(y)} policies; at least {self.k} are needed to train as many '
+                             'models on different parts')
         self.models, error = [], np.zeros(len(y))
-        for i, (train, out) in enumerate(KFold(self.k, shuffle=True, random_state=self.seed).split(X)):
+        for i, (train,
+                out) in enumerate(KFold(self.k, shuffle=True, random_state=self.seed).split(X)):
             self.models.append(self.make(self.seed + i).fit(X[train], y[train]))
             error[out] = self.models[-1].predict(X[out]) - y[out]
         self.noise = float(np.mean(error**2))
@@ -140,7 +175,8 @@ class Folds:
 
 # %% ../../nbs/search/05_predict.ipynb #e2aa1a19
 def _trees(seed):
-    return HistGradientBoostingRegressor(learning_rate=0.1, max_iter=300, max_leaf_nodes=8, min_samples_leaf=5, random_state=seed)
+    return HistGradientBoostingRegressor(learning_rate=0.1, max_iter=300, max_leaf_nodes=8,
+                                         min_samples_leaf=5, random_state=seed)
 
 PREDICTORS: dict[str, Callable[..., Predictor]] = dict(  # name -> predictor of a seed
     cnn=partial(Folds, GridCNN),
@@ -157,9 +193,11 @@ def judge(y,  # (n,) truth
     error, n = np.asarray(mean) - y, len(y)
     if n < 3: raise ValueError(f'{n} policies; at least 3 are needed to judge')
     varied = np.ptp(mean) > 0 and np.ptp(y) > 0
-    return dict(n=n, mse=float(np.mean(error**2)), relative=float(np.mean(error**2) / np.var(y)) if np.ptp(y) else float('inf'),
+    return dict(n=n, mse=float(np.mean(error**2)),
+                relative=float(np.mean(error**2) / np.var(y)) if np.ptp(y) else float('inf'),
                 spearman=float(stats.spearmanr(mean, y).statistic) if varied else 0.0,
-                coverage=float(np.mean(np.abs(error) <= stats.norm.ppf(0.975) * std)), surprise=float(np.mean((error / std)**2)))
+                coverage=float(np.mean(np.abs(error) <= stats.norm.ppf(0.975) * std)),
+                surprise=float(np.mean((error / std)**2)))
 
 # %% ../../nbs/search/05_predict.ipynb #b3615727
 WORST = 10.0  # nats: the gap of a policy that broke the model
@@ -177,25 +215,38 @@ class Prediction:
 
     def __post_init__(self):
         if self.predictor not in PREDICTORS:
-            raise ValueError(f'predictor {self.predictor!r}; expected one of {", ".join(PREDICTORS)}')
+            raise ValueError(f'predictor {self.predictor!r}; expected one of '
+                             f'{", ".join(PREDICTORS)}')
         for name, least in (('warmup', 1), ('inner', 0), ('batch', 1), ('pool', 1)):
-            if getattr(self, name) < least: raise ValueError(f'{name} {getattr(self, name)}; expected at least {least}')
-        if not 0 <= self.explore <= 1: raise ValueError(f'explore {self.explore}; expected a share between 0 and 1')
+            if getattr(self, name) < least:
+                raise ValueError(f'{name} {getattr(self, name)}; expected at least {least}')
+        if not 0 <= self.explore <= 1:
+            raise ValueError(f'explore {self.explore}; expected a share between 0 and 1')
 
 # %% ../../nbs/search/05_predict.ipynb #1ca38788
 class Predicted:
     "A searcher whose agent learns on predictions; what it proposes is to be measured"
+    choose: Callable[..., np.ndarray]  # these are given below
+    tell: Callable[..., None]
+    recommend: Callable[..., Any]
+    stats: Callable[..., Any]
+    state_dict: Callable[..., Any]
+    load_state_dict: Callable[..., None]
+
     def __init__(self, agent: Searcher, config: Prediction,
                  describe: Callable,  # (scores (n, L, 2), sparsity) -> rows of `features`
                  seed: int = 0):
         self.agent, self.config, self.describe, self.seed = agent, config, describe, seed
-        self.X, self.y, self.text, self.guessed, self.last = [], [], [], None, {}  # rows, gaps, the update of each
+        # rows, gaps, the update of each
+        self.X, self.y, self.text, self.guessed, self.last = [], [], [], None, {}
 
     @property
-    def told(self): return len(set(self.text))
+    def told(self):
+        return len(set(self.text))
 
     def fit(self) -> Predictor:
-        "The predictor of this moment. What all policies of an update have above the prediction is due to its text, and taken off"
+        """The predictor of this moment. What all policies of an update have above the prediction is
+        due to its text, and taken off"""
         X, y, text = np.array(self.X), np.array(self.y), np.array(self.text)
         make = partial(PREDICTORS[self.config.predictor], seed=self.seed)
         above = y - make().fit(X, y).predict(X)[0]
@@ -206,50 +257,84 @@ class Predicted:
         model = self.fit()
         for _ in range(self.config.inner):
             tried = self.agent.ask(sparsity, self.config.batch)
-            self.agent.tell(sparsity, tried, np.exp(-model.predict(self.describe(tried, sparsity))[0].clip(max=WORST)))
+            self.agent.tell(sparsity, tried,
+                            np.exp(-model.predict(self.describe(tried,
+                                                                sparsity))[0].clip(max=WORST)))
         return self.choose(model, sparsity, n)
 
-    def choose(self, model: Predictor, sparsity: float, n: int) -> np.ndarray:  # (n, n_layers, 2)
-        "The policies that promise most, then those that the predictor knows least about"
-        pool, best = self.agent.ask(sparsity, max(n, self.config.pool)), self.agent.recommend(sparsity)
-        if best is not None: pool = np.concatenate([best[None], pool])
-        x = self.describe(pool, sparsity)
-        mean, std = model.predict(x)
-        _, first = np.unique(x, axis=0, return_index=True)  # different scores may give the same widths
-        fresh = np.isin(np.arange(len(pool)), first)
-        ranked = np.lexsort((mean, ~fresh))
-        top = ranked[:n - int(self.config.explore * n)]
-        rest = np.setdiff1d(ranked, top)
-        chosen = np.concatenate([top, rest[np.lexsort((-std[rest], ~fresh[rest]))][:n - len(top)]])
-        self.guessed = mean[chosen]
-        return pool[chosen]
+# %% ../../nbs/search/05_predict.ipynb #ea53c0f8
+@patch
+def choose(self: Predicted, model: Predictor, sparsity: float,
+           n: int) -> np.ndarray:  # (n, n_layers, 2)
+    "The policies that promise most, then those that the predictor knows least about"
+    pool = self.agent.ask(sparsity, max(n, self.config.pool))
+    best = self.agent.recommend(sparsity)
+    if best is not None:
+        pool = np.concatenate([best[None], pool])
+    x = self.describe(pool, sparsity)
+    mean, std = model.predict(x)
+    # different scores may give the same widths
+    _, first = np.unique(x, axis=0, return_index=True)
+    fresh = np.isin(np.arange(len(pool)), first)
+    ranked = np.lexsort((mean, ~fresh))
+    top = ranked[:n - int(self.config.explore * n)]
+    rest = np.setdiff1d(ranked, top)
+    chosen = np.concatenate([top, rest[np.lexsort((-std[rest], ~fresh[rest]))][:n - len(top)]])
+    self.guessed = mean[chosen]
+    return pool[chosen]
 
-    def tell(self, sparsity, scores, rewards):
-        gap = -np.log(np.maximum(rewards, np.exp(-WORST)))
-        if self.told < self.config.warmup: self.agent.tell(sparsity, scores, rewards)
-        else: self.last = dict(error=float(np.sqrt(np.mean((self.guessed - gap)**2))))
-        self.X += self.describe(scores, sparsity).tolist(); self.y += gap.tolist(); self.text += [self.told] * len(gap)
 
-    def recommend(self, sparsity): return self.agent.recommend(sparsity)
-    def stats(self): return self.agent.stats() | self.last  # `error`: nats, of the predictions for the policies measured last
-    def state_dict(self):
-        return dict(agent=self.agent.state_dict(), X=np.array(self.X), y=np.array(self.y), text=np.array(self.text, int),
-                    last=dict(self.last))
-    def load_state_dict(self, state):
-        self.agent.load_state_dict(state['agent'])
-        self.X, self.y, self.text = (state[k].tolist() for k in ('X', 'y', 'text'))
-        self.last = dict(state['last'])
+@patch
+def tell(self: Predicted, sparsity, scores, rewards):
+    gap = -np.log(np.maximum(rewards, np.exp(-WORST)))
+    if self.told < self.config.warmup:
+        self.agent.tell(sparsity, scores, rewards)
+    else:
+        self.last = dict(error=float(np.sqrt(np.mean((self.guessed - gap)**2))))
+    self.X += self.describe(scores, sparsity).tolist()
+    self.y += gap.tolist()
+    self.text += [self.told] * len(gap)
+
+
+@patch
+def recommend(self: Predicted, sparsity):
+    return self.agent.recommend(sparsity)
+
+# %% ../../nbs/search/05_predict.ipynb #6ca1d001
+@patch
+def stats(self: Predicted):
+    # `error`: nats, of the predictions for the policies measured last
+    return self.agent.stats() | self.last
+
+
+@patch
+def state_dict(self: Predicted):
+    return dict(agent=self.agent.state_dict(), X=np.array(self.X), y=np.array(self.y),
+                text=np.array(self.text, int), last=dict(self.last))
+
+
+@patch
+def load_state_dict(self: Predicted, state):
+    self.agent.load_state_dict(state['agent'])
+    self.X, self.y, self.text = (state[k].tolist() for k in ('X', 'y', 'text'))
+    self.last = dict(state['last'])
 
 # %% ../../nbs/search/05_predict.ipynb #f5081176
 class PredictedSearch(Search):
-    "A `Search` whose agent learns on predictions; `config.batch` policies an update are measured. It counts, logs and resumes as any"
-    def __init__(self, evaluator: Evaluator, cost: Cost, config: SearchConfig, prediction: Prediction = Prediction(),
-                 run: RunDir | None = None,  # where to log; None: in memory
-                 searcher: Searcher | None = None):  # the agent, for batches of any size; None: made from the configuration
-        agent = searcher or SEARCHERS[config.method](len(cost.full), seed=config.seed, **config.agent)
-        super().__init__(evaluator, cost, config, run, Predicted(agent, prediction, self.describe, config.seed))
+    """A `Search` whose agent learns on predictions; `config.batch` policies an update are measured.
+    It counts, logs and resumes as any"""
+    def __init__(self, evaluator: Evaluator, cost: Cost, config: SearchConfig,
+                 # where to log; None: in memory
+                 prediction: Prediction = Prediction(), run: RunDir | None = None,
+                 # the agent, for batches of any size; None: made from the configuration
+                 searcher: Searcher | None = None):
+        agent = (searcher
+                 or SEARCHERS[config.method](len(cost.full), seed=config.seed, **config.agent))
+        super().__init__(evaluator, cost, config, run,
+                         Predicted(agent, prediction, self.describe, config.seed))
 
     def describe(self, scores: np.ndarray, sparsity: float) -> np.ndarray:
         "Rows of `features` of what this search makes of scores"
         widths = np.array([self.solve(s + np.array([self.start, 0.0]), sparsity) for s in scores])
-        return features(widths, self.cost.full, self.cost.sparsity(widths), self.evaluator.weights is not None)
+        return features(widths, self.cost.full, self.cost.sparsity(widths),
+                        self.evaluator.weights is not None)

@@ -17,9 +17,12 @@ import seaborn as sns
 from scipy import stats
 
 from ..core.budget import Cost, solve
-from .diagnose import (RunLog, agreement, exploration_frame, incumbent, log_cost, plot_exploration, plot_gain, plot_retention,
-                                    plot_rewards, plot_seeds, plot_slack, plot_trace, read_run, reward_frame, slack_frame)
-from ..core.runs import atomic_write, check_writable, config_id, read_json, save_figure, write_json
+from .diagnose import (RunLog, agreement, exploration_frame, incumbent, log_cost,
+                                    plot_exploration, plot_gain, plot_retention, plot_rewards,
+                                    plot_seeds, plot_slack, plot_trace, read_run, reward_frame,
+                                    slack_frame)
+from ..core.runs import (atomic_write, check_writable, config_id, read_json, save_figure,
+                              write_json)
 
 # %% ../../nbs/search/08_report.ipynb #b757a376
 COLLAPSED = 0.1
@@ -27,22 +30,29 @@ COLLAPSED = 0.1
 
 def _rise(run, frame):
     d = frame[frame.target == run.config['sparsity']]['mean'].to_numpy()
-    if len(d) < 4: return {}, f'Did the reward rise? Too early to tell: {len(d)} updates at the final target, 4 are needed.'
+    if len(d) < 4:
+        return {}, (f'Did the reward rise? Too early to tell: {len(d)} updates at the final '
+                    'target, 4 are needed.')
     a, b = d[:len(d) // 2], d[len(d) // 2:]
-    lo, hi = stats.ttest_ind(b, a, equal_var=False).confidence_interval() if np.ptp(d) > 0 else (0.0, 0.0)
+    lo, hi = (stats.ttest_ind(b, a, equal_var=False).confidence_interval() if np.ptp(d) > 0
+              else (0.0, 0.0))
     verdict = 'yes' if lo > 0 else 'no, it fell' if hi < 0 else 'not measurably'
     return (dict(reward_before=a.mean(), reward_after=b.mean(), rise=b.mean() - a.mean()),
-            f'Did the reward rise? {verdict.capitalize()}: {a.mean():.3f} to {b.mean():.3f} from the earlier to the later half of the '
-            f'{len(d)} updates at the final target (95 % interval of the rise {lo:+.3f} to {hi:+.3f}).')
+            f'Did the reward rise? {verdict.capitalize()}: {a.mean():.3f} to {b.mean():.3f} from '
+            f'the earlier to the later half of the {len(d)} updates at the final target (95 % '
+            f'interval of the rise {lo:+.3f} to {hi:+.3f}).')
 
 
 def _exploration(run, frame):
     last = frame.iloc[-1]
     width = [u['std'] for u in run.updates if 'std' in u]
-    collapsed = last.distinct < last.policies / 2 or bool(width) and width[-1] < COLLAPSED * width[0]
+    collapsed = (last.distinct < last.policies / 2 or bool(width)
+                 and width[-1] < COLLAPSED * width[0])
     say = f'The width went from {width[0]:.2f} to {width[-1]:.2f}; ' if width else ''
-    figures = dict(distinct=last.distinct / last.policies) | (dict(width_first=width[0], width_last=width[-1]) if width else {})
-    return figures, (f"Did exploration collapse? {'Yes' if collapsed else 'No'}. {say}{int(last.distinct)} of the {int(last.policies)} "
+    figures = (dict(distinct=last.distinct / last.policies)
+               | (dict(width_first=width[0], width_last=width[-1]) if width else {}))
+    return figures, (f"Did exploration collapse? {'Yes' if collapsed else 'No'}. "
+                     f"{say}{int(last.distinct)} of the {int(last.policies)} "
                      'policies of the last update differ.')
 
 
@@ -54,17 +64,21 @@ def _broken(run, frame):
 def _budget(run, frame, cost):
     d = slack_frame(run, cost)
     if d.slack.isna().all():
-        return dict(), (f'Was the budget met? {int((d.sparsity < d.target - 1e-9).sum())} of {len(d)} policies spent too much. The log does '
-                        'not tell what a step costs, so what was left unspent is not known (--measure).')
+        return dict(), (f'Was the budget met? {int((d.sparsity < d.target - 1e-9).sum())} of '
+                        f'{len(d)} policies spent too much. The log does not tell what a step '
+                        'costs, so what was left unspent is not known (--measure).')
     return (dict(slack_max=d.slack.max(), exact=d.exact.mean()),
-            f'Was the budget met? {int(d.exact.sum())} of {len(d)} policies are exactly on it; unspent are {round(d.slack.min(), 2) + 0:.2f} to '
-            f'{d.slack.max():.2f} cheapest steps.')
+            f'Was the budget met? {int(d.exact.sum())} of {len(d)} policies are exactly on it; '
+            f'unspent are {round(d.slack.min(), 2) + 0:.2f} to {d.slack.max():.2f} cheapest '
+            'steps.')
 
 
 def _fidelity(run, frame):
-    full, reached = run.config['profile']['blocks'], frame[frame.blocks == run.config['profile']['blocks']]
-    say = (f'Yes, at update {int(reached["update"].iloc[0]) + 1}: {full} blocks a reward.' if len(reached) else
-           f'No: {int(frame.blocks.iloc[-1])} of {full} blocks a reward in the last update.')
+    full = run.config['profile']['blocks']
+    reached = frame[frame.blocks == run.config['profile']['blocks']]
+    say = (f'Yes, at update {int(reached["update"].iloc[0]) + 1}: {full} blocks a reward.'
+           if len(reached)
+           else f'No: {int(frame.blocks.iloc[-1])} of {full} blocks a reward in the last update.')
     return dict(fidelity=frame.blocks.iloc[-1] / full), f'Did the fidelity reach 1? {say}'
 
 
@@ -75,37 +89,44 @@ def _winner(run, measured):
     if r.get('reward') is not None:
         figures = dict(reward_winner=r['reward']) | figures
         say = [f"the winner ({r.get('source', 'of the run')}) gets {r['reward']:.3f}"] + say
-    if not say: return {}, 'The folder holds no result of a finished run, and the uniform policies were not measured (--measure).'
+    if not say:
+        return {}, ('The folder holds no result of a finished run, and the uniform policies were '
+                    'not measured (--measure).')
     missing = '' if uniforms else ' The uniform policies were not measured (--measure).'
     return figures, 'On the final blocks ' + ', '.join(say) + ' of the dense 1.' + missing
 
-
+# %% ../../nbs/search/08_report.ipynb #9ca725c0
 def _known(measured):
     t = (measured or {}).get('trace')
     if not t: return {}, 'What the search knew on held-out text was not measured (--measure).'
     return (dict(gap_first=t[0]['gap'], gap_last=t[-1]['gap']),
-            f"On held-out text the best so far was {t[0]['gap']:.3f} nats above the dense model after update {t[0]['update'] + 1}, "
-            f"{t[-1]['gap']:.3f} after update {t[-1]['update'] + 1}.")
+            f"On held-out text the best so far was {t[0]['gap']:.3f} nats above the dense model "
+            f"after update {t[0]['update'] + 1}, {t[-1]['gap']:.3f} after update "
+            f"{t[-1]['update'] + 1}.")
 
 # %% ../../nbs/search/08_report.ipynb #1fbf5880
-def findings(run: RunLog,
-             measured: dict | None = None,  # of `measure_run`
-             cost: Cost | None = None) -> tuple[dict, list[str]]:  # key figures by name, a sentence a question
+def findings(run: RunLog, measured: dict | None = None,  # of `measure_run`
+             cost: Cost
+             | None = None) -> tuple[dict, list[str]]:  # key figures by name, a sentence a question
     "What the log says about the health of a search"
     frame = reward_frame(run)
     done = len(frame)
-    figures = dict(updates=done, planned=run.planned, forward_tokens=int(frame.forward_tokens.iloc[-1]))
+    figures = dict(updates=done, planned=run.planned,
+                   forward_tokens=int(frame.forward_tokens.iloc[-1]))
     state = 'Finished' if done >= run.planned else 'Unfinished'
-    lines = [f'{state}: {done} of {run.planned} updates, {figures["forward_tokens"]:,} forward tokens.']
-    for more, line in (_rise(run, frame), _winner(run, measured), _known(measured), _exploration(run, frame), _broken(run, frame),
-                       _budget(run, frame, cost), _fidelity(run, frame)):
+    lines = [f'{state}: {done} of {run.planned} updates, {figures["forward_tokens"]:,} forward '
+             'tokens.']
+    for more, line in (_rise(run, frame), _winner(run, measured), _known(measured),
+                       _exploration(run, frame), _broken(run, frame), _budget(run, frame, cost),
+                       _fidelity(run, frame)):
         figures |= {k: v if isinstance(v, int) else float(v) for k, v in more.items()}
         lines.append(line)
     return figures, lines
 
 # %% ../../nbs/search/08_report.ipynb #81e1960e
 def winner(run: RunLog, cost: Cost | None) -> tuple[np.ndarray | None, str]:
-    "Widths of the finished run, else of its last incumbent (None where that needs costs that are not known), and what they are"
+    """Widths of the finished run, else of its last incumbent (None where that needs costs that are
+    not known), and what they are"""
     if run.result: return np.array(run.result['widths']), 'result'
     c = run.config
     p_min = tuple(c['p_min']) if isinstance(c['p_min'], list) else c['p_min']
@@ -116,13 +137,19 @@ def winner(run: RunLog, cost: Cost | None) -> tuple[np.ndarray | None, str]:
 def _figures(run, measured, cost):
     "Name → figure of one run, made when asked for"
     t, (widths, source) = run.name, winner(run, cost)
-    yield 'rewards', 'Rewards of each update: mean, spread and best', plot_rewards(reward_frame(run), measured.get('uniforms'), t)
+    yield 'rewards', 'Rewards of each update: mean, spread and best', plot_rewards(
+        reward_frame(run), measured.get('uniforms'), t)
     yield 'exploration', 'Exploration', plot_exploration(exploration_frame(run), t)
-    if cost: yield 'slack', 'Budget slack', plot_slack(slack_frame(run, cost), t)
+    if cost:
+        yield 'slack', 'Budget slack', plot_slack(slack_frame(run, cost), t)
     if cost and widths is not None:
-        yield 'retention', f'What every module keeps: {source}', plot_retention(widths, cost.full, f'{t}: {source}')
-    if measured.get('trace'): yield 'trace', 'Best so far, on held-out text', plot_trace(pd.DataFrame(measured['trace']), t)
-    if measured.get('gain'): yield 'gain', 'Gain of the repair by module', plot_gain(pd.DataFrame(measured['gain']), t)
+        yield 'retention', f'What every module keeps: {source}', plot_retention(widths, cost.full,
+                                                                                f'{t}: {source}')
+    if measured.get('trace'):
+        yield 'trace', 'Best so far, on held-out text', plot_trace(pd.DataFrame(measured['trace']),
+                                                                   t)
+    if measured.get('gain'):
+        yield 'gain', 'Gain of the repair by module', plot_gain(pd.DataFrame(measured['gain']), t)
 
 
 def _cost(run, measured):
@@ -135,30 +162,40 @@ def _agree(runs, costs):
     "Widths of all runs, what they are, and their agreement; None where they cannot be compared"
     c, cost = runs[0].config, costs[0]
     found, sources = zip(*(winner(r, k) for r, k in zip(runs, costs)))
-    same = all(r.config['sparsity'] == c['sparsity'] and r.config['model'] == c['model'] for r in runs)
-    if len(runs) < 2 or not same or cost is None or any(w is None or w.shape != cost.full.shape for w in found): return None
+    same = all(r.config['sparsity'] == c['sparsity'] and r.config['model'] == c['model']
+               for r in runs)
+    if len(runs) < 2 or not same or cost is None or any(w is None or w.shape != cost.full.shape
+                                                        for w in found):
+        return None
     p_min = tuple(c['p_min']) if isinstance(c['p_min'], list) else c['p_min']
-    return found, sorted(set(sources)), agreement(found, cost, c['sparsity'], tuple(c['step']), p_min, runs[0].start)
+    return found, sorted(set(sources)), agreement(found, cost, c['sparsity'], tuple(c['step']),
+                                                  p_min, runs[0].start)
 
 # %% ../../nbs/search/08_report.ipynb #2e441cbb
 def report(folders: str | Path | list,  # run folders; seeds of one target are compared
            out: str | Path | None = None,  # None: `report` in the first of them
-           measure: Callable[[RunLog], dict] | None = None,  # what the logs cannot tell, such as `measure_run` of the pipeline
+           # what the logs cannot tell, such as `measure_run` of the pipeline
+           measure: Callable[[RunLog], dict] | None = None,
            ) -> tuple[pd.DataFrame, Path]:  # key figures; report.md
-    "Report on runs: pictures and report.md. Errors as in `read_run` and of `measure`; then the earlier report stays as it was"
+    """Report on runs: pictures and report.md. Errors as in `read_run` and of `measure`; then the
+    earlier report stays as it was"""
     folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
     if not folders: raise ValueError('no run folder; give at least one')
     runs = [read_run(f) for f in folders]
     out = check_writable(Path(out) if out else Path(folders[0]) / 'report')
     kept = _kept(out / 'measured.json', runs)
-    if measure: kept = {config_id(r.config): measure(r) for r in runs}
+    if measure:
+        kept = {config_id(r.config): measure(r) for r in runs}
     temp = Path(tempfile.mkdtemp(dir=out, prefix='.report-'))
     try:
-        with sns.axes_style('whitegrid'), sns.plotting_context('notebook'): table, text = _write(runs, kept, temp)
+        with sns.axes_style('whitegrid'), sns.plotting_context('notebook'):
+            table, text = _write(runs, kept, temp)
         write_json(temp / 'measured.json', kept)
         atomic_write(temp / 'report.md', text)
-        for f in sorted(temp.iterdir(), key=lambda f: f.suffix == '.md'): f.replace(out / f.name)
-    finally: shutil.rmtree(temp, ignore_errors=True)
+        for f in sorted(temp.iterdir(), key=lambda f: f.suffix == '.md'):
+            f.replace(out / f.name)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
     return table, out / 'report.md'
 
 
@@ -181,11 +218,13 @@ def _write(runs, measured, folder):
             file = f'{name}.png' if len(runs) == 1 else f'{i + 1}-{name}.png'
             save_figure(fig, folder / file)
             text += [f'![{caption}]({file})', '']
-        if m: text += [f"What needs the model was measured at update {m['update'] + 1}.", '']
+        if m:
+            text += [f"What needs the model was measured at update {m['update'] + 1}.", '']
     if (found := _agree(runs, costs)):
         save_figure(plot_seeds(found[0], costs[0].full, f'{len(runs)} runs'), folder / 'seeds.png')
         agreed = found[2].round(3).astype(object)
-        text += ['## Agreement', '', f'Compared are the widths of the runs: {", ".join(found[1])}.', '',
+        text += ['## Agreement', '', 'Compared are the widths of the runs: '
+                                     f'{", ".join(found[1])}.', '',
                  '![Mean and standard deviation of the retention](seeds.png)', '',
                  agreed.where(agreed.notna(), '').to_markdown(index=False), '']
     table = pd.concat(rows, axis=1).rename_axis('figure').reset_index()

@@ -26,78 +26,128 @@ BOUND = 4.0  # scores stay within this: sigmoid(4) is 0.98, so a wider range wou
 
 
 def _told(n_layers, scores, rewards):
-    "What was told, as new arrays (n, 2L) and (n,); raises `ValueError` for other shapes, NaN and infinity"
+    """What was told, as new arrays (n, 2L) and (n,); raises `ValueError` for other shapes, NaN and
+    infinity"""
     x, r = np.array(scores, dtype=float), np.array(rewards, dtype=float)
     if r.ndim != 1 or x.shape != (r.size, n_layers, 2):
-        raise ValueError(f'scores {x.shape} and rewards {r.shape}; expected (n, {n_layers}, 2) and (n,)')
+        raise ValueError(f'scores {x.shape} and rewards {r.shape}; expected (n, {n_layers}, 2) '
+                         'and (n,)')
     if not (np.isfinite(x).all() and np.isfinite(r).all()):
-        raise ValueError('scores and rewards must be finite; give a failed episode a low reward instead')
+        raise ValueError('scores and rewards must be finite; give a failed episode a low reward '
+                         'instead')
     return x.reshape(r.size, -1), r
 
 
 def _check_batch(name, n):
     "Refuse a batch in which nothing can be compared"
-    if n < 2: raise ValueError(f'batch {n}: {name} compares the policies of one update; expected at least 2')
+    if n < 2:
+        raise ValueError(f'batch {n}: {name} compares the policies of one update; expected at '
+                         'least 2')
 
 
 def _library(name, user):
     "An optional package; imported when it is needed, for some take seconds"
-    try: return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
     except ModuleNotFoundError as e:
         if e.name != name: raise
-        raise ImportError(f"{user} needs the package {name}. Run: pip install 'ffp_nb[search]'") from e
+        raise ImportError(
+            f"{user} needs the package {name}. Run: pip install 'ffp_nb[search]'") from e
 
 # %% ../../nbs/search/02_rivals.ipynb #3480dcda
 class EvolutionarySearch:
-    """A genetic algorithm with truncation selection, uniform crossover and Gaussian mutation; one update is one generation.
+    """A genetic algorithm with truncation selection, uniform crossover and Gaussian mutation; one
+    update is one generation.
 
-    Elites are measured again in every update, so rewards of different texts and targets are never compared."""
+    Elites are measured again in every update, so rewards of different texts and targets are never
+    compared."""
+    ask: Callable[..., Any]  # these are given below
+    tell: Callable[..., None]
+    recommend: Callable[..., Any]
+    stats: Callable[..., Any]
+    state_dict: Callable[..., Any]
+    load_state_dict: Callable[..., None]
+
     def __init__(self, n_layers: int, seed: int = 0,
-                 parents: int = 4,  # best policies of an update that have children, at most half of it
+                 # best policies of an update that have children, at most half of it
+                 parents: int = 4,
                  keep: int = 2,  # of these, how many are asked again unchanged
                  crossover: float = 0.5,  # share of scores from the second parent
                  mutate: float = 0.3,  # share of scores that get noise
                  noise: float = 0.3,  # its standard deviation
                  std: float = 1.0):  # of the first generation
         for name, value in (('crossover', crossover), ('mutate', mutate)):
-            if not 0 <= value <= 1: raise ValueError(f'{name} {value}; expected a share from 0 to 1')
+            if not 0 <= value <= 1:
+                raise ValueError(f'{name} {value}; expected a share from 0 to 1')
         if not 0 <= keep <= parents or parents < 1:
-            raise ValueError(f'parents {parents}, keep {keep}; expected at least 1 parent, and keep from 0 to parents')
+            raise ValueError(f'parents {parents}, keep {keep}; expected at least 1 parent, and '
+                             'keep from 0 to parents')
         self.n_layers, self.parents, self.keep, self.std = n_layers, parents, keep, std
         self.crossover, self.mutate, self.noise = crossover, mutate, noise
-        self.rng, self.elite = np.random.default_rng(seed), np.empty((0, 2 * n_layers))  # best first
+        # best first
+        self.rng, self.elite = np.random.default_rng(seed), np.empty((0, 2 * n_layers))
 
-    def ask(self, sparsity, n):
-        _check_batch('the evolutionary search', n)
-        if len(self.elite):
-            old = self.elite[:min(self.keep, n - 1)]
-            a, b = self.elite[self.rng.integers(len(self.elite), size=(2, n - len(old)))]
-            child = np.where(self.rng.random(a.shape) < self.crossover, b, a)
-            hit = self.rng.random(a.shape) < self.mutate
-            x = np.concatenate([old, child + hit * self.rng.normal(0, self.noise, a.shape)])
-        else:
-            x = self.rng.normal(0, self.std, (n, 2 * self.n_layers))
-        return np.clip(x, -BOUND, BOUND).reshape(n, self.n_layers, 2)
+# %% ../../nbs/search/02_rivals.ipynb #48596a84
+@patch
+def ask(self: EvolutionarySearch, sparsity, n):
+    _check_batch('the evolutionary search', n)
+    if len(self.elite):
+        old = self.elite[:min(self.keep, n - 1)]
+        a, b = self.elite[self.rng.integers(len(self.elite), size=(2, n - len(old)))]
+        child = np.where(self.rng.random(a.shape) < self.crossover, b, a)
+        hit = self.rng.random(a.shape) < self.mutate
+        x = np.concatenate([old, child + hit * self.rng.normal(0, self.noise, a.shape)])
+    else:
+        x = self.rng.normal(0, self.std, (n, 2 * self.n_layers))
+    return np.clip(x, -BOUND, BOUND).reshape(n, self.n_layers, 2)
 
-    def tell(self, sparsity, scores, rewards):
-        x, r = _told(self.n_layers, scores, rewards)
-        if len(self.elite) and np.ptp(r) == 0: return  # all alike (all broken, say): nothing to select by
-        self.elite = x[np.argsort(-r, kind='stable')[:max(1, min(self.parents, len(r) // 2))]]
 
-    def recommend(self, sparsity): return self.elite[0].reshape(-1, 2).copy() if len(self.elite) else None
-    def stats(self): return dict(std=float(self.elite.std(0).mean())) if len(self.elite) else {}
-    def state_dict(self): return dict(elite=self.elite.copy(), rng=self.rng.bit_generator.state)
-    def load_state_dict(self, state): self.elite, self.rng.bit_generator.state = np.array(state['elite']), state['rng']
+@patch
+def tell(self: EvolutionarySearch, sparsity, scores, rewards):
+    x, r = _told(self.n_layers, scores, rewards)
+    if len(self.elite) and np.ptp(r) == 0:
+        return  # all alike (all broken, say): nothing to select by
+    self.elite = x[np.argsort(-r, kind='stable')[:max(1, min(self.parents, len(r) // 2))]]
+
+
+@patch
+def recommend(self: EvolutionarySearch, sparsity):
+    return self.elite[0].reshape(-1, 2).copy() if len(self.elite) else None
+
+
+@patch
+def stats(self: EvolutionarySearch):
+    return dict(std=float(self.elite.std(0).mean())) if len(self.elite) else {}
+
+
+@patch
+def state_dict(self: EvolutionarySearch):
+    return dict(elite=self.elite.copy(), rng=self.rng.bit_generator.state)
+
+# %% ../../nbs/search/02_rivals.ipynb #7ed02cd7
+@patch
+def load_state_dict(self: EvolutionarySearch, state):
+    self.elite, self.rng.bit_generator.state = np.array(state['elite']), state['rng']
 
 # %% ../../nbs/search/02_rivals.ipynb #410a9671
 class CMAES:
-    """CMA-ES of the package `cmaes`, with the batch of the search as its population; `recommend` is the mean.
+    """CMA-ES of the package `cmaes`, with the batch of the search as its population; `recommend` is
+    the mean.
 
-    Source: Hansen, arXiv 1604.00772; diagonal: Ros and Hansen, PPSN 2008. Raises `ImportError` without the package."""
+    Source: Hansen, arXiv 1604.00772; diagonal: Ros and Hansen, PPSN 2008. Raises `ImportError`
+    without the package."""
+    ask: Callable[..., Any]  # these are given below
+    tell: Callable[..., None]
+    recommend: Callable[..., Any]
+    stats: Callable[..., Any]
+    state_dict: Callable[..., Any]
+    load_state_dict: Callable[..., None]
+
     def __init__(self, n_layers: int, seed: int = 0,
                  sigma: float = 0.5,  # step size at the start
                  diagonal: bool | None = None):  # None: where there are more than 20 scores
-        if not (np.isfinite(sigma) and sigma > 0): raise ValueError(f'sigma {sigma}; expected a number above 0')
+        if not (np.isfinite(sigma) and sigma > 0):
+            raise ValueError(f'sigma {sigma}; expected a number above 0')
         lib = _library('cmaes', 'CMA-ES')
         self.n_layers, self.seed, self.sigma = n_layers, seed, sigma
         self.diagonal = 2 * n_layers > 20 if diagonal is None else diagonal
@@ -106,45 +156,70 @@ class CMAES:
 
     def _start(self, n):
         bounds = np.tile([-BOUND, BOUND], (2 * self.n_layers, 1))
-        self.es = self.make(np.zeros(2 * self.n_layers), self.sigma, bounds=bounds, n_max_resampling=10, seed=self.seed,
-                            population_size=n)
+        self.es = self.make(np.zeros(2 * self.n_layers), self.sigma, bounds=bounds,
+                            n_max_resampling=10, seed=self.seed, population_size=n)
 
     def _check_size(self, n):
         if self.es is not None and n != self.es.population_size:
-            raise ValueError(f'CMA-ES was started with a batch of {self.es.population_size} and got {n}; keep the batch constant')
+            raise ValueError(f'CMA-ES was started with a batch of {self.es.population_size} and '
+                             f'got {n}; keep the batch constant')
 
-    def ask(self, sparsity, n):
-        _check_batch('CMA-ES', n); self._check_size(n)
-        if self.es is None: self._start(n)
-        return np.array([self.es.ask() for _ in range(n)]).reshape(n, self.n_layers, 2)
+# %% ../../nbs/search/02_rivals.ipynb #102970cd
+@patch
+def ask(self: CMAES, sparsity, n):
+    _check_batch('CMA-ES', n)
+    self._check_size(n)
+    if self.es is None:
+        self._start(n)
+    return np.array([self.es.ask() for _ in range(n)]).reshape(n, self.n_layers, 2)
 
-    def tell(self, sparsity, scores, rewards):
-        x, r = _told(self.n_layers, scores, rewards)
-        _check_batch('CMA-ES', len(r)); self._check_size(len(r))
-        if self.es is None: self._start(len(r))
-        if np.ptp(r): self.es.tell([(a, -b) for a, b in zip(x, r)])  # it minimises; equal rewards would be a random step
 
-    def recommend(self, sparsity):
-        return np.zeros((self.n_layers, 2)) if self.es is None else np.reshape(self.es.mean, (-1, 2)).copy()
+@patch
+def tell(self: CMAES, sparsity, scores, rewards):
+    x, r = _told(self.n_layers, scores, rewards)
+    _check_batch('CMA-ES', len(r))
+    self._check_size(len(r))
+    if self.es is None:
+        self._start(len(r))
+    if np.ptp(r):
+        # it minimises; equal rewards would be a random step
+        self.es.tell([(a, -b) for a, b in zip(x, r)])
 
-    def stats(self):
-        if self.es is None: return {}
-        var = self.es._C if self.diagonal else np.diag(self.es._C)
-        return dict(std=float(self.es._sigma * np.sqrt(var).mean()), sigma=float(self.es._sigma))
 
-    def state_dict(self):
-        "The library's own attributes, which are numbers and arrays, and its random stream"
-        if self.es is None: return dict(es=None)
-        es = dict(vars(self.es)); rng = es.pop('_rng').get_state(legacy=False)
-        return copy.deepcopy(dict(es=es, rng=rng, diagonal=self.diagonal))
+@patch
+def recommend(self: CMAES, sparsity):
+    return (np.zeros((self.n_layers, 2)) if self.es is None
+            else np.reshape(self.es.mean, (-1, 2)).copy())
 
-    def load_state_dict(self, state):
-        if state['es'] is None: self.es = None; return
-        if state['diagonal'] != self.diagonal or state['es']['_n_dim'] != 2 * self.n_layers:
-            raise ValueError(f"this state has {state['es']['_n_dim']} scores and diagonal={state['diagonal']}; "
-                             f'expected {2 * self.n_layers} and {self.diagonal}')
-        self._start(state['es']['_popsize'])
-        vars(self.es).update(copy.deepcopy(state['es'])); self.es._rng.set_state(state['rng'])
+
+@patch
+def stats(self: CMAES):
+    if self.es is None: return {}
+    var = self.es._C if self.diagonal else np.diag(self.es._C)
+    return dict(std=float(self.es._sigma * np.sqrt(var).mean()), sigma=float(self.es._sigma))
+
+# %% ../../nbs/search/02_rivals.ipynb #b9f39d5b
+@patch
+def state_dict(self: CMAES):
+    "The library's own attributes, which are numbers and arrays, and its random stream"
+    if self.es is None: return dict(es=None)
+    es = dict(vars(self.es))
+    rng = es.pop('_rng').get_state(legacy=False)
+    return copy.deepcopy(dict(es=es, rng=rng, diagonal=self.diagonal))
+
+
+@patch
+def load_state_dict(self: CMAES, state):
+    if state['es'] is None:
+        self.es = None
+        return
+    if state['diagonal'] != self.diagonal or state['es']['_n_dim'] != 2 * self.n_layers:
+        raise ValueError(f"this state has {state['es']['_n_dim']} scores and "
+                         f"diagonal={state['diagonal']}; "
+                         f'expected {2 * self.n_layers} and {self.diagonal}')
+    self._start(state['es']['_popsize'])
+    vars(self.es).update(copy.deepcopy(state['es']))
+    self.es._rng.set_state(state['rng'])
 
 # %% ../../nbs/search/02_rivals.ipynb #67511424
 @contextlib.contextmanager
@@ -152,148 +227,243 @@ def _quiet(optuna):
     "Optuna without its line for every study; a user's own setting comes back afterwards"
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try: yield
-    finally: optuna.logging.set_verbosity(level)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(level)
 
-
+# %% ../../nbs/search/02_rivals.ipynb #dedf278c
 class TPE:
-    """Tree-structured Parzen estimator of the package `optuna`; `recommend` is the mean of the best tenth at this target.
+    """Tree-structured Parzen estimator of the package `optuna`; `recommend` is the mean of the best
+    tenth at this target.
 
-    Source: Bergstra et al., NIPS 2011; Watanabe, arXiv 2304.11127. Raises `ImportError` without the package."""
+    Source: Bergstra et al., NIPS 2011; Watanabe, arXiv 2304.11127. Raises `ImportError` without the
+    package."""
+    ask: Callable[..., Any]  # these are given below
+    _sample: Callable[..., Any]
+    tell: Callable[..., None]
+    recommend: Callable[..., Any]
+    stats: Callable[..., Any]
+    state_dict: Callable[..., Any]
+    load_state_dict: Callable[..., None]
+
     def __init__(self, n_layers: int, seed: int = 0,
-                 startup: int = 16,  # policies at this target before the model is used; until then, normal scores
+                 # policies at this target before the model is used; until then, normal scores
+                 startup: int = 16,
                  std: float = 1.0,  # of these
-                 candidates: int = 24,  # draws from the density of good policies, of which one is asked
+                 # draws from the density of good policies, of which one is asked
+                 candidates: int = 24,
                  multivariate: bool = False,  # one density over all scores instead of one for each
-                 constant_liar: bool = True):  # policies of this update, still without reward, count as bad: it spreads the batch
+                 # policies of this update, still without reward, count as bad: it spreads the batch
+                 constant_liar: bool = True):
         if startup < 2 or candidates < 1:
-            raise ValueError(f'startup {startup}, candidates {candidates}; expected at least 2 and 1')
+            raise ValueError(f'startup {startup}, candidates {candidates}; expected at least 2 '
+                             'and 1')
         self.optuna = _library('optuna', 'TPE')
         self.n_layers, self.seed, self.startup, self.std = n_layers, seed, startup, std
-        self.settings = dict(n_ei_candidates=candidates, multivariate=multivariate, constant_liar=constant_liar)
-        self.scores, self.rewards, self.targets = np.empty((0, 2 * n_layers)), np.empty(0), np.empty(0)
-        self.space = {f's{i:04d}': self.optuna.distributions.FloatDistribution(-BOUND, BOUND) for i in range(2 * n_layers)}
+        self.settings = dict(n_ei_candidates=candidates, multivariate=multivariate,
+                             constant_liar=constant_liar)
+        self.scores, self.rewards = np.empty((0, 2 * n_layers)), np.empty(0)
+        self.targets = np.empty(0)
+        self.space = {f's{i:04d}': self.optuna.distributions.FloatDistribution(-BOUND, BOUND)
+                      for i in range(2 * n_layers)}
 
-    def ask(self, sparsity, n):
-        rng, at = np.random.default_rng([self.seed, len(self.rewards)]), self.targets == sparsity
-        if at.sum() < self.startup: x = rng.normal(0, self.std, (n, 2 * self.n_layers)).clip(-BOUND, BOUND)
-        else: x = self._sample(self.scores[at], self.rewards[at], int(rng.integers(2**31)), n)
-        return x.reshape(n, self.n_layers, 2)
+# %% ../../nbs/search/02_rivals.ipynb #6a71158a
+@patch
+def ask(self: TPE, sparsity, n):
+    rng, at = np.random.default_rng([self.seed, len(self.rewards)]), self.targets == sparsity
+    if at.sum() < self.startup:
+        x = rng.normal(0, self.std, (n, 2 * self.n_layers)).clip(-BOUND, BOUND)
+    else:
+        x = self._sample(self.scores[at], self.rewards[at], int(rng.integers(2**31)), n)
+    return x.reshape(n, self.n_layers, 2)
 
-    def _sample(self, scores, rewards, seed, n):
-        with _quiet(self.optuna):
-            sampler = self.optuna.samplers.TPESampler(seed=seed, n_startup_trials=0, **self.settings)
-            study = self.optuna.create_study(direction='maximize', sampler=sampler)
-            study.add_trials([self.optuna.trial.create_trial(params=dict(zip(self.space, x)), distributions=self.space, value=r)
-                              for x, r in zip(scores.tolist(), rewards.tolist())])
-            params = [study.ask(self.space).params for _ in range(n)]
-        return np.array([[p[name] for name in self.space] for p in params])
 
-    def tell(self, sparsity, scores, rewards):
-        x, r = _told(self.n_layers, scores, rewards)
-        self.scores = np.concatenate([self.scores, x.clip(-BOUND, BOUND)])
-        self.rewards, self.targets = np.r_[self.rewards, r], np.r_[self.targets, np.full(len(r), float(sparsity))]
+@patch
+def _sample(self: TPE, scores, rewards, seed, n):
+    with _quiet(self.optuna):
+        sampler = self.optuna.samplers.TPESampler(seed=seed, n_startup_trials=0,
+                                                  **self.settings)
+        study = self.optuna.create_study(direction='maximize', sampler=sampler)
+        study.add_trials([self.optuna.trial.create_trial(params=dict(zip(self.space, x)),
+                                                         distributions=self.space, value=r)
+                          for x, r in zip(scores.tolist(), rewards.tolist())])
+        params = [study.ask(self.space).params for _ in range(n)]
+    return np.array([[p[name] for name in self.space] for p in params])
 
-    def recommend(self, sparsity):
-        at = self.targets == sparsity
-        if not at.any(): return None
-        best = np.argsort(-self.rewards[at], kind='stable')[:-(-at.sum() // 10)]
-        return self.scores[at][best].mean(0).reshape(-1, 2)
 
-    def stats(self): return dict(trials=float((self.targets == self.targets[-1]).sum()) if len(self.targets) else 0.0)
-    def state_dict(self):
-        return copy.deepcopy(dict(seed=self.seed, scores=self.scores, rewards=self.rewards, targets=self.targets))
+@patch
+def tell(self: TPE, sparsity, scores, rewards):
+    x, r = _told(self.n_layers, scores, rewards)
+    self.scores = np.concatenate([self.scores, x.clip(-BOUND, BOUND)])
+    self.rewards, self.targets = np.r_[self.rewards, r], np.r_[self.targets,
+                                                               np.full(len(r), float(sparsity))]
 
-    def load_state_dict(self, state):
-        self.seed = state['seed']
-        for name in ('scores', 'rewards', 'targets'): setattr(self, name, np.array(state[name]))
+
+@patch
+def recommend(self: TPE, sparsity):
+    at = self.targets == sparsity
+    if not at.any(): return None
+    best = np.argsort(-self.rewards[at], kind='stable')[:-(-at.sum() // 10)]
+    return self.scores[at][best].mean(0).reshape(-1, 2)
+
+# %% ../../nbs/search/02_rivals.ipynb #6b29add6
+@patch
+def stats(self: TPE):
+    return dict(trials=float((self.targets == self.targets[-1]).sum()) if len(self.targets)
+                else 0.0)
+
+
+@patch
+def state_dict(self: TPE):
+    return copy.deepcopy(dict(seed=self.seed, scores=self.scores, rewards=self.rewards,
+                              targets=self.targets))
+
+
+@patch
+def load_state_dict(self: TPE, state):
+    self.seed = state['seed']
+    for name in ('scores', 'rewards', 'targets'):
+        setattr(self, name, np.array(state[name]))
 
 # %% ../../nbs/search/02_rivals.ipynb #4d56ea91
 def _net(n_in, hidden):
-    "ReLU layers; the last starts near zero (within 3e-3, as in DDPG), so that the first policy is even"
+    """ReLU layers; the last starts near zero (within 3e-3, as in DDPG), so that the first policy is
+    even"""
     layers, sizes = [], (n_in, *hidden)
-    for a, b in zip(sizes, sizes[1:]): layers += [nn.Linear(a, b), nn.ReLU()]
+    for a, b in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(a, b), nn.ReLU()]
     last = nn.Linear(sizes[-1], 1)
-    for p in last.parameters(): nn.init.uniform_(p, -3e-3, 3e-3)
+    for p in last.parameters():
+        nn.init.uniform_(p, -3e-3, 3e-3)
     return nn.Sequential(*layers, last)
 
-
+# %% ../../nbs/search/02_rivals.ipynb #87858719
 class DDPG:
-    """AMC's multi-step agent (arXiv 1802.03494): an episode walks over the 2L modules, the reward comes at its end.
+    """AMC's multi-step agent (arXiv 1802.03494): an episode walks over the 2L modules, the reward
+    comes at its end.
 
-    Deep deterministic policy gradient (arXiv 1509.02971); see the notebook for the differences from AMC."""
+    Deep deterministic policy gradient (arXiv 1509.02971); see the notebook for the differences from
+    AMC."""
     _learn: Callable[..., None]  # gradient steps, given below
+    width: float  # these are given below
+    _states: Callable[..., Any]
+    _walk: Callable[..., Any]
+    ask: Callable[..., Any]
+    recommend: Callable[..., Any]
+    tell: Callable[..., None]
+    stats: Callable[..., Any]
+    state_dict: Callable[..., Any]
+    load_state_dict: Callable[..., None]
 
     def __init__(self, n_layers: int, seed: int = 0,
                  share=None,  # (L, 2) cost of each module, in any unit; None: equal
-                 hidden: tuple[int, ...] = (300, 300), lr_actor: float = 1e-3, lr_critic: float = 1e-3,
+                 hidden: tuple[int, ...] = (300, 300),
+                 lr_actor: float = 1e-3, lr_critic: float = 1e-3,
                  tau: float = 0.01,  # speed of the slow copies
-                 noise: float = 0.5, decay: float = 0.98, floor: float = 0.05,  # width of the noise, decay by episode, end
+                 # width of the noise, decay by episode, end
+                 noise: float = 0.5, decay: float = 0.98, floor: float = 0.05,
                  warmup: int = 64,  # episodes of full noise, before any learning
                  replay: int = 500,  # episodes remembered
                  batch: int = 64,  # transitions of a gradient step
                  steps: int = 8):  # gradient steps for each told episode
         share = np.ones((n_layers, 2)) if share is None else np.asarray(share, dtype=float)
-        if share.size != 2 * n_layers or not np.isfinite(share).all() or (share < 0).any() or not share.any():
-            raise ValueError(f'share has shape {share.shape}; expected ({n_layers}, 2), finite, not negative, not all 0')
-        self.n_layers, self.share, self.tau, self.batch, self.steps = n_layers, share.ravel() / share.sum(), tau, batch, steps
-        self.noise, self.decay, self.floor, self.warmup, self.memory = noise, decay, floor, warmup, replay
+        if share.size != 2 * n_layers or not np.isfinite(share).all() or (
+            share < 0).any() or not share.any():
+            raise ValueError(f'share has shape {share.shape}; expected ({n_layers}, 2), finite, '
+                             'not negative, not all 0')
+        self.n_layers, self.share, self.tau = n_layers, share.ravel() / share.sum(), tau
+        self.batch, self.steps = batch, steps
+        self.noise, self.decay, self.floor = noise, decay, floor
+        self.warmup, self.memory = warmup, replay
         self.rng = np.random.default_rng(seed)
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             self.nets = nn.ModuleDict(dict(actor=_net(7, hidden), critic=_net(8, hidden)))
         self.slow = copy.deepcopy(self.nets).requires_grad_(False)
-        self.opts = {k: torch.optim.Adam(self.nets[k].parameters(), lr) for k, lr in (('actor', lr_actor), ('critic', lr_critic))}
-        self.replay = dict(target=np.empty(0), action=np.empty((0, 2 * n_layers)), reward=np.empty(0))
+        self.opts = {k: torch.optim.Adam(self.nets[k].parameters(), lr)
+                     for k, lr in (('actor', lr_actor), ('critic', lr_critic))}
+        self.replay = dict(target=np.empty(0), action=np.empty((0, 2 * n_layers)),
+                           reward=np.empty(0))
         self.baseline: float | None = None
         self.episodes, self.last = 0, {}
 
-    @property
-    def width(self) -> float:  # of the noise, in units of the action
-        return max(self.floor, self.noise * self.decay ** max(0, self.episodes - self.warmup))
+# %% ../../nbs/search/02_rivals.ipynb #86cbc347
+@patch(as_prop=True)
+def width(self: DDPG) -> float:  # of the noise, in units of the action
+    return max(self.floor, self.noise * self.decay ** max(0, self.episodes - self.warmup))
 
-    def _states(self, target, action):  # (E,), (E, 2L) -> (E, 2L, 7); a state depends on earlier actions alone
-        n, before = action.shape[1], lambda x: np.cumsum(x, -1) - x
-        t, cut = np.arange(n), before((1 - action) * self.share)
-        last = np.pad(action[:, :-1], ((0, 0), (1, 0)), constant_values=1.0)
-        fixed = np.stack([t / n, t % 2, self.share * n, 1 - np.cumsum(self.share)], -1)
-        moving = np.stack([cut, last, np.repeat(target[:, None], n, 1)], -1)
-        return np.concatenate([np.broadcast_to(fixed, (len(action), n, 4)), moving], -1).astype(np.float32)
 
-    @torch.no_grad()
-    def _walk(self, sparsity, n, width):
-        "Scores of n episodes"
-        action, target = np.ones((n, 2 * self.n_layers)), np.full(n, float(sparsity))
-        for t in range(2 * self.n_layers):
-            state = torch.from_numpy(self._states(target, action)[:, t])
-            a = torch.sigmoid(self.nets['actor'](state))[:, 0].double().numpy()
-            if width: a = truncnorm.rvs(-a / width, (1 - a) / width, a, width, random_state=self.rng)
-            action[:, t] = a
-        return np.clip(logit(action), -BOUND, BOUND).reshape(n, -1, 2)
+@patch
+def _states(self: DDPG, target,
+            action):  # (E,), (E, 2L) -> (E, 2L, 7); a state depends on earlier actions alone
+    n, before = action.shape[1], lambda x: np.cumsum(x, -1) - x
+    t, cut = np.arange(n), before((1 - action) * self.share)
+    last = np.pad(action[:, :-1], ((0, 0), (1, 0)), constant_values=1.0)
+    fixed = np.stack([t / n, t % 2, self.share * n, 1 - np.cumsum(self.share)], -1)
+    moving = np.stack([cut, last, np.repeat(target[:, None], n, 1)], -1)
+    return np.concatenate([np.broadcast_to(fixed, (len(action), n, 4)), moving],
+                          -1).astype(np.float32)
 
-    def ask(self, sparsity, n): return self._walk(sparsity, n, self.width)
-    def recommend(self, sparsity): return self._walk(sparsity, 1, 0)[0]
 
-    def tell(self, sparsity, scores, rewards):
-        x, r = _told(self.n_layers, scores, rewards)
-        new = dict(target=np.full(len(r), float(sparsity)), action=expit(x), reward=r)
-        self.replay = {k: np.concatenate([self.replay[k], new[k]])[-self.memory:] for k in new}
-        self.episodes += len(r)
-        if self.steps and self.episodes > self.warmup: self._learn(self.steps * len(r))
+@patch
+@torch.no_grad()
+def _walk(self: DDPG, sparsity, n, width):
+    "Scores of n episodes"
+    action, target = np.ones((n, 2 * self.n_layers)), np.full(n, float(sparsity))
+    for t in range(2 * self.n_layers):
+        state = torch.from_numpy(self._states(target, action)[:, t])
+        a = torch.sigmoid(self.nets['actor'](state))[:, 0].double().numpy()
+        if width:
+            a = truncnorm.rvs(-a / width, (1 - a) / width, a, width, random_state=self.rng)
+        action[:, t] = a
+    return np.clip(logit(action), -BOUND, BOUND).reshape(n, -1, 2)
 
-    def stats(self): return dict(std=self.width, **self.last)
 
-    def state_dict(self):
-        return copy.deepcopy(dict(nets=self.nets.state_dict(), slow=self.slow.state_dict(), replay=self.replay, last=self.last,
-                                  opts={k: o.state_dict() for k, o in self.opts.items()}, rng=self.rng.bit_generator.state,
-                                  episodes=self.episodes, baseline=self.baseline))
+@patch
+def ask(self: DDPG, sparsity, n):
+    return self._walk(sparsity, n, self.width)
 
-    def load_state_dict(self, state):
-        state = copy.deepcopy(state)  # an optimizer that loads a state would share its buffers
-        self.nets.load_state_dict(state['nets']); self.slow.load_state_dict(state['slow'])
-        for k, o in self.opts.items(): o.load_state_dict(state['opts'][k])
-        self.rng.bit_generator.state = state['rng']
-        for name in ('replay', 'last', 'episodes', 'baseline'): setattr(self, name, state[name])
+
+@patch
+def recommend(self: DDPG, sparsity):
+    return self._walk(sparsity, 1, 0)[0]
+
+# %% ../../nbs/search/02_rivals.ipynb #ac4a579a
+@patch
+def tell(self: DDPG, sparsity, scores, rewards):
+    x, r = _told(self.n_layers, scores, rewards)
+    new = dict(target=np.full(len(r), float(sparsity)), action=expit(x), reward=r)
+    self.replay = {k: np.concatenate([self.replay[k], new[k]])[-self.memory:] for k in new}
+    self.episodes += len(r)
+    if self.steps and self.episodes > self.warmup:
+        self._learn(self.steps * len(r))
+
+
+@patch
+def stats(self: DDPG):
+    return dict(std=self.width, **self.last)
+
+
+@patch
+def state_dict(self: DDPG):
+    return copy.deepcopy(dict(nets=self.nets.state_dict(), slow=self.slow.state_dict(),
+                              replay=self.replay, last=self.last,
+                              opts={k: o.state_dict() for k, o in self.opts.items()},
+                              rng=self.rng.bit_generator.state, episodes=self.episodes,
+                              baseline=self.baseline))
+
+
+@patch
+def load_state_dict(self: DDPG, state):
+    state = copy.deepcopy(state)  # an optimizer that loads a state would share its buffers
+    self.nets.load_state_dict(state['nets'])
+    self.slow.load_state_dict(state['slow'])
+    for k, o in self.opts.items():
+        o.load_state_dict(state['opts'][k])
+    self.rng.bit_generator.state = state['rng']
+    for name in ('replay', 'last', 'episodes', 'baseline'):
+        setattr(self, name, state[name])
 
 # %% ../../nbs/search/02_rivals.ipynb #e8bff5b4
 @patch
@@ -306,22 +476,31 @@ def _learn(self: DDPG, steps: int) -> None:
     actions = torch.from_numpy(self.replay['action'].astype(np.float32))[..., None]
     end, losses = states.shape[1] - 1, []
     for _ in range(steps):
-        e, t = self.rng.integers(len(states), size=self.batch), self.rng.integers(end + 1, size=self.batch)
+        e = self.rng.integers(len(states), size=self.batch)
+        t = self.rng.integers(end + 1, size=self.batch)
         s, s2, r = states[e, t], states[e, np.minimum(t + 1, end)], self.replay['reward'][e]
-        self.baseline = float(r.mean()) if self.baseline is None else self.baseline + 0.05 * (float(r.mean()) - self.baseline)
+        self.baseline = (float(r.mean()) if self.baseline is None
+                         else self.baseline + 0.05 * (float(r.mean()) - self.baseline))
         with torch.no_grad():
             ahead = q(slow['critic'], s2, torch.sigmoid(slow['actor'](s2)))
             y = torch.tensor(np.stack([r - self.baseline, t < end], 1), dtype=torch.float32)
             y = y[:, :1] + y[:, 1:] * ahead
         loss = (q(critic, s, actions[e, t]) - y).square().mean()
-        self.opts['critic'].zero_grad(); loss.backward(); self.opts['critic'].step()
+        self.opts['critic'].zero_grad()
+        loss.backward()
+        self.opts['critic'].step()
         gain = q(critic, s, torch.sigmoid(actor(s))).mean()
-        self.opts['actor'].zero_grad(); (-gain).backward(); self.opts['actor'].step()
+        self.opts['actor'].zero_grad()
+        (-gain).backward()
+        self.opts['actor'].step()
         with torch.no_grad():
-            for p, new in zip(slow.parameters(), self.nets.parameters()): p.lerp_(new, self.tau)
+            for p, new in zip(slow.parameters(), self.nets.parameters()):
+                p.lerp_(new, self.tau)
         losses.append(float(loss.detach()))
     self.last = dict(critic_loss=float(np.mean(losses)), baseline=self.baseline)
 
 # %% ../../nbs/search/02_rivals.ipynb #6ecadddc
 SEARCHERS: dict[str, Callable[..., Searcher]] = {  # name -> class; `--method` takes these names
-    'ffp': PPOAgent, 'random-search': RandomSearch, 'eas': EvolutionarySearch, 'cma': CMAES, 'tpe': TPE, 'ddpg': DDPG}
+                                                 'ffp': PPOAgent, 'random-search': RandomSearch,
+                                                 'eas': EvolutionarySearch, 'cma': CMAES,
+                                                 'tpe': TPE, 'ddpg': DDPG}

@@ -6,10 +6,12 @@
 __all__ = ['Shape', 'SHAPES', 'travelled', 'Schedule']
 
 # %% ../../nbs/search/00_schedule.ipynb #4d188abd
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import ClassVar, Any, Literal, cast
 
 import numpy as np
+from fastcore.basics import patch
 
 # %% ../../nbs/search/00_schedule.ipynb #85abb45c
 Shape = Literal['cubic', 'linear', 'staircase', 'none']
@@ -41,23 +43,31 @@ def _between(start: float, end: float, way):
 class Schedule:
     """Target sparsity and fidelity of every episode.
 
-    Both start at episode `t0` and are at their end from episode `t1` on. Raises `ValueError` on values out of range.
-    Source: FastForward Pruning (arXiv 2511.18977), whose settings are the defaults."""
+    Both start at episode `t0` and are at their end from episode `t1` on. Raises `ValueError` on
+    values out of range. Source: FastForward Pruning (arXiv 2511.18977), whose settings are the
+    defaults."""
     sparsity_end: float  # target of the search, in [0, 1)
     episodes: int  # length of the search
-    sparsity_start: float | None = None  # first target; None: 5 %, or `sparsity_end` if that is lower
+    # first target; None: 5 %, or `sparsity_end` if that is lower
+    sparsity_start: float | None = None
     fidelity_start: float = 0.05  # share of the search text for the first rewards, in (0, 1]
     fidelity_end: float = 1.0  # share of it for the last ones
     sparsity_shape: Shape = 'cubic'  # one of `SHAPES`; 'none' is at the end value from the start
     fidelity_shape: Shape = 'cubic'  # one of `SHAPES`
     t0: int = 0  # episode at which both begin to move
-    t1: int | None = None  # episode from which both have arrived; None: a fifth of the way from `t0` to the end
+    # episode from which both have arrived; None: a fifth of the way from `t0` to the end
+    t1: int | None = None
     steps: int = 4  # steps of a staircase
+    progress: ClassVar[Callable[..., Any]]  # these are given below
+    sparsity: ClassVar[Callable[..., Any]]
+    fidelity: ClassVar[Callable[..., Any]]
+    n_blocks: ClassVar[Callable[..., Any]]
 
     def __post_init__(self):
         def check(ok, name, expected):
             if not ok: raise ValueError(f"{name} is {getattr(self, name)!r}; {expected}")
-        check(self.episodes >= 1 and self.episodes == int(self.episodes), 'episodes', 'give a whole number >= 1')
+        check(self.episodes >= 1 and self.episodes == int(self.episodes), 'episodes',
+              'give a whole number >= 1')
         check(0 <= self.sparsity_end < 1, 'sparsity_end', 'it must be in [0, 1)')
         start = min(0.05, self.sparsity_end) if self.sparsity_start is None else self.sparsity_start
         object.__setattr__(self, 'sparsity_start', start)
@@ -69,32 +79,45 @@ class Schedule:
         for name in ('sparsity_shape', 'fidelity_shape'):
             check(getattr(self, name) in SHAPES, name, f"use one of {', '.join(SHAPES)}")
         check(self.steps >= 1, 'steps', 'a staircase has at least 1')
-        check(0 <= self.t0 < self.episodes, 't0', f'it must be in [0, {self.episodes}), the episodes')
+        check(0 <= self.t0 < self.episodes, 't0',
+              f'it must be in [0, {self.episodes}), the episodes')
         t1 = self.t0 + (self.episodes - self.t0)//5 if self.t1 is None else self.t1
         object.__setattr__(self, 't1', t1)
-        check(self.t0 <= t1 < self.episodes, 't1', f'it must be from t0 {self.t0} to {self.episodes - 1}, '
-              'or the search would end before it reaches its target')
+        check(self.t0 <= t1 < self.episodes, 't1', f'it must be from t0 {self.t0} to '
+                                                   f'{self.episodes - 1}, or the search would '
+                                                   'end before it reaches its target')
 
-    def progress(self, t):
-        "Progress `p` through the window at episode `t` (a number or an array), in [0, 1]"
-        t, end = np.asarray(t, dtype=float), cast(int, self.t1)
-        return np.clip((t - self.t0) / (end - self.t0), 0, 1) if end > self.t0 else (t >= self.t0) * 1.
+# %% ../../nbs/search/00_schedule.ipynb #c393650e
+@patch
+def progress(self: Schedule, t):
+    "Progress `p` through the window at episode `t` (a number or an array), in [0, 1]"
+    t, end = np.asarray(t, dtype=float), cast(int, self.t1)
+    return (np.clip((t - self.t0) / (end - self.t0), 0, 1) if end > self.t0
+            else (t >= self.t0) * 1.)
 
-    def sparsity(self, t):
-        "Target sparsity of episode `t` (a number or an array)"
-        way = travelled(self.progress(t), self.sparsity_shape, late=False, steps=self.steps)
-        return _between(cast(float, self.sparsity_start), self.sparsity_end, way)
 
-    def fidelity(self, t):
-        "Share of the search text that episode `t` is measured on (a number or an array)"
-        way = travelled(self.progress(t), self.fidelity_shape, late=True, steps=self.steps)
-        return _between(self.fidelity_start, self.fidelity_end, way)
+@patch
+def sparsity(self: Schedule, t):
+    "Target sparsity of episode `t` (a number or an array)"
+    way = travelled(self.progress(t), self.sparsity_shape, late=False, steps=self.steps)
+    return _between(cast(float, self.sparsity_start), self.sparsity_end, way)
 
-    def n_blocks(self,
-        t,  # episode, a number or an array
-        full: int,  # blocks of the whole search text
-    ):  # blocks for this episode, from 1 to `full`
-        "Fidelity in whole blocks of text, rounded up"
-        if full < 1: raise ValueError(f"full is {full}; the search text must have at least one block")
-        n = np.maximum(1, np.ceil(self.fidelity(t) * full - 1e-9)).astype(int)  # 0.1 * 30 is a little above 3
-        return int(n) if n.ndim == 0 else n
+
+@patch
+def fidelity(self: Schedule, t):
+    "Share of the search text that episode `t` is measured on (a number or an array)"
+    way = travelled(self.progress(t), self.fidelity_shape, late=True, steps=self.steps)
+    return _between(self.fidelity_start, self.fidelity_end, way)
+
+
+@patch
+def n_blocks(self: Schedule,
+    t,  # episode, a number or an array
+    full: int,  # blocks of the whole search text
+):  # blocks for this episode, from 1 to `full`
+    "Fidelity in whole blocks of text, rounded up"
+    if full < 1:
+        raise ValueError(f"full is {full}; the search text must have at least one block")
+    # 0.1 * 30 is a little above 3
+    n = np.maximum(1, np.ceil(self.fidelity(t) * full - 1e-9)).astype(int)
+    return int(n) if n.ndim == 0 else n

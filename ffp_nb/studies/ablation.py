@@ -14,25 +14,34 @@ import pandas as pd
 
 from ..core.runs import read_json
 from . import spine
-from .cells import Cell, in_study, open_bench, paired_differences, read_cells, run_cells, selection_nll
+from .cells import (Cell, in_study, open_bench, paired_differences, read_cells,
+                                  run_cells, selection_nll)
 from .searchers import TOKENS
 
 # %% ../../nbs/studies/09_ablation.ipynb #35e4bfdd
-PARTS = dict(
-    published='published agent: learning rate 1e-4, a learned value as baseline', fixed='exploration width stays at 1',
-    narrow='exploration starts at 0.5', wide='exploration starts at 2', calm='no entropy bonus', curious='entropy bonus 0.05 instead of 0.01',
-    blind='the agent does not see the target', rank='advantages from ranks', pairs='antithetic noise', fast='learning rate 3e-3',
-    slow='learning rate 3e-4', batch8='8 episodes an update', batch32='32 episodes an update', warm='starts at the sensitivity table',
-    removable='whole modules may be removed', unbalanced='no line search of the head start', unrepaired='repair only after the search', clip='published mapping in place of the budget solver')
+PARTS = dict(published='published agent: learning rate 1e-4, a learned value as baseline',
+             fixed='exploration width stays at 1', narrow='exploration starts at 0.5',
+             wide='exploration starts at 2', calm='no entropy bonus',
+             curious='entropy bonus 0.05 instead of 0.01',
+             blind='the agent does not see the target', rank='advantages from ranks',
+             pairs='antithetic noise', fast='learning rate 3e-3', slow='learning rate 3e-4',
+             batch8='8 episodes an update', batch32='32 episodes an update',
+             warm='starts at the sensitivity table', removable='whole modules may be removed',
+             unbalanced='no line search of the head start',
+             unrepaired='repair only after the search',
+             clip='published mapping in place of the budget solver')
 
 
-def study_cells(models=('llama', 'opt'), sparsity: float = 0.5, seeds=(0, 1, 2), tokens: int | None = TOKENS) -> list[Cell]:
+def study_cells(models=('llama', 'opt'), sparsity: float = 0.5, seeds=(0, 1, 2),
+                tokens: int | None = TOKENS) -> list[Cell]:
     "The cells of this study, model by model"
-    return [Cell(m, sparsity, 'ffp', seed, v, tokens, ('static',)) for m in models for seed in seeds for v in ('default', *PARTS)]
+    return [Cell(m, sparsity, 'ffp', seed, v, tokens, ('static',)) for m in models for seed in seeds
+            for v in ('default', *PARTS)]
 
 
-def run_study(records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/work', models: str | Path = 'runs/models',
-              profile: str = 'cpu', cells: list[Cell] | None = None) -> None:
+def run_study(records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/work',
+              models: str | Path = 'runs/models', profile: str = 'cpu',
+              cells: list[Cell] | None = None) -> None:
     "All searches that have no record yet, and what their policies give on the selection split"
     cells = cells or study_cells()
     for model in dict.fromkeys(c.model for c in cells):
@@ -45,16 +54,22 @@ def run_study(records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/wo
 def with_selection(table: pd.DataFrame, records: str | Path = '../runs/main') -> pd.DataFrame:
     "The table with a column `selection`, where it was measured"
     found = {}
-    for f in sorted(Path(records).glob('selection-*.json')): found |= read_json(f)['result']
-    return table.assign(selection=[np.mean(found.get(r['config_id'], np.nan)) for r in table.record])
+    for f in sorted(Path(records).glob('selection-*.json')):
+        found |= read_json(f)['result']
+    return table.assign(selection=[np.mean(found.get(r['config_id'], np.nan))
+                                   for r in table.record])
 
 # %% ../../nbs/studies/09_ablation.ipynb #8c86e3c0
 def effects(mine: pd.DataFrame) -> pd.DataFrame:
-    "For each change: difference to the default in nats, in pairs of model and seed, on the selection and on the test split"
+    """For each change: difference to the default in nats, in pairs of model and seed, on the
+    selection and on the test split"""
     test = paired_differences(mine).set_index('variant')
     if not mine.selection.notna().any(): return test.assign(change=[PARTS[v] for v in test.index])
-    chosen = paired_differences(mine.assign(nll=mine.selection).dropna(subset='nll')).set_index('variant')
-    out = test.join(chosen[['difference', 'interval']].add_prefix('selection_')).sort_values('selection_difference')
+    chosen = paired_differences(mine.assign(nll=mine.selection).dropna(subset='nll')).set_index(
+        'variant')
+    out = test.join(chosen[['difference',
+                            'interval']].add_prefix('selection_')).sort_values(
+        'selection_difference')
     return out.assign(change=[PARTS[v] for v in out.index])
 
 
@@ -64,16 +79,20 @@ def findings(mine: pd.DataFrame) -> list[str]:
     if 'selection_difference' not in e: return ['- no record yet']
     sure = e.selection_difference.abs() > e.selection_interval
     pairs = ' or '.join(str(n) for n in sorted(set(e.pairs)))
-    say = lambda d: ', '.join(f'{PARTS[v]} ({r.selection_difference:+.4f} ± {r.selection_interval:.4f})' for v, r in d.iterrows()) or 'none'
-    return [f'- Better than the default, zero outside the 95 % interval: {say(e[sure & (e.selection_difference < 0)])}.',
+    say = lambda d: ', '.join(f'{PARTS[v]} ({r.selection_difference:+.4f} ± '
+                              f'{r.selection_interval:.4f})' for v, r in d.iterrows()) or 'none'
+    return ['- Better than the default, zero outside the 95 % interval: '
+            f'{say(e[sure & (e.selection_difference < 0)])}.',
             f'- Worse, likewise: {say(e[sure & (e.selection_difference > 0)])}.',
             f'- Not told apart by {pairs} pairs: {say(e[~sure])}.']
 
 
 def read_study(runs: str | Path = '../runs') -> pd.DataFrame:
-    "A row each search of `study_cells` that has a record (static repair), with its nats on the selection split"
+    """A row each search of `study_cells` that has a record (static repair), with its nats on the
+    selection split"""
     table = read_cells(Path(runs) / 'main')
-    return with_selection(in_study(table[table.calibration == 'static'], study_cells()), Path(runs) / 'main')
+    return with_selection(in_study(table[table.calibration == 'static'], study_cells()),
+                          Path(runs) / 'main')
 
 
 def conclusions(runs: str | Path = '../runs') -> list[str]:
@@ -83,12 +102,16 @@ def conclusions(runs: str | Path = '../runs') -> list[str]:
 
 # %% ../../nbs/studies/09_ablation.ipynb #e49d7613
 def against_first(runs: str | Path = '../runs') -> pd.DataFrame:
-    "A row for each whole search of SmolLM2 with another variant or searcher: nats above the first study's default agent of its target and seed"
+    """A row for each whole search of SmolLM2 with another variant or searcher: nats above the first
+    study's default agent of its target and seed"""
     first = spine.read_study(Path(runs) / 'spine')[0]
     first = first[first.policy == 'ffp'].set_index(['sparsity', 'seed', 'calibration']).nll
     t = read_cells(Path(runs) / 'main')
-    t = t[(t.model == 'smollm2') & t.tokens.isna() & np.array(['search' in r['result'] for r in t.record])]
+    t = t[(t.model == 'smollm2') & t.tokens.isna()
+          & np.array(['search' in r['result'] for r in t.record])]
     t = t[(t.policy != 'ffp') | (t.variant != 'default')]
-    rows = [dict(searcher=r.policy if r.variant == 'default' else f'{r.policy}, {r.variant}', sparsity=r.sparsity, seed=r.seed, calibration=r.calibration,
-                 difference=r.nll - first[r.sparsity, r.seed, r.calibration]) for r in t.itertuples() if (r.sparsity, r.seed, r.calibration) in first.index]
+    rows = [dict(searcher=r.policy if r.variant == 'default' else f'{r.policy}, {r.variant}',
+                 sparsity=r.sparsity, seed=r.seed, calibration=r.calibration,
+                 difference=r.nll - first[r.sparsity, r.seed, r.calibration])
+            for r in t.itertuples() if (r.sparsity, r.seed, r.calibration) in first.index]
     return pd.DataFrame(rows, columns=['searcher', 'sparsity', 'seed', 'calibration', 'difference'])

@@ -23,17 +23,20 @@ def study_cells(models=('smollm2', *families.NAMES), sparsities=spine.SPARSITIES
     "The cells of this study that the first studies don't have, model by model"
     modes = lambda method: spine.MODES + ('bias',) * (method == 'flap')
     plan = [(h, 0) for h in HEURISTICS] + [('random', 1), ('random', 2)]
-    return [Cell(m, s, method, seed, modes=modes(method)) for m in models for s in sparsities for method, seed in plan]
+    return [Cell(m, s, method, seed, modes=modes(method)) for m in models for s in sparsities
+            for method, seed in plan]
 
 
-def run_study(records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/work', models: str | Path = 'runs/models',
-              profile: str = 'cpu', cells: list[Cell] | None = None) -> None:
+def run_study(records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/work',
+              models: str | Path = 'runs/models', profile: str = 'cpu',
+              cells: list[Cell] | None = None) -> None:
     "All policies that have no record yet"
     run_cells(cells or study_cells(), records, work, profile, models)
 
 # %% ../../nbs/studies/06_allocation.ipynb #155622ba
 def read_study(runs: str | Path = '../runs', profile: str = 'cpu') -> pd.DataFrame:
-    "Dense models, uniform, random and searched policies of the first studies, and the heuristics: a row each policy and repair"
+    """Dense models, uniform, random and searched policies of the first studies, and the heuristics:
+    a row each policy and repair"""
     columns = ['model', 'sparsity', 'policy', 'seed', 'calibration', 'realised', 'nll', 'ppl']
     first = spine.read_study(Path(runs) / 'spine', profile)[0].assign(model='smollm2')
     trio = families.read_study(Path(runs) / 'families')[0].rename(columns=dict(family='model'))
@@ -43,36 +46,48 @@ def read_study(runs: str | Path = '../runs', profile: str = 'cpu') -> pd.DataFra
 
 
 def best_baseline(table: pd.DataFrame, calibration: str) -> pd.DataFrame:
-    "For each model and target: ffp's mean and seeds, the best rival with its name, and in how many seeds ffp is below it"
+    """For each model and target: ffp's mean and seeds, the best rival with its name, and in how
+    many seeds ffp is below it"""
     rows = []
-    for (m, s), d in table[(table.calibration == calibration) & (table.policy != 'dense')].groupby(['model', 'sparsity']):
-        rivals, ffp = d[d.policy != 'ffp'].groupby('policy').ppl.mean().sort_values(), d[d.policy == 'ffp'].ppl
+    for (m,
+         s), d in table[(table.calibration == calibration)
+                        & (table.policy != 'dense')].groupby(['model', 'sparsity']):
+        rivals = d[d.policy != 'ffp'].groupby('policy').ppl.mean().sort_values()
+        ffp = d[d.policy == 'ffp'].ppl
         if not len(ffp) or not len(rivals): continue
         (name, best), (second, of_second), *_ = [*rivals.items(), ('', np.nan)]
-        rows.append(dict(model=m, sparsity=s, ffp=mean_interval(ffp), rival=name, of_rival=best, second=second, of_second=of_second,
-                         below=f'{(ffp < best).sum()} of {len(ffp)}', gain=np.log(best) - np.log(ffp).mean()))
+        rows.append(dict(model=m, sparsity=s, ffp=mean_interval(ffp), rival=name, of_rival=best,
+                         second=second, of_second=of_second,
+                         below=f'{(ffp < best).sum()} of {len(ffp)}',
+                         gain=np.log(best) - np.log(ffp).mean()))
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/studies/06_allocation.ipynb #f25c8a0d
 def cost_of_policies(runs: str | Path) -> pd.DataFrame:
     "Thousands of forward tokens by policy and model, of those that use any"
     rows = []
-    for f in [*Path(runs).glob('spine/spine-ffp-*.json'), *Path(runs).glob('families/*-ffp-*.json')]:
+    for f in [*Path(runs).glob('spine/spine-ffp-*.json'),
+              *Path(runs).glob('families/*-ffp-*.json')]:
         r = read_json(f)
-        rows.append(dict(model=r['config'].get('family', 'smollm2'), policy='ffp', tokens=r['forward_tokens'] / 1000))
+        rows.append(dict(model=r['config'].get('family', 'smollm2'), policy='ffp',
+                         tokens=r['forward_tokens'] / 1000))
     own = read_cells(Path(runs) / 'main')
     own = own[own.tokens.isna() & own.policy.isin(HEURISTICS) & (own.forward_tokens > 0)]
-    rows += [dict(model=r.model, policy=r.policy, tokens=r.forward_tokens / 1000) for r in own.itertuples()]
+    rows += [dict(model=r.model, policy=r.policy, tokens=r.forward_tokens / 1000)
+             for r in own.itertuples()]
     return pd.DataFrame(rows).pivot_table(index='policy', columns='model', values='tokens')
 
 
 def perplexity_table(table: pd.DataFrame, model: str) -> pd.DataFrame:
-    "Test perplexity of one model, mean of the seeds with the 95 % interval: policies down, targets and repairs across"
+    """Test perplexity of one model, mean of the seeds with the 95 % interval: policies down,
+    targets and repairs across"""
     t = table[(table.model == model) & (table.policy != 'dense')]
-    out = t.pivot_table(index='policy', columns=['sparsity', 'calibration'], values='ppl', aggfunc=lambda v: mean_interval(v, 2 if v.mean() < 1000 else 0))
+    out = t.pivot_table(index='policy', columns=['sparsity', 'calibration'], values='ppl',
+                        aggfunc=lambda v: mean_interval(v, 2 if v.mean() < 1000 else 0))
     order = t[t.calibration == 'sequential'].groupby('policy').nll.mean().sort_values().index
     modes = [m for m in (*spine.MODES, 'bias') if m in out.columns.levels[1]]
-    return out.reindex(order)[[(s, m) for s in sorted(t.sparsity.unique()) for m in modes if (s, m) in out.columns]].fillna('')
+    return out.reindex(order)[[(s, m) for s in sorted(t.sparsity.unique()) for m in modes
+                               if (s, m) in out.columns]].fillna('')
 
 # %% ../../nbs/studies/06_allocation.ipynb #d128a5c7
 def findings(table: pd.DataFrame) -> list[str]:
@@ -81,9 +96,11 @@ def findings(table: pd.DataFrame) -> list[str]:
     for mode in spine.MODES:
         b = best_baseline(table, mode)
         wins = b[b.below.str.split(' of ').map(lambda x: x[0] == x[1])]
-        lines.append(f'- Repair "{mode}": ffp is below every baseline in all seeds in {len(wins)} of {len(b)} cells (models × targets); '
-                     f'mean gain over the best baseline of each cell {b.gain.mean():+.4f} nats ({b.gain.min():+.4f} to {b.gain.max():+.4f}). '
-                     f'Best baseline: ' + ', '.join(f'{n} {k}×' for n, k in b.rival.value_counts().items()) + '.')
+        lines.append((f'- Repair "{mode}": ffp is below every baseline in all seeds in '
+                      f'{len(wins)} of {len(b)} cells (models × targets); mean gain over the '
+                      f'best baseline of each cell {b.gain.mean():+.4f} nats '
+                      f'({b.gain.min():+.4f} to {b.gain.max():+.4f}). Best baseline: ')
+                     + ', '.join(f'{n} {k}×' for n, k in b.rival.value_counts().items()) + '.')
     return lines
 
 
@@ -92,37 +109,52 @@ def conclusions(runs: str | Path = '../runs') -> list[str]:
     return findings(read_study(runs))
 
 # %% ../../nbs/studies/06_allocation.ipynb #1704432c
-def zero_shot_record(bench: Bench, name: str, widths: np.ndarray, source: str,  # name of the policy, its widths, the `config_id` of its record
-                     records: str | Path, limit: int = 50, calibration: str = 'sequential') -> dict:  # the record
-    "Zero-shot scores of a policy after sequential repair or none (the dense model: none), kept as a record"
+def zero_shot_record(
+        # name of the policy, its widths, the `config_id` of its record
+        bench: Bench, name: str, widths: np.ndarray, source: str,
+                     # the record
+                     records: str | Path, limit: int = 50, calibration: str = 'sequential') -> dict:
+    """Zero-shot scores of a policy after sequential repair or none (the dense model: none), kept as
+    a record"""
     from ffp_nb.pipeline.tasks import TASKS, zero_shot
-    key = dict(name=f'zero-shot-{name}', study='main', of=source, tasks=list(TASKS), limit=limit, seed=0, calibration=calibration)
+    key = dict(name=f'zero-shot-{name}', study='main', of=source, tasks=list(TASKS), limit=limit,
+               seed=0, calibration=calibration)
     def measure(_):
         plain = calibration == 'none' or np.array_equal(widths, bench.cost.full)
         with bench.elastic.at(widths, None if plain else bench.sequential(widths, progress=False)):
-            t = zero_shot(bench.elastic.model, bench.tokenizer, key['tasks'], limit=limit, progress=False)
+            t = zero_shot(bench.elastic.model, bench.tokenizer, key['tasks'], limit=limit,
+                          progress=False)
         return dict(t.attrs, forward_tokens=t.attrs['about']['forward_tokens'])
     return cached(records, key, measure)
 
 
-def run_zero_shot(runs: str | Path = 'nbs/runs', sparsities=spine.SPARSITIES, policies=('ffp', 'uniform-ffn', 'sensitivity', 'flap', 'uniform'),
+def run_zero_shot(runs: str | Path = 'nbs/runs', sparsities=spine.SPARSITIES,
+                  policies=('ffp', 'uniform-ffn', 'sensitivity', 'flap', 'uniform'),
                   profile: str = 'cpu', calibration: str = 'sequential') -> None:
-    "Zero-shot records that are missing, of SmolLM2: the dense model, then policies (seed 0) by target"
+    """Zero-shot records that are missing, of SmolLM2: the dense model, then policies (seed 0) by
+    target"""
     bench = open_bench('smollm2', profile)
     zero_shot_record(bench, 'dense', bench.cost.full, 'dense', Path(runs) / 'main')
     for s in sparsities:
         for policy in policies:
-            files = [*Path(runs).glob(f'spine/spine-{policy}-{s}-0-*.json'), *Path(runs).glob(f'main/smollm2-{policy}-{s}-0-*.json')]
-            r = next((r for r in map(read_json, files) if 'sequential' in r['result'].get('nll', {})), None)
-            if r is None: print(f'{policy} {s}: no record of its widths yet'); continue
-            zero_shot_record(bench, f'{policy}-{s}', np.array(r['result']['widths']), r['config_id'], Path(runs) / 'main', calibration=calibration)
+            files = [*Path(runs).glob(f'spine/spine-{policy}-{s}-0-*.json'),
+                     *Path(runs).glob(f'main/smollm2-{policy}-{s}-0-*.json')]
+            r = next((r for r in map(read_json, files)
+                      if 'sequential' in r['result'].get('nll', {})), None)
+            if r is None:
+                print(f'{policy} {s}: no record of its widths yet')
+                continue
+            zero_shot_record(bench, f'{policy}-{s}', np.array(r['result']['widths']),
+                             r['config_id'], Path(runs) / 'main', calibration=calibration)
             print(f'zero-shot {policy} {s} {calibration}', flush=True)
 
-
+# %% ../../nbs/studies/06_allocation.ipynb #3ecd497e
 def read_zero_shot(records: str | Path = '../runs/main') -> pd.DataFrame:
-    "Average of the seven tasks and LAMBADA's log-likelihood of each policy, and what they differ from the dense model in pairs"
+    """Average of the seven tasks and LAMBADA's log-likelihood of each policy, and what they differ
+    from the dense model in pairs"""
     from ffp_nb.pipeline.tasks import paired, score_table
-    found = {(r['config']['name'].removeprefix('zero-shot-'), r['config']['calibration']): score_table(r['result']['scores'], r['result']['about'])
+    found = {(r['config']['name'].removeprefix('zero-shot-'),
+              r['config']['calibration']): score_table(r['result']['scores'], r['result']['about'])
              for f in sorted(Path(records).glob('zero-shot-*.json')) for r in [read_json(f)]}
     if (dense := found.pop(('dense', 'sequential'), None)) is None: return pd.DataFrame()
     rows = []
@@ -132,7 +164,9 @@ def read_zero_shot(records: str | Path = '../runs/main') -> pd.DataFrame:
         row['average'] = f'{t.value.iloc[-1]:.3f} ± {1.96 * t.stderr.iloc[-1]:.3f}'
         if policy:
             d = paired(dense, t)
-            for label, r in (('average to dense', d.iloc[-1]), ('LAMBADA nats to dense', d[d.metric == 'loglikelihood'].iloc[0])):
+            for label, r in (('average to dense', d.iloc[-1]),
+                             ('LAMBADA nats to dense', d[d.metric == 'loglikelihood'].iloc[0])):
                 row[label] = f'{r.difference:+.3f} ± {r.interval:.3f}'
         rows.append(row)
-    return pd.DataFrame(rows).sort_values(['sparsity', 'repair', 'policy']).fillna('').reset_index(drop=True)
+    return pd.DataFrame(rows).sort_values(['sparsity', 'repair',
+                                           'policy']).fillna('').reset_index(drop=True)

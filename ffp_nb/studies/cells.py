@@ -35,46 +35,58 @@ class Cell:
     method: str = 'ffp'  # one of `ffp_nb.pipeline.prune.METHODS`
     seed: int = 0
     variant: str = 'default'  # a key of `VARIANTS`
-    tokens: int | None = None  # forward tokens that a search may use; None: the episodes of the profile
+    # forward tokens that a search may use; None: the episodes of the profile
+    tokens: int | None = None
     modes: tuple[str, ...] = MODES  # repairs that the test figures are taken with
 
     def __post_init__(self):
-        if self.variant not in VARIANTS: raise ValueError(f'variant {self.variant!r}; expected one of {", ".join(VARIANTS)}')
+        if self.variant not in VARIANTS:
+            raise ValueError(f'variant {self.variant!r}; expected one of {", ".join(VARIANTS)}')
         if not self.modes or set(self.modes) - {*MODES, 'bias'}:
             raise ValueError(f'modes {self.modes}; expected some of {", ".join(MODES)}, bias')
 
     @property
     def name(self) -> str:
-        parts = Path(self.model).name, self.method, self.sparsity, self.seed, *(() if self.variant == 'default' else (self.variant,))
+        parts = Path(self.model).name, self.method, self.sparsity, self.seed, *(()
+                                                                                if self.variant
+                                                                                == 'default'
+                                                                                else (
+            self.variant,))
         return '-'.join(map(str, parts))
 
 # %% ../../nbs/studies/02_cells.ipynb #13c88132
 _flat = dict(sparsity_shape='none', fidelity_shape='none')
-VARIANTS = dict(
-    default={},
-    # the schedule
-    none=dict(search=_flat), sparsity=dict(search=dict(fidelity_shape='none')), fidelity=dict(search=dict(sparsity_shape='none')),
-    linear=dict(search=dict(sparsity_shape='linear', fidelity_shape='linear')),
-    staircase=dict(search=dict(sparsity_shape='staircase', fidelity_shape='staircase')),
-    early=dict(search=dict(fidelity_share=0.2)), late=dict(search=dict(sparsity_share=0.5)),
-    near=dict(search=dict(sparsity_start=0.2)),
-    transfer=dict(source=0.2),
-    # the agent
-    published=dict(agent=PUBLISHED), fixed=dict(agent=dict(learn_std=False)), narrow=dict(agent=dict(std=0.5)),
-    wide=dict(agent=dict(std=2.0)), calm=dict(agent=dict(entropy=0.0)), curious=dict(agent=dict(entropy=0.05)),
-    blind=dict(agent=dict(condition=False)), rank=dict(agent=dict(advantage='rank')), pairs=dict(agent=dict(antithetic=True)),
-    fast=dict(agent=dict(lr=3e-3)), slow=dict(agent=dict(lr=3e-4)), batch8=dict(batch=8), batch32=dict(batch=32),
-    warm=dict(warm=True),
-    # the rest
-    removable=dict(p_min=0.0), unbalanced=dict(search=dict(balance=(0,))), unrepaired=dict(repair='none'), clip=dict(solver='clip'))
+VARIANTS = dict(default={},
+                # the schedule
+                none=dict(search=_flat), sparsity=dict(search=dict(fidelity_shape='none')),
+                fidelity=dict(search=dict(sparsity_shape='none')),
+                linear=dict(search=dict(sparsity_shape='linear', fidelity_shape='linear')),
+                staircase=dict(search=dict(sparsity_shape='staircase', fidelity_shape='staircase')),
+                early=dict(search=dict(fidelity_share=0.2)),
+                late=dict(search=dict(sparsity_share=0.5)),
+                near=dict(search=dict(sparsity_start=0.2)), transfer=dict(source=0.2),
+                # the agent
+                published=dict(agent=PUBLISHED), fixed=dict(agent=dict(learn_std=False)),
+                narrow=dict(agent=dict(std=0.5)), wide=dict(agent=dict(std=2.0)),
+                calm=dict(agent=dict(entropy=0.0)), curious=dict(agent=dict(entropy=0.05)),
+                blind=dict(agent=dict(condition=False)), rank=dict(agent=dict(advantage='rank')),
+                pairs=dict(agent=dict(antithetic=True)), fast=dict(agent=dict(lr=3e-3)),
+                slow=dict(agent=dict(lr=3e-4)), batch8=dict(batch=8), batch32=dict(batch=32),
+                warm=dict(warm=True),
+                # the rest
+                removable=dict(p_min=0.0), unbalanced=dict(search=dict(balance=(0,))),
+                unrepaired=dict(repair='none'), clip=dict(solver='clip'))
 
 # %% ../../nbs/studies/02_cells.ipynb #5e36684d
-def clip_in_order(scores, cost, sparsity: float, step=(1, 32), p_min=0.1) -> np.ndarray:  # (n_layers, 2) widths
-    "Widths by clipping in order of the modules: a baseline for `budget.solve`. Never over the budget, often below it"
+def clip_in_order(scores, cost, sparsity: float, step=(1, 32),
+                  p_min=0.1) -> np.ndarray:  # (n_layers, 2) widths
+    """Widths by clipping in order of the modules: a baseline for `budget.solve`. Never over the
+    budget, often below it"""
     lower, upper = bounds(cost, step, p_min)
     lo, hi = feasible_range(cost, lower, upper)
     if not lo < sparsity < hi: raise InfeasibleBudget(sparsity, lo, hi, cost.name)
-    share = (cost.dense * (1 - sparsity) - cost.total(lower)) / (cost.total(upper) - cost.total(lower))
+    share = ((cost.dense * (1 - sparsity) - cost.total(lower))
+             / (cost.total(upper) - cost.total(lower)))
     wish = 1 / (1 + np.exp(-(np.asarray(scores) + np.log(share / (1 - share)))))
     room, widths = cost.dense * (1 - sparsity) - cost.total(lower), lower.copy()
     for m in np.ndindex(*widths.shape):
@@ -87,26 +99,34 @@ def clip_in_order(scores, cost, sparsity: float, step=(1, 32), p_min=0.1) -> np.
 
 class ClippedSearch(Search):
     "A search with the published mapping"
-    def solve(self, scores, sparsity): return clip_in_order(scores, self.cost, sparsity, self.config.step, self.config.p_min)
+    def solve(self, scores, sparsity):
+        return clip_in_order(scores, self.cost, sparsity, self.config.step, self.config.p_min)
 
 # %% ../../nbs/studies/02_cells.ipynb #8e880e92
 def planned_tokens(config: PruneConfig, pool: int) -> int:
-    "Forward tokens of a search: balance, rewards, final, and the dense model on every block that it can meet"
+    """Forward tokens of a search: balance, rewards, final, and the dense model on every block that
+    it can meet"""
     c = config.search_config()
     _, fidelity = c.schedules()
     drawn = [fidelity.n_blocks(u * c.batch, c.blocks) for u in range(c.updates)]
     balance = min(2 * c.blocks, pool) if len(set(c.balance)) > 1 else 0
     final = min(c.final_blocks, pool)
     dense = min(pool, balance + sum(drawn) + final)
-    return config.profile.block_len * (len(set(c.balance)) * balance + c.batch * sum(drawn) + (1 + c.candidates) * final + dense)
+    return (config.profile.block_len
+            * (len(set(c.balance)) * balance + c.batch * sum(drawn) + (1 + c.candidates) * final
+               + dense))
 
 
 def fit_episodes(config: PruneConfig, tokens: int, pool: int) -> PruneConfig:
     "The same search with as many updates as the tokens allow. ValueError where not even two fit"
-    make = lambda n: replace(config, profile=replace(config.profile, episodes=n * config.profile.batch))
+    make = lambda n: replace(config,
+                             profile=replace(config.profile, episodes=n * config.profile.batch))
     n = 2
-    if planned_tokens(make(n), pool) > tokens: raise ValueError(f'{tokens} forward tokens; two updates need {planned_tokens(make(2), pool)}')
-    while planned_tokens(make(n + 1), pool) <= tokens: n += 1
+    if planned_tokens(make(n), pool) > tokens:
+        raise ValueError(f'{tokens} forward tokens; two updates need '
+                         f'{planned_tokens(make(2), pool)}')
+    while planned_tokens(make(n + 1), pool) <= tokens:
+        n += 1
     return make(n)
 
 # %% ../../nbs/studies/02_cells.ipynb #a86052a1
@@ -116,19 +136,28 @@ def open_bench(model: str, profile: str = 'cpu',
                criterion: str = 'wanda') -> Bench:
     "The bench that all cells of a model and a criterion share"
     if model in NAMES: return family_bench(model, models, SETUPS[profile], criterion=criterion)
-    return study_bench(replace(study_config(profile=profile, text=text), model=model, criterion=criterion))
+    return study_bench(replace(study_config(profile=profile, text=text), model=model,
+                               criterion=criterion))
 
 
 def cell_settings(cell: Cell, bench: Bench) -> PruneConfig:
     "The configuration of a cell on its bench"
-    v, p, searched = VARIANTS[cell.variant], bench.config.profile, cell.method not in ('random', 'uniform', 'uniform-ffn', *HEURISTICS)
-    agent = v.get('agent', {}) | (dict(share=(bench.cost.unit * bench.cost.full).tolist()) if cell.method == 'ddpg' else {})  # AMC knows costs
+    v, p = VARIANTS[cell.variant], bench.config.profile
+    searched = cell.method not in ('random', 'uniform', 'uniform-ffn', *HEURISTICS)
+    agent = (v.get('agent', {})
+             | (dict(share=(bench.cost.unit * bench.cost.full).tolist()) if cell.method == 'ddpg'
+                else {}))  # AMC knows costs
     search = v.get('search', {}) | (dict(agent=agent) if agent else {})
-    if 'batch' in v: p = replace(p, batch=v['batch'])
+    if 'batch' in v:
+        p = replace(p, batch=v['batch'])
     p_min = v.get('p_min', bench.config.p_min)
-    if cell.tokens: p = replace(p, final_blocks=min(p.final_blocks, 16))  # a final that small searches can afford
-    config = replace(bench.config, sparsity=cell.sparsity, method=cell.method, seed=cell.seed, profile=p, search=search, p_min=p_min)
-    return fit_episodes(config, cell.tokens, len(bench.search)) if cell.tokens and searched else config
+    if cell.tokens:
+        # a final that small searches can afford
+        p = replace(p, final_blocks=min(p.final_blocks, 16))
+    config = replace(bench.config, sparsity=cell.sparsity, method=cell.method, seed=cell.seed,
+                     profile=p, search=search, p_min=p_min)
+    return (fit_episodes(config, cell.tokens, len(bench.search)) if cell.tokens
+            and searched else config)
 
 # %% ../../nbs/studies/02_cells.ipynb #bd023235
 def _searched(bench, cell, run):
@@ -140,114 +169,152 @@ def _searched(bench, cell, run):
     if v.get('warm'):
         widths, before = HEURISTICS['sensitivity'](bench, cell.sparsity)
         mean = retention_scores(widths / bench.cost.full, bench.cost, c.step, c.p_min)
-        mean = np.clip(mean - np.median(mean), -3, 3)  # a pinned module's score is out of the agent's reach
-        c = replace(c, search=c.search | dict(balance=(0,), agent=dict(mean=mean.tolist())))  # the table has settled the balance
+        # a pinned module's score is out of the agent's reach
+        mean = np.clip(mean - np.median(mean), -3, 3)
+        # the table has settled the balance
+        c = replace(c, search=c.search | dict(balance=(0,), agent=dict(mean=mean.tolist())))
     if v.get('source'):  # an agent that has learned an easier target goes on at this one
         easy = replace(c, sparsity=v['source'])
         first = Search(evaluator, bench.cost, easy.search_config())
-        while first.update < first.config.updates: first.step()
+        while first.update < first.config.updates:
+            first.step()
         before, evaluator.forward_tokens = evaluator.forward_tokens, 0
         c = replace(c, search=c.search | dict(sparsity_start=v['source'], balance=(first.start,)))
         search = make(evaluator, bench.cost, c.search_config(), run, first.searcher)
-    return (search or make(evaluator, bench.cost, c.search_config(), run)).run(progress=False), before
+    return (search
+            or make(evaluator, bench.cost, c.search_config(), run)).run(progress=False), before
 
 # %% ../../nbs/studies/02_cells.ipynb #37f6a0ba
 def _configured(bench, config):
-    "Run a function while the bench has another configuration: the next cell starts from the bench's own"
+    """Run a function while the bench has another configuration: the next cell starts from the
+    bench's own"""
     def wrap(fn):
         def inner(*args):
             before, bench.config = bench.config, config
-            try: return fn(*args)
-            finally: bench.config = before
+            try:
+                return fn(*args)
+            finally:
+                bench.config = before
         return inner
     return wrap
 
 
 def run_cell(bench: Bench, cell: Cell, records: str | Path, work: str | Path) -> dict:  # the record
-    "Find, repair and measure one policy, or load its record. A search goes on from its folder in `work`"
+    """Find, repair and measure one policy, or load its record. A search goes on from its folder in
+    `work`"""
     config = cell_settings(cell, bench)
-    key = dict(name=cell.name, study='main', cell=asdict(cell) | dict(model=Path(cell.model).name)) | run_config(config, bench.corpus)
+    key = (dict(name=cell.name, study='main', cell=asdict(cell) | dict(model=Path(cell.model).name))
+           | run_config(config, bench.corpus))
     @_configured(bench, config)
     def measure(_):
         search, tokens = None, 0
-        if cell.method in HEURISTICS: widths, tokens = HEURISTICS[cell.method](bench, cell.sparsity)
-        elif config.method in ('random', 'uniform', 'uniform-ffn'): widths, _ = find_widths(bench)
+        if cell.method in HEURISTICS:
+            widths, tokens = HEURISTICS[cell.method](bench, cell.sparsity)
+        elif config.method in ('random', 'uniform', 'uniform-ffn'):
+            widths, _ = find_widths(bench)
         else:
-            run = RunDir(Path(work) / f'{cell.name}-{config_id(key)}', key | dict(weights=bench.fingerprint))
+            run = RunDir(Path(work) / f'{cell.name}-{config_id(key)}',
+                         key | dict(weights=bench.fingerprint))
             search, tokens = _searched(bench, cell, run)
             widths = search.widths
             save_policies(Path(records) / f'{cell.name}-{config_id(key)}.npz', search.log)
-        out = dict(widths=widths, sparsity=bench.cost.sparsity(widths), weights=bench.fingerprint, before=tokens,
-                   forward_tokens=tokens + (search.forward_tokens if search else 0), nll=test_nll(bench, widths, cell.modes))
+        out = dict(widths=widths, sparsity=bench.cost.sparsity(widths), weights=bench.fingerprint,
+                   before=tokens, forward_tokens=tokens + (search.forward_tokens if search else 0),
+                   nll=test_nll(bench, widths, cell.modes))
         return out | (dict(search=search_summary(search)) if search else {})
     return cached(records, key, measure)
 
-
+# %% ../../nbs/studies/02_cells.ipynb #b2151430
 def search_summary(search) -> dict:
     "What a record keeps of a search, beside its policies"
-    return dict(reward=search.reward, source=search.source, broken=search.broken, start=search.start, wall_s=round(search.wall_s, 1),
-                scores=search.scores.round(4), updates=search.updates)
+    return dict(reward=search.reward, source=search.source, broken=search.broken,
+                start=search.start, wall_s=round(search.wall_s, 1), scores=search.scores.round(4),
+                updates=search.updates)
 
 
 def test_nll(bench: Bench, widths, modes) -> dict:  # mode -> (blocks,) nats per token
     "Test figures of a policy with each repair"
-    weights = repairs(bench, widths) if 'sequential' in modes else dict(none=None, static=bench.static)
-    out = {mode: bench.perplexity(widths, bench.test(), weights[mode]).nll.round(5) for mode in modes if mode != 'bias'}
+    weights = (repairs(bench, widths) if 'sequential' in modes
+               else dict(none=None, static=bench.static))
+    out = {mode: bench.perplexity(widths, bench.test(), weights[mode]).nll.round(5)
+           for mode in modes if mode != 'bias'}
     if 'bias' in modes:  # FLAP's own repair
         with output_biases(bench.elastic):
-            out['bias'] = bench.perplexity(widths, bench.test(), BiasCompensation(bench.elastic, bench.stats)).nll.round(5)
+            out['bias'] = bench.perplexity(widths, bench.test(),
+                                           BiasCompensation(bench.elastic,
+                                                            bench.stats)).nll.round(5)
     return out
 
 # %% ../../nbs/studies/02_cells.ipynb #97aaf238
 def trace_cell(bench: Bench, record: dict,  # of a searched cell
-               records: str | Path, points: int = 10, blocks: int = 32) -> pd.DataFrame:  # see `report.trace`
+               records: str | Path, points: int = 10,
+               blocks: int = 32) -> pd.DataFrame:  # see `report.trace`
     "The trace of a search, measured once and kept as a record"
     c, found = record['config'], record['result']['search']
-    key = dict(name=f"trace-{c['name']}", study='main', of=record['config_id'], points=points, blocks=blocks)
+    key = dict(name=f"trace-{c['name']}", study='main', of=record['config_id'], points=points,
+               blocks=blocks)
     @_configured(bench, replace(bench.config, sparsity=c['sparsity']))
     def measure(_):
-        npz, updates = np.load(Path(records) / f"{c['name']}-{record['config_id']}.npz"), found['updates']
+        npz = np.load(Path(records) / f"{c['name']}-{record['config_id']}.npz")
+        updates = found['updates']
         spent = {u['update']: u['forward_tokens'] for u in updates}
-        log = [dict(update=int(u), widths=w, reward=float(r) * (t == c['sparsity']), target=float(t), forward_tokens=spent[int(u)])
+        log = [dict(update=int(u), widths=w, reward=float(r) * (t == c['sparsity']),
+                    target=float(t), forward_tokens=spent[int(u)])
                for u, w, r, t in zip(npz['update'], npz['widths'], npz['reward'], npz['target'])]
-        return dict(rows=trace(bench, log, updates, points, bench.selection[:blocks]).to_dict('records'))
+        return dict(rows=trace(bench, log, updates, points,
+                               bench.selection[:blocks]).to_dict('records'))
     return pd.DataFrame(cached(records, key, measure)['result']['rows'])
 
 # %% ../../nbs/studies/02_cells.ipynb #11eeea51
 def selection_nll(bench: Bench, found: list[dict],  # records of cells of the bench's model
                   records: str | Path) -> pd.Series:  # mean nats per token by `config_id`
-    "What finished policies give on the selection split with static repair, kept as one record for all"
+    """What finished policies give on the selection split with static repair, kept as one record for
+    all"""
     blocks = bench.selection[:bench.config.profile.final_blocks]
-    key = dict(name=f"selection-{found[0]['config']['cell']['model']}", study='main', blocks=len(blocks), of=sorted(r['config_id'] for r in found))
+    key = dict(name=f"selection-{found[0]['config']['cell']['model']}", study='main',
+               blocks=len(blocks), of=sorted(r['config_id'] for r in found))
     def measure(_):
-        return {r['config_id']: bench.perplexity(np.array(r['result']['widths']), blocks, bench.static).nll.round(5) for r in found}
-    return pd.Series({k: float(np.mean(v)) for k, v in cached(records, key, measure)['result'].items()}, name='selection')
+        return {r['config_id']: bench.perplexity(np.array(r['result']['widths']), blocks,
+                                                 bench.static).nll.round(5) for r in found}
+    return pd.Series({k: float(np.mean(v))
+                      for k, v in cached(records, key, measure)['result'].items()},
+                     name='selection')
 
 # %% ../../nbs/studies/02_cells.ipynb #c8a41f81
-def run_cells(cells, records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/work', profile: str = 'cpu',
-              models: str | Path = 'runs/models', traced: bool = False, text: str = 'wikitext2') -> None:
-    "Compute all records that are missing, model by model in the order of the cells; with `traced` also the traces of searches"
+def run_cells(cells, records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/work',
+              profile: str = 'cpu', models: str | Path = 'runs/models', traced: bool = False,
+              text: str = 'wikitext2') -> None:
+    """Compute all records that are missing, model by model in the order of the cells; with `traced`
+    also the traces of searches"""
     bench, opened = None, None
     for i, cell in enumerate(cells):
-        if cell.model != opened: bench, opened = open_bench(cell.model, profile, models, text), cell.model
+        if cell.model != opened:
+            bench, opened = open_bench(cell.model, profile, models, text), cell.model
         r = (record := run_cell(bench, cell, records, work))['result']
-        if traced and 'search' in r: trace_cell(bench, record, records)
+        if traced and 'search' in r:
+            trace_cell(bench, record, records)
         figures = ', '.join(f'{m} {np.exp(np.mean(v)):.2f}' for m, v in r['nll'].items())
-        print(f'{i + 1}/{len(cells)} {cell.name}: {figures}; {r["forward_tokens"]:,} forward tokens', flush=True)
+        print(f'{i + 1}/{len(cells)} {cell.name}: {figures}; {r["forward_tokens"]:,} forward '
+              'tokens', flush=True)
 
 # %% ../../nbs/studies/02_cells.ipynb #e37de9db
 def read_cells(records: str | Path = '../runs/main') -> pd.DataFrame:
-    "A row for each record and repair: what the cell was, test perplexity, forward tokens, widths and the record itself"
+    """A row for each record and repair: what the cell was, test perplexity, forward tokens, widths
+    and the record itself"""
     rows = []
     for f in sorted(Path(records).glob('*.json')):
         r = read_json(f)
         if 'cell' not in r['config'] or 'nll' not in r['result']: continue
         cell, found = r['config']['cell'], r['result']
-        own = dict(model=cell['model'], sparsity=cell['sparsity'], policy=cell['method'], variant=cell['variant'], seed=cell['seed'],
-                   tokens=cell['tokens'], realised=found['sparsity'], forward_tokens=found['forward_tokens'],
+        own = dict(model=cell['model'], sparsity=cell['sparsity'], policy=cell['method'],
+                   variant=cell['variant'], seed=cell['seed'], tokens=cell['tokens'],
+                   realised=found['sparsity'], forward_tokens=found['forward_tokens'],
                    search_s=(found.get('search') or {}).get('wall_s', 0.0), record=r)
-        rows += [own | dict(calibration=m, nll=float(np.mean(v)), ppl=float(np.exp(np.mean(v)))) for m, v in found['nll'].items()]
-    if not rows: return pd.DataFrame(columns=['model', 'sparsity', 'policy', 'variant', 'seed', 'tokens', 'calibration', 'nll', 'ppl'])
+        rows += [own | dict(calibration=m, nll=float(np.mean(v)), ppl=float(np.exp(np.mean(v))))
+                 for m, v in found['nll'].items()]
+    if not rows:
+        return pd.DataFrame(columns=['model', 'sparsity', 'policy', 'variant', 'seed', 'tokens',
+                                     'calibration', 'nll', 'ppl'])
     t = pd.DataFrame(rows)
     # the folder name of a trained model ends with the hash of its training
     return t.assign(model=t.model.str.replace(r'-[0-9a-f]{10}$', '', regex=True))
@@ -256,27 +323,34 @@ def read_cells(records: str | Path = '../runs/main') -> pd.DataFrame:
 def in_study(table: pd.DataFrame, cells: list[Cell]) -> pd.DataFrame:
     "The rows of a table that belong to these cells"
     keys = {(c.model, c.sparsity, c.method, c.seed, c.variant, c.tokens) for c in cells}
-    rows = zip(table.model, table.sparsity, table.policy, table.seed, table.variant, [None if pd.isna(t) else int(t) for t in table.tokens])
+    rows = zip(table.model, table.sparsity, table.policy, table.seed, table.variant,
+               [None if pd.isna(t) else int(t) for t in table.tokens])
     return table[[k in keys for k in rows]]
 
 
 def half_width(v) -> float:
     "Half of the 95 % Student interval of a mean; NaN for a single value"
     v = np.asarray(v, dtype=float)
-    return float(stats.t.ppf(0.975, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v))) if len(v) > 1 else float('nan')
+    return (float(stats.t.ppf(0.975, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v))) if len(v) > 1
+            else float('nan'))
 
-
+# %% ../../nbs/studies/02_cells.ipynb #ea9ee761
 def mean_interval(v, digits: int = 2) -> str:
     "Mean ± half of the 95 % interval, of one value the value"
     h = half_width(v)
     return f'{np.mean(v):.{digits}f}' + (f' ± {h:.{digits}f}' if h == h else '')
 
 
-def paired_differences(table: pd.DataFrame, base: str = 'default', by: str = 'variant', on=('model', 'sparsity', 'seed')) -> pd.DataFrame:
-    "For each variant: mean difference in nats to `base` over the pairs that both have, its interval, and how many are lower"
+def paired_differences(table: pd.DataFrame, base: str = 'default', by: str = 'variant',
+                       on=('model', 'sparsity', 'seed')) -> pd.DataFrame:
+    """For each variant: mean difference in nats to `base` over the pairs that both have, its
+    interval, and how many are lower"""
     wide = table.pivot_table(index=list(on), columns=by, values='nll')
     rows = []
     for name in wide.columns.drop(base):
         d = (wide[name] - wide[base]).dropna()
-        if len(d): rows.append({by: name, 'pairs': len(d), 'difference': d.mean(), 'interval': half_width(d), 'lower in': int((d < 0).sum())})
-    return pd.DataFrame(rows).sort_values('difference').reset_index(drop=True) if rows else pd.DataFrame()
+        if len(d):
+            rows.append({by: name, 'pairs': len(d), 'difference': d.mean(),
+                         'interval': half_width(d), 'lower in': int((d < 0).sum())})
+    return (pd.DataFrame(rows).sort_values('difference').reset_index(drop=True) if rows
+            else pd.DataFrame())

@@ -21,36 +21,52 @@ from .cells import Cell, half_width, open_bench, read_cells, run_cell, trace_cel
 from .searchers import TOKENS
 
 # %% ../../nbs/studies/12_criteria.ipynb #d4b30bff
-def run_study(models=('llama',), sparsity: float = 0.5, seeds=(0, 1, 2), criteria=CRITERION_NAMES, tokens: int | None = TOKENS,
-              records: str | Path = 'nbs/runs/criteria', work: str | Path = 'runs/work', folder: str | Path = 'runs/models', profile: str = 'cpu') -> None:
-    "All records that are missing: a search each criterion and seed with its trace, an even cut, and then the swaps"
+def run_study(models=('llama',), sparsity: float = 0.5, seeds=(0, 1, 2), criteria=CRITERION_NAMES,
+              tokens: int | None = TOKENS, records: str | Path = 'nbs/runs/criteria',
+              work: str | Path = 'runs/work', folder: str | Path = 'runs/models',
+              profile: str = 'cpu') -> None:
+    """All records that are missing: a search each criterion and seed with its trace, an even cut,
+    and then the swaps"""
     for model in models:
         own = {}
         for c in criteria:
             bench = open_bench(model, profile, folder, criterion=c)
-            cells = [Cell(model, sparsity, 'ffp', s, tokens=tokens, modes=('none', 'static')) for s in seeds]
+            cells = [Cell(model, sparsity, 'ffp', s, tokens=tokens, modes=('none', 'static'))
+                     for s in seeds]
             own[c] = [run_cell(bench, cell, records, work) for cell in cells]
-            for r in own[c]: trace_cell(bench, r, records)
-            own[c].append(run_cell(bench, Cell(model, sparsity, 'uniform-ffn', modes=('none', 'static')), records, work))
-            print(f'{model} {c}:', *(f"{np.exp(np.mean(r['result']['nll']['static'])):.2f}" for r in own[c]), flush=True)
+            for r in own[c]:
+                trace_cell(bench, r, records)
+            own[c].append(run_cell(bench,
+                                   Cell(model, sparsity, 'uniform-ffn', modes=('none', 'static')),
+                                   records, work))
+            print(f'{model} {c}:',
+                  *(f"{np.exp(np.mean(r['result']['nll']['static'])):.2f}" for r in own[c]),
+                  flush=True)
         for c in criteria:
-            swap_record(open_bench(model, profile, folder, criterion=c), [r for rs in own.values() for r in rs[:-1]], records)
+            swap_record(open_bench(model, profile, folder, criterion=c),
+                        [r for rs in own.values() for r in rs[:-1]], records)
 
-
-def swap_record(bench: Bench, found: list[dict],  # records of searches of the bench's model, under any criterion
+# %% ../../nbs/studies/12_criteria.ipynb #53106e12
+def swap_record(
+        # records of searches of the bench's model, under any criterion
+        bench: Bench, found: list[dict],
                 records: str | Path) -> dict:  # mean test nats of each block by `config_id`
-    "What policies give with static repair under the criterion of the bench, kept as one record for all"
+    """What policies give with static repair under the criterion of the bench, kept as one record
+    for all"""
     first = found[0]['config']
-    key = dict(name=f"swap-{first['cell']['model']}-{bench.config.criterion}", study='criteria', sparsity=first['sparsity'], criterion=bench.config.criterion,
+    key = dict(name=f"swap-{first['cell']['model']}-{bench.config.criterion}", study='criteria',
+               sparsity=first['sparsity'], criterion=bench.config.criterion,
                weights=bench.fingerprint, of=sorted(r['config_id'] for r in found))
     def measure(_):
         test = bench.test()
-        return {r['config_id']: bench.perplexity(np.array(r['result']['widths']), test, bench.static).nll.round(5) for r in found}
+        return {r['config_id']: bench.perplexity(np.array(r['result']['widths']), test,
+                                                 bench.static).nll.round(5) for r in found}
     return cached(records, key, measure)['result']
 
 # %% ../../nbs/studies/12_criteria.ipynb #07bfba89
 def read_study(records: str | Path = '../runs/criteria') -> pd.DataFrame:
-    "A row for each searched policy and even cut: criterion, seed, test nats without and with static repair, widths"
+    """A row for each searched policy and even cut: criterion, seed, test nats without and with
+    static repair, widths"""
     t = read_cells(records)
     if t.empty: return t
     t['criterion'] = [r['config']['criterion'] for r in t.record]
@@ -60,11 +76,14 @@ def read_study(records: str | Path = '../runs/criteria') -> pd.DataFrame:
 
 
 def read_swaps(table: pd.DataFrame, records: str | Path = '../runs/criteria') -> pd.DataFrame:
-    "A row for each searched policy and criterion that it was applied under: nats, and what they are above the criterion's own policies"
-    rows, known = [], table[(table.policy == 'ffp') & (table.calibration == 'static')].set_index('id')
+    """A row for each searched policy and criterion that it was applied under: nats, and what they
+    are above the criterion's own policies"""
+    rows = []
+    known = table[(table.policy == 'ffp') & (table.calibration == 'static')].set_index('id')
     for f in sorted(Path(records).glob('swap-*.json')):
         r = read_json(f)
-        rows += [dict(model=known.model[i], seed=known.seed[i], searched=known.criterion[i], applied=r['config']['criterion'], nll=float(np.mean(v)))
+        rows += [dict(model=known.model[i], seed=known.seed[i], searched=known.criterion[i],
+                      applied=r['config']['criterion'], nll=float(np.mean(v)))
                  for i, v in r['result'].items() if i in known.index]
     t = pd.DataFrame(rows)
     if t.empty: return t
@@ -73,49 +92,66 @@ def read_swaps(table: pd.DataFrame, records: str | Path = '../runs/criteria') ->
 
 # %% ../../nbs/studies/12_criteria.ipynb #b534e0bc
 def similarity(table: pd.DataFrame, full: np.ndarray) -> pd.DataFrame:
-    "Spearman correlation of retentions for all pairs of searched policies, by kind of module; `same`: under one criterion"
-    t, rows = table[(table.policy == 'ffp') & (table.calibration == 'static')].reset_index(drop=True), []
+    """Spearman correlation of retentions for all pairs of searched policies, by kind of module;
+    `same`: under one criterion"""
+    t = table[(table.policy == 'ffp') & (table.calibration == 'static')].reset_index(drop=True)
+    rows = []
     keep = [retention(w, full) for w in t.widths]
     for i, j in zip(*np.triu_indices(len(t), 1)):
         for k, kind in enumerate(('attention', 'FFN')):
             a, b = keep[i][:, k], keep[j][:, k]
-            rho = stats.spearmanr(a, b).statistic if np.ptp(a) and np.ptp(b) else np.nan  # of equal retentions there is no rank
-            rows.append(dict(a=t.criterion[i], b=t.criterion[j], same=t.criterion[i] == t.criterion[j], kind=kind, rho=rho))
+            # of equal retentions there is no rank
+            rho = stats.spearmanr(a, b).statistic if np.ptp(a) and np.ptp(b) else np.nan
+            rows.append(dict(a=t.criterion[i], b=t.criterion[j],
+                             same=t.criterion[i] == t.criterion[j], kind=kind, rho=rho))
     return pd.DataFrame(rows)
 
 
 def shares(swaps: pd.DataFrame) -> pd.Series:
-    "Shares of the variance of the swapped nats: the criterion applied, the criterion searched under, and the rest (seeds, interaction)"
+    """Shares of the variance of the swapped nats: the criterion applied, the criterion searched
+    under, and the rest (seeds, interaction)"""
     y = swaps.nll - swaps.nll.mean()
     part = lambda by: float(y.groupby(swaps[by]).transform('mean').var(ddof=0) / y.var(ddof=0))
     out = pd.Series(dict(applied=part('applied'), searched=part('searched')))
     return pd.concat([out, pd.Series(dict(rest=1 - out.sum()))])
 
 # %% ../../nbs/studies/12_criteria.ipynb #0e403168
-def findings(table: pd.DataFrame, swaps: pd.DataFrame, full: np.ndarray, small: float = 0.01) -> list[str]:
+def findings(table: pd.DataFrame, swaps: pd.DataFrame, full: np.ndarray,
+             small: float = 0.01) -> list[str]:
     "Markdown lines with the figures; `small` nats are the least that matters"
     static = table[table.calibration == 'static']
-    ffp, even = static[static.policy == 'ffp'], static[static.policy == 'uniform-ffn'].set_index('criterion').nll
+    ffp = static[static.policy == 'ffp']
+    even = static[static.policy == 'uniform-ffn'].set_index('criterion').nll
     g = ffp.groupby('criterion').nll
     order = g.mean().sort_values()
-    off = swaps[(swaps.searched != swaps.applied) & (swaps.searched != 'random') & (swaps.applied != 'random')]
+    off = swaps[(swaps.searched != swaps.applied) & (swaps.searched != 'random')
+                & (swaps.applied != 'random')]
     strange = swaps[(swaps.searched == 'random') & (swaps.applied != 'random')]
     v, s = shares(swaps), similarity(table, full)
     rho = {same: d.groupby('kind').rho.mean() for same, d in s.groupby('same')}
     pairs = off.groupby(['searched', 'applied']).above.agg(['mean', half_width])
     told = pairs[pairs['mean'].abs() > pairs.half_width]
     return [
-        f'- **Final quality depends on the criterion**: test perplexity with static repair from {np.exp(order.iloc[0]):.2f} ({order.index[0]}) to '
-        f'{np.exp(order.iloc[-1]):.2f} ({order.index[-1]}); in nats above the best: ' + ', '.join(f'{c} {x - order.iloc[0]:+.3f} ± {half_width(g.get_group(c)):.3f}' for c, x in order.items()) + '.',
-        f'- **The search helps under every criterion**: against an even cut of the FFNs {", ".join(f"{c} {order[c] - even[c]:+.3f}" for c in order.index)} nats.',
-        f'- **Policies travel**: a policy that was searched under another criterion (random orders aside) costs {off.above.mean():+.4f} nats on average against the one '
-        f'searched there ({pairs["mean"].min():+.4f} to {pairs["mean"].max():+.4f} by pair; {len(told)} of {len(pairs)} pairs have zero outside their interval; '
-        f'{int((pairs["mean"] > small).sum())} cost more than {small} nats). Policies searched under a random order cost {strange.above.mean():+.4f}.',
-        f'- Of the variance of all swapped results {v.applied:.1%} is the criterion that is applied, {v.searched:.1%} the one that was searched under, {v.rest:.1%} seeds and interaction.',
-        f'- Similarity of policies (Spearman correlation of retentions): FFN {rho[True]["FFN"]:.2f} between seeds of one criterion, {rho[False]["FFN"]:.2f} between criteria; '
-        f'attention {rho[True]["attention"]:.2f} and {rho[False]["attention"]:.2f}.']
+        ('- **Final quality depends on the criterion**: test perplexity with static repair from '
+         f'{np.exp(order.iloc[0]):.2f} ({order.index[0]}) to {np.exp(order.iloc[-1]):.2f} '
+         f'({order.index[-1]}); in nats above the best: ')
+        + ', '.join(f'{c} {x - order.iloc[0]:+.3f} ± {half_width(g.get_group(c)):.3f}'
+                    for c, x in order.items()) + '.',
+        '- **The search helps under every criterion**: against an even cut of the FFNs '
+        f'{", ".join(f"{c} {order[c] - even[c]:+.3f}" for c in order.index)} nats.',
+        '- **Policies travel**: a policy that was searched under another criterion (random '
+        f'orders aside) costs {off.above.mean():+.4f} nats on average against the one searched '
+        f'there ({pairs["mean"].min():+.4f} to {pairs["mean"].max():+.4f} by pair; {len(told)} '
+        f'of {len(pairs)} pairs have zero outside their interval; '
+        f'{int((pairs["mean"] > small).sum())} cost more than {small} nats). Policies searched '
+        f'under a random order cost {strange.above.mean():+.4f}.',
+        f'- Of the variance of all swapped results {v.applied:.1%} is the criterion that is '
+        f'applied, {v.searched:.1%} the one that was searched under, {v.rest:.1%} seeds and '
+        'interaction.', '- Similarity of policies (Spearman correlation of retentions): FFN '
+        f'{rho[True]["FFN"]:.2f} between seeds of one criterion, {rho[False]["FFN"]:.2f} between '
+        f'criteria; attention {rho[True]["attention"]:.2f} and {rho[False]["attention"]:.2f}.']
 
-
+# %% ../../nbs/studies/12_criteria.ipynb #ddc64f65
 def conclusions(runs: str | Path = '../runs') -> list[str]:
     "`findings` of the records there are"
     table = read_study(Path(runs) / 'criteria')
@@ -125,4 +161,5 @@ def conclusions(runs: str | Path = '../runs') -> list[str]:
 
 def full_widths(runs: str | Path = '../runs') -> np.ndarray:  # (n_layers, 2)
     "Dense widths of the model that is searched"
-    return np.array(read_json(next(Path(runs).glob('families/llama-dense-*.json')))['result']['full'])
+    return np.array(
+        read_json(next(Path(runs).glob('families/llama-dense-*.json')))['result']['full'])

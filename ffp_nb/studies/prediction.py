@@ -18,36 +18,43 @@ import numpy as np
 import pandas as pd
 
 from ..core.budget import random_scores, solve
-from ..search.predict import PREDICTORS, Predicted, PredictedSearch, Prediction, features, judge
+from ..search.predict import (PREDICTORS, Predicted, PredictedSearch, Prediction, features,
+                                   judge)
 from ..pipeline.bench import Bench
 from ..pipeline.config import PruneConfig, run_config
 from ..core.runs import RunDir, atomic_write, cached, config_id, read_json
 from ..search.loop import Search
-from .cells import Cell, fit_episodes, half_width, in_study, mean_interval, open_bench, read_cells, search_summary
+from .cells import (Cell, fit_episodes, half_width, in_study, mean_interval,
+                                  open_bench, read_cells, search_summary)
 from .searchers import TOKENS
 from .spine import save_policies
 
 # %% ../../nbs/studies/10_prediction.ipynb #55fbff18
 MODEL = 'llama'
-DESIGN = dict(targets=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], each=90, head_starts=[0, 1, 2, 3, 4], scale=2.0, seed=0)
-VISITED = dict(methods=['ffp', 'eas', 'cma'], sparsity=0.5, seeds=[0, 1, 2], each=18, tokens=200_000)
+DESIGN = dict(targets=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], each=90, head_starts=[0, 1, 2, 3, 4],
+              scale=2.0, seed=0)
+VISITED = dict(methods=['ffp', 'eas', 'cma'], sparsity=0.5, seeds=[0, 1, 2], each=18,
+               tokens=200_000)
 BLOCKS = 16  # of the search split, evenly spread, for every policy of the data
 
 
 def designed(bench: Bench, design: dict) -> list[dict]:
-    "Random policies: every target, any distance from uniform up to the scale, every head start; each second one repaired"
+    """Random policies: every target, any distance from uniform up to the scale, every head start;
+    each second one repaired"""
     rng, c, rows = np.random.default_rng(design['seed']), bench.config, []
     for i in range(design['each'] * len(design['targets'])):
         target = design['targets'][i % len(design['targets'])]
         scores = random_scores(rng, bench.cost.full.shape, rng.uniform(0, design['scale']))
         scores[:, 0] += rng.choice(design['head_starts'])
-        rows.append(dict(source='designed', target=target, calibrated=bool(i // len(design['targets']) % 2),
+        rows.append(dict(source='designed', target=target,
+                         calibrated=bool(i // len(design['targets']) % 2),
                          widths=solve(scores, bench.cost, target, c.step, c.p_min).tolist()))
     return rows
 
 
 def visited(bench: Bench, chosen: dict, records: str | Path) -> list[dict]:
-    "Policies that finished searches tried, evenly from first to last; searches repair, so all are repaired"
+    """Policies that finished searches tried, evenly from first to last; searches repair, so all are
+    repaired"""
     cells = [Cell(MODEL, chosen['sparsity'], m, s, tokens=chosen['tokens'], modes=('static',))
              for m in chosen['methods'] for s in chosen['seeds']]
     t, rows = read_cells(records), []
@@ -55,33 +62,42 @@ def visited(bench: Bench, chosen: dict, records: str | Path) -> list[dict]:
     for r in found.itertuples():
         log = np.load(Path(records) / f"{r.record['config']['name']}-{r.record['config_id']}.npz")
         for i in np.linspace(0, len(log['reward']) - 1, chosen['each']).round().astype(int):
-            rows.append(dict(source=r.policy, target=float(log['target'][i]), calibrated=True, widths=log['widths'][i].tolist()))
+            rows.append(dict(source=r.policy, target=float(log['target'][i]), calibrated=True,
+                             widths=log['widths'][i].tolist()))
     return rows
 
 # %% ../../nbs/studies/10_prediction.ipynb #c390d5d4
 def setting(bench: Bench) -> dict:
     "What a measured policy depends on, besides itself"
     c = run_config(bench.config, bench.corpus)
-    own = ('model', 'text', 'criterion', 'alpha', 'dtype', 'step', 'p_min', 'text_sha256', 'convention')
+    own = ('model', 'text', 'criterion', 'alpha', 'dtype', 'step', 'p_min', 'text_sha256',
+           'convention')
     return {k: c[k] for k in own} | dict(calibration_blocks=c['profile']['calibration_blocks'])
 
 
-def measure_policies(bench: Bench, rows: list[dict], n_blocks: int, run: RunDir) -> np.ndarray:  # (len(rows),) mean nats per token
+def measure_policies(bench: Bench, rows: list[dict], n_blocks: int,
+                     run: RunDir) -> np.ndarray:  # (len(rows),) mean nats per token
     "Every policy on the same blocks of the search split; goes on with what is logged in the folder"
-    blocks = bench.search[np.linspace(0, len(bench.search) - 1, min(n_blocks, len(bench.search))).round().astype(int)]
+    blocks = bench.search[np.linspace(0, len(bench.search) - 1,
+                                      min(n_blocks, len(bench.search))).round().astype(int)]
     key = lambda r: (np.array(r['widths']).tobytes(), r['calibrated'])
     done = {key(r): r['nll'] for r in run.rows()}
     for r in rows:
         if key(r) in done: continue
-        done[key(r)] = bench.perplexity(np.array(r['widths']), blocks, bench.static if r['calibrated'] else None).mean_nll
+        done[key(r)] = bench.perplexity(np.array(r['widths']), blocks,
+                                        bench.static if r['calibrated'] else None).mean_nll
         run.log(dict(widths=r['widths'], calibrated=r['calibrated'], nll=done[key(r)]))
     return np.array([done[key(r)] for r in rows])
 
-
-def measure_data(bench: Bench, records: str | Path, work: str | Path, searches: str | Path,  # folder of the searches' records
-                 design: dict = DESIGN, chosen: dict = VISITED, n_blocks: int = BLOCKS) -> dict:  # the record; arrays lie beside it
+# %% ../../nbs/studies/10_prediction.ipynb #dd56fff2
+def measure_data(
+        # folder of the searches' records
+        bench: Bench, records: str | Path, work: str | Path, searches: str | Path,
+                 # the record; arrays lie beside it
+                 design: dict = DESIGN, chosen: dict = VISITED, n_blocks: int = BLOCKS) -> dict:
     "The data set of this study, measured once"
-    key = dict(name='data', study='prediction', design=design, visited=chosen, blocks=n_blocks) | setting(bench)
+    key = (dict(name='data', study='prediction', design=design, visited=chosen, blocks=n_blocks)
+           | setting(bench))
     name = f'data-{config_id(key)}'
     def measure(_):
         run = RunDir(Path(work) / name, key | dict(weights=bench.fingerprint))
@@ -90,48 +106,63 @@ def measure_data(bench: Bench, records: str | Path, work: str | Path, searches: 
         nll = measure_policies(bench, rows + [dense], n_blocks, run)
         column, buffer = lambda k: np.array([r[k] for r in rows]), io.BytesIO()
         widths = column('widths').astype(np.int16)
-        np.savez_compressed(buffer, widths=widths, sparsity=bench.cost.sparsity(widths).round(6), nll=nll[:-1].round(6),
+        np.savez_compressed(buffer, widths=widths, sparsity=bench.cost.sparsity(widths).round(6),
+                            nll=nll[:-1].round(6),
                             **{k: column(k) for k in ('target', 'calibrated', 'source')})
         atomic_write(Path(records) / f'{name}.npz', buffer.getvalue())
         tokens = len(run.rows()) * n_blocks * bench.search.ids.shape[1]
-        return dict(policies=len(rows), dense=float(nll[-1]), full=bench.cost.full, weights=bench.fingerprint, forward_tokens=tokens)
+        return dict(policies=len(rows), dense=float(nll[-1]), full=bench.cost.full,
+                    weights=bench.fingerprint, forward_tokens=tokens)
     return cached(records, key, measure)
 
 # %% ../../nbs/studies/10_prediction.ipynb #9694e0e8
-def read_data(records: str | Path, design: dict = DESIGN, chosen: dict = VISITED, n_blocks: int = BLOCKS) -> dict | None:
-    "The data: `X` (n, k) of `features`, `y` (n,) nats per token, `target`, `calibrated`, `source`, and `id`; None without a record"
+def read_data(records: str | Path, design: dict = DESIGN, chosen: dict = VISITED,
+              n_blocks: int = BLOCKS) -> dict | None:
+    """The data: `X` (n, k) of `features`, `y` (n,) nats per token, `target`, `calibrated`,
+    `source`, and `id`; None without a record"""
     for f in sorted(Path(records).glob('data-*.json')):
         r = read_json(f)
-        if any(r['config'][k] != v for k, v in dict(design=design, visited=chosen, blocks=n_blocks).items()): continue
+        if any(r['config'][k] != v
+               for k, v in dict(design=design, visited=chosen, blocks=n_blocks).items()):
+            continue
         d = dict(np.load(f.with_suffix('.npz')))
         X = features(d['widths'], r['result']['full'], d['sparsity'], d['calibrated'])
         return dict(X=X, y=d['nll'], id=r['config_id'], dense=r['result']['dense'],
                     **{k: d[k] for k in ('widths', 'target', 'calibrated', 'source')})
 
 # %% ../../nbs/studies/10_prediction.ipynb #7a27cba0
-SPLITS = dict(random='unseen policies', middle='unseen σ inside the range', highest='unseen σ beyond the range',
-              visited='policies of searches', final='of these, at the final σ')
+SPLITS = dict(random='unseen policies', middle='unseen σ inside the range',
+              highest='unseen σ beyond the range', visited='policies of searches',
+              final='of these, at the final σ')
 GROWTH = (25, 50, 100, 200, None)  # training policies of the random split; None: all
 
 
 def split(data: dict, name: str, seed: int, left_out: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
-    "Rows to train on and rows to judge by; a fifth of the designed policies is never trained on, so seeds differ"
+    """Rows to train on and rows to judge by; a fifth of the designed policies is never trained on,
+    so seeds differ"""
     own, rng = np.flatnonzero(data['source'] == 'designed'), np.random.default_rng([seed, 5])
     own = rng.permutation(own)
     n = round(left_out * len(own))
     if name == 'random': return own[n:], own[:n]
     if name in ('visited', 'final'):
-        seen = {w.tobytes() for w, c in zip(data['widths'][own[n:]], data['calibrated'][own[n:]]) if c}
-        test = [i for i in np.flatnonzero(data['source'] != 'designed') if data['widths'][i].tobytes() not in seen]
-        return own[n:], np.array([i for i in test if name == 'visited' or data['target'][i] == VISITED['sparsity']], int)
+        seen = {w.tobytes() for w, c in zip(data['widths'][own[n:]], data['calibrated'][own[n:]])
+                if c}
+        test = [i for i in np.flatnonzero(data['source'] != 'designed')
+                if data['widths'][i].tobytes() not in seen]
+        return own[n:], np.array([i for i in test
+                                  if name == 'visited' or data['target'][i] == VISITED['sparsity']],
+                                 int)
     held = data['target'] == {'middle': 0.3, 'highest': 0.6}[name]
-    return np.array([i for i in own[n:] if not held[i]]), np.flatnonzero(held & (data['source'] == 'designed'))
+    return np.array([i for i in own[n:] if not held[i]]), np.flatnonzero(held
+                                                                         & (data['source']
+                                                                            == 'designed'))
 
-
-def judge_predictor(data: dict, name: str, records: str | Path, seeds=(0, 1, 2), growth=GROWTH) -> dict:
+# %% ../../nbs/studies/10_prediction.ipynb #310ab7bd
+def judge_predictor(data: dict, name: str, records: str | Path, seeds=(0, 1, 2),
+                    growth=GROWTH) -> dict:
     "All judgements of one predictor as one record"
-    key = dict(name=f'judge-{name}', study='prediction', data=data['id'], predictor=name, seeds=seeds, growth=growth,
-               splits=list(SPLITS))
+    key = dict(name=f'judge-{name}', study='prediction', data=data['id'], predictor=name,
+               seeds=seeds, growth=growth, splits=list(SPLITS))
     def measure(_):
         rows, example, trained = [], {}, {}  # several splits train on the same policies
         for kind, seed in ((k, s) for k in SPLITS for s in seeds):
@@ -145,10 +176,12 @@ def judge_predictor(data: dict, name: str, records: str | Path, seeds=(0, 1, 2),
                 model, fit_s = trained[part.tobytes()]
                 mean, std = model.predict(data['X'][test])
                 j = judge(y, mean, std)
-                rows.append(dict(split=kind, seed=seed, train=len(part), fit_s=fit_s, **j, minmax=j['mse'] / np.ptp(y)**2,
+                rows.append(dict(split=kind, seed=seed, train=len(part), fit_s=fit_s, **j,
+                                 minmax=j['mse'] / np.ptp(y)**2,
                                  median=float(np.median(np.abs(mean - y)))))
                 if kind == 'random' and n is None and not example:
-                    example = dict(y=y.round(4), mean=mean.round(4), std=std.round(4)) | predict_us(model, data['X'])
+                    example = (dict(y=y.round(4), mean=mean.round(4), std=std.round(4))
+                               | predict_us(model, data['X']))
         return dict(rows=rows, example=example)
     return cached(records, key, measure)
 
@@ -158,18 +191,23 @@ def predict_us(model, X, n: int = 256) -> dict:
     def median(x):
         times = []
         for _ in range(9):
-            start = time.process_time(); model.predict(x); times.append(time.process_time() - start)
+            start = time.process_time()
+            model.predict(x)
+            times.append(time.process_time() - start)
         return round(1e6 * float(np.median(times)) / len(x), 2)
     return dict(us=median(np.resize(X, (n, X.shape[1]))), us_alone=median(X[:1]))
 
 # %% ../../nbs/studies/10_prediction.ipynb #1da7617b
-def measure_timing(bench: Bench, data: dict, records: str | Path, n: int = 12, n_blocks: int = BLOCKS) -> dict:
+def measure_timing(bench: Bench, data: dict, records: str | Path, n: int = 12,
+                   n_blocks: int = BLOCKS) -> dict:
     "CPU seconds that the model takes for a policy of the data, repair included: the median of some"
     key = dict(name='timing', study='prediction', data=data['id'], policies=n, blocks=n_blocks)
     def measure(_):
         blocks, times = bench.search[np.arange(n_blocks)], []
-        for i in np.random.default_rng(0).choice(np.flatnonzero(data['calibrated']), n, replace=False):
-            start = time.process_time(); bench.perplexity(data['widths'][i].astype(int), blocks, bench.static)
+        for i in np.random.default_rng(0).choice(np.flatnonzero(data['calibrated']), n,
+                                                 replace=False):
+            start = time.process_time()
+            bench.perplexity(data['widths'][i].astype(int), blocks, bench.static)
             times.append(time.process_time() - start)
         return dict(model_s=round(float(np.median(times)), 4), blocks=n_blocks)
     return cached(records, key, measure)['result']
@@ -177,22 +215,27 @@ def measure_timing(bench: Bench, data: dict, records: str | Path, n: int = 12, n
 
 def read_results(records: str | Path, start: str) -> list[dict]:
     "Results of the records of this study whose name begins so"
-    return [r['result'] | dict(config=r['config']) for f in sorted(Path(records).glob(f'{start}-*.json')) for r in [read_json(f)]]
+    return [r['result'] | dict(config=r['config'])
+            for f in sorted(Path(records).glob(f'{start}-*.json')) for r in [read_json(f)]]
 
 
 def read_judged(records: str | Path) -> pd.DataFrame:
     "A row for each predictor, split, seed and number of training policies, of the present data"
     data = read_data(records)
-    rows = [row | dict(predictor=r['config']['predictor'], us=r['example']['us'], us_alone=r['example']['us_alone'])
-            for r in read_results(records, 'judge') if data and r['config']['data'] == data['id'] for row in r['rows']]
+    rows = [row
+            | dict(predictor=r['config']['predictor'], us=r['example']['us'],
+                   us_alone=r['example']['us_alone']) for r in read_results(records, 'judge')
+            if data and r['config']['data'] == data['id'] for row in r['rows']]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/studies/10_prediction.ipynb #dbce8bef
-def judge_noisy(data: dict, records: str | Path, names=('ridge', 'spline', 'gp'), seeds=(0, 1, 2, 3, 4),
-                batch: int = 8, shared: float = 0.1, own: float = 0.02) -> pd.DataFrame:  # `spearman`, with `text_off` and without
-    "Rankings of unseen policies by predictors that learn from rewards as noisy as those of a search, as one record"
-    key = dict(name='noisy', study='prediction', data=data['id'], predictors=names, seeds=seeds, batch=batch, shared=shared,
-               own=own)
+def judge_noisy(data: dict, records: str | Path, names=('ridge', 'spline', 'gp'),
+                seeds=(0, 1, 2, 3, 4), batch: int = 8, shared: float = 0.1,
+                own: float = 0.02) -> pd.DataFrame:  # `spearman`, with `text_off` and without
+    """Rankings of unseen policies by predictors that learn from rewards as noisy as those of a
+    search, as one record"""
+    key = dict(name='noisy', study='prediction', data=data['id'], predictors=names, seeds=seeds,
+               batch=batch, shared=shared, own=own)
     def measure(_):
         rows, final = [], (data['source'] != 'designed') & (data['target'] == VISITED['sparsity'])
         X, gap = data['X'][final], data['y'][final] - data['dense']
@@ -201,19 +244,24 @@ def judge_noisy(data: dict, records: str | Path, names=('ridge', 'spline', 'gp')
             test = rng.permutation(len(gap))[:len(gap) // 5]
             train = np.setdiff1d(np.arange(len(gap)), test)
             text = np.arange(len(train)) // batch
-            noisy = gap[train] + rng.normal(0, shared, text[-1] + 1)[text] + rng.normal(0, own, len(train))
+            noisy = (gap[train] + rng.normal(0, shared, text[-1] + 1)[text]
+                     + rng.normal(0, own, len(train)))
             for name in names:
                 p = Predicted(None, Prediction(name), None, seed)
                 p.X, p.y, p.text = X[train].tolist(), noisy.tolist(), text.tolist()
-                for off, model in ((True, p.fit()), (False, PREDICTORS[name](seed=seed).fit(X[train], noisy))):
+                for off, model in ((True, p.fit()),
+                                   (False, PREDICTORS[name](seed=seed).fit(X[train], noisy))):
                     found = judge(gap[test], *model.predict(X[test]))
-                    rows.append(dict(predictor=name, seed=seed, text_off=off, spearman=found['spearman']))
+                    rows.append(dict(predictor=name, seed=seed, text_off=off,
+                                     spearman=found['spearman']))
         return dict(rows=rows)
     return pd.DataFrame(cached(records, key, measure)['result']['rows'])
 
 # %% ../../nbs/studies/10_prediction.ipynb #ecdb876f
-AGENT = dict(std=0.5)  # said here, so that a change of the agent's defaults changes no record of this study
-KINDS = dict(model=None, predicted=Prediction('spline', warmup=8, inner=10, batch=32, explore=0.25, pool=256))
+# said here, so that a change of the agent's defaults changes no record of this study
+AGENT = dict(std=0.5)
+KINDS = dict(model=None,
+             predicted=Prediction('spline', warmup=8, inner=10, batch=32, explore=0.25, pool=256))
 MEASURED = 8  # policies an update of a search on predictions
 
 
@@ -221,17 +269,22 @@ def search_config(bench: Bench, kind: str, seed: int, sparsity: float = 0.5, tok
                   kinds: dict = KINDS) -> PruneConfig:
     "The configuration of one search, as long as its tokens allow"
     p = bench.config.profile
-    p = replace(p, final_blocks=min(p.final_blocks, 16), batch=p.batch if kinds[kind] is None else MEASURED)
-    config = replace(bench.config, sparsity=sparsity, method='ffp', seed=seed, profile=p, search=dict(agent=AGENT))
+    p = replace(p, final_blocks=min(p.final_blocks, 16),
+                batch=p.batch if kinds[kind] is None else MEASURED)
+    config = replace(bench.config, sparsity=sparsity, method='ffp', seed=seed, profile=p,
+                     search=dict(agent=AGENT))
     return fit_episodes(config, tokens, len(bench.search))
 
 
-def run_search(bench: Bench, kind: str, seed: int, records: str | Path, work: str | Path, sparsity: float = 0.5,
-               tokens: int = TOKENS, kinds: dict = KINDS, n_blocks: int = 64) -> dict:  # the record
-    "One search and what its policy gives on the selection split with static repair; goes on from its folder in `work`"
+def run_search(bench: Bench, kind: str, seed: int, records: str | Path, work: str | Path,
+               sparsity: float = 0.5, tokens: int = TOKENS, kinds: dict = KINDS,
+               n_blocks: int = 64) -> dict:  # the record
+    """One search and what its policy gives on the selection split with static repair; goes on from
+    its folder in `work`"""
     config, p = search_config(bench, kind, seed, sparsity, tokens, kinds), kinds[kind]
-    key = dict(name=f'search-{kind}-{sparsity}-{seed}', study='prediction', kind=kind, prediction=asdict(p) if p else None,
-               selection=n_blocks, tokens=tokens) | run_config(config, bench.corpus)
+    key = (dict(name=f'search-{kind}-{sparsity}-{seed}', study='prediction', kind=kind,
+                prediction=asdict(p) if p else None, selection=n_blocks, tokens=tokens)
+           | run_config(config, bench.corpus))
     def measure(_):
         name = f'{key["name"]}-{config_id(key)}'
         run = RunDir(Path(work) / f'prediction-{name}', key | dict(weights=bench.fingerprint))
@@ -239,25 +292,29 @@ def run_search(bench: Bench, kind: str, seed: int, records: str | Path, work: st
         found = (PredictedSearch(*args, p, run) if p else Search(*args, run)).run(progress=False)
         save_policies(Path(records) / f'{name}.npz', found.log)
         nll = bench.perplexity(found.widths, bench.selection[:n_blocks], bench.static).nll.round(5)
-        return dict(widths=found.widths, nll=nll, forward_tokens=found.forward_tokens, measured=len(found.log),
-                    weights=bench.fingerprint, search=search_summary(found))
+        return dict(widths=found.widths, nll=nll, forward_tokens=found.forward_tokens,
+                    measured=len(found.log), weights=bench.fingerprint,
+                    search=search_summary(found))
     return cached(records, key, measure)
 
-
+# %% ../../nbs/studies/10_prediction.ipynb #4df55e55
 def read_searches(records: str | Path) -> pd.DataFrame:
     "A row for each search of the present settings"
     wanted = {kind: asdict(p) if p else None for kind, p in KINDS.items()}
     rows = []
     for r in read_results(records, 'search'):
         c, s = r['config'], r['search']
-        if c['prediction'] != wanted.get(c['kind'], '') or c['search'] != dict(agent=AGENT): continue
-        rows.append(dict(kind=c['kind'], seed=c['seed'], nll=float(np.mean(r['nll'])), forward_tokens=r['forward_tokens'],
-                         measured=r['measured'], search_s=s['wall_s'], source=s['source'], updates=s['updates']))
+        if c['prediction'] != wanted.get(c['kind'], '') or c['search'] != dict(agent=AGENT):
+            continue
+        rows.append(dict(kind=c['kind'], seed=c['seed'], nll=float(np.mean(r['nll'])),
+                         forward_tokens=r['forward_tokens'], measured=r['measured'],
+                         search_s=s['wall_s'], source=s['source'], updates=s['updates']))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/studies/10_prediction.ipynb #e0582078
-def run_study(records: str | Path = 'nbs/runs/prediction', work: str | Path = 'runs/work', models: str | Path = 'runs/models',
-              searches: str | Path = 'nbs/runs/main', profile: str = 'cpu', seeds=(0, 1, 2), predictors=tuple(PREDICTORS)) -> None:
+def run_study(records: str | Path = 'nbs/runs/prediction', work: str | Path = 'runs/work',
+              models: str | Path = 'runs/models', searches: str | Path = 'nbs/runs/main',
+              profile: str = 'cpu', seeds=(0, 1, 2), predictors=tuple(PREDICTORS)) -> None:
     "All records that are missing"
     bench = open_bench(MODEL, profile, models)
     measure_data(bench, records, work, searches)
@@ -265,24 +322,29 @@ def run_study(records: str | Path = 'nbs/runs/prediction', work: str | Path = 'r
     measure_timing(bench, data, records)
     judge_noisy(data, records)
     for name in predictors:
-        judge_predictor(data, name, records, seeds); print('judged', name, flush=True)
+        judge_predictor(data, name, records, seeds)
+        print('judged', name, flush=True)
     for seed in seeds:
         for kind in KINDS:
             r = run_search(bench, kind, seed, records, work)['result']
-            print(f'{kind} {seed}: {np.mean(r["nll"]):.4f} nats, {r["forward_tokens"]:,} forward tokens', flush=True)
+            print(f'{kind} {seed}: {np.mean(r["nll"]):.4f} nats, {r["forward_tokens"]:,} forward '
+                  'tokens', flush=True)
 
 # %% ../../nbs/studies/10_prediction.ipynb #40866192
-PPF = dict(error=0.0011, speedup=64)  # arXiv 2508.02381, abstract: error below that; 1.52 s an evaluation in place of 98.02 s
-GOALS = dict(spearman=0.95, us=1000.0)  # of this project: rank correlation at least, microseconds a policy at most
+# arXiv 2508.02381, abstract: error below that; 1.52 s an evaluation in place of 98.02 s
+PPF = dict(error=0.0011, speedup=64)
+# of this project: rank correlation at least, microseconds a policy at most
+GOALS = dict(spearman=0.95, us=1000.0)
 
 
 def at_full(judged: pd.DataFrame) -> pd.DataFrame:
     "Means over seeds, trained on all: a row for each predictor and split"
     full = judged[judged.train == judged.groupby(['split', 'seed']).train.transform('max')]
-    cols = ['mse', 'median', 'relative', 'minmax', 'spearman', 'coverage', 'surprise', 'us', 'us_alone', 'fit_s']
+    cols = ['mse', 'median', 'relative', 'minmax', 'spearman', 'coverage', 'surprise', 'us',
+            'us_alone', 'fit_s']
     return full.groupby(['split', 'predictor'])[cols].mean()
 
-
+# %% ../../nbs/studies/10_prediction.ipynb #77198b90
 def judged_findings(judged: pd.DataFrame, timing: list[dict]) -> list[str]:
     "Markdown lines on the predictors"
     if not len(judged): return ['- no record yet']
@@ -291,36 +353,46 @@ def judged_findings(judged: pd.DataFrame, timing: list[dict]) -> list[str]:
     best = m.loc['random'].mse.idxmin()
     of = {s: m.loc[(s, best)] for s in SPLITS if (s, best) in m.index}
     r = of['random']
-    rank = '; '.join(f'{SPLITS[s]} {v.spearman:.3f} ({v.mse:.4f} nats²), {met(v.spearman >= GOALS["spearman"])}' for s, v in of.items())
-    lines = [f'- **{best}** has the lowest error on unseen policies: {r.mse:.4f} nats² (half of the policies are within '
-             f'{r["median"]:.4f} nats), Spearman {r.spearman:.3f}; {100 * r.coverage:.0f} % lie inside the 95 % intervals.']
-    if best != 'cnn' and ('random', 'cnn') in m.index: lines[0] += f' The CNN: {m.loc[("random", "cnn")].mse:.4f} nats².'
-    lines += [f'- PPF, error below {PPF["error"]} on a scale that its abstract does not name: {claim(r.mse < PPF["error"])} in nats² '
-              f'({r.mse:.4f}), {claim(r.minmax < PPF["error"])} with targets scaled to [0, 1] ({r.minmax:.5f}). Its 7B and 8B models are '
-              '**not testable here**.',
+    rank = '; '.join(f'{SPLITS[s]} {v.spearman:.3f} ({v.mse:.4f} nats²), '
+                     f'{met(v.spearman >= GOALS["spearman"])}' for s, v in of.items())
+    lines = [f'- **{best}** has the lowest error on unseen policies: {r.mse:.4f} nats² (half of '
+             f'the policies are within {r["median"]:.4f} nats), Spearman {r.spearman:.3f}; '
+             f'{100 * r.coverage:.0f} % lie inside the 95 % intervals.']
+    if best != 'cnn' and ('random', 'cnn') in m.index:
+        lines[0] += f' The CNN: {m.loc[("random", "cnn")].mse:.4f} nats².'
+    lines += [f'- PPF, error below {PPF["error"]} on a scale that its abstract does not name: '
+              f'{claim(r.mse < PPF["error"])} in nats² ({r.mse:.4f}), '
+              f'{claim(r.minmax < PPF["error"])} with targets scaled to [0, 1] ({r.minmax:.5f}). '
+              'Its 7B and 8B models are **not testable here**.',
               f'- Spearman at least {GOALS["spearman"]}: {rank}.',
-              f'- Under 1 ms a policy: {met(r.us < GOALS["us"])} in batches of 256 ({r.us:.0f} µs), {met(r.us_alone < GOALS["us"])} for one '
-              f'alone ({r.us_alone:.0f} µs).']
+              f'- Under 1 ms a policy: {met(r.us < GOALS["us"])} in batches of 256 ({r.us:.0f} '
+              f'µs), {met(r.us_alone < GOALS["us"])} for one alone ({r.us_alone:.0f} µs).']
     if timing:
         t, times = timing[0], 1e6 * timing[0]['model_s'] / r.us_alone
-        lines.append(f'- PPF, {PPF["speedup"]} times faster than an evaluation: {claim(times >= PPF["speedup"])}, {times:,.0f} times for one '
-                     f'policy alone ({1e6 * t["model_s"] / r.us:,.0f} in batches) against {t["model_s"]:.2f} CPU seconds on {t["blocks"]} blocks.')
+        lines.append(f'- PPF, {PPF["speedup"]} times faster than an evaluation: '
+                     f'{claim(times >= PPF["speedup"])}, {times:,.0f} times for one policy alone '
+                     f'({1e6 * t["model_s"] / r.us:,.0f} in batches) against {t["model_s"]:.2f} '
+                     f'CPU seconds on {t["blocks"]} blocks.')
     return lines
 
-
+# %% ../../nbs/studies/10_prediction.ipynb #fc000565
 def search_findings(found: pd.DataFrame) -> list[str]:
     "Markdown lines on the search that learns on predictions"
-    wide = found.pivot_table(index='seed', columns='kind', values='nll') if len(found) else pd.DataFrame()
+    wide = (found.pivot_table(index='seed', columns='kind', values='nll') if len(found)
+            else pd.DataFrame())
     if not {'model', 'predicted'} <= set(wide.columns) or not len(wide := wide.dropna()):
         return ['- Search on predictions: no record yet.']
     d, h = wide.predicted - wide.model, half_width(wide.predicted - wide.model)
     m = found[found.seed.isin(wide.index)].groupby('kind').forward_tokens.mean()
-    told = 'no interval' if h != h else 'zero is outside the interval' if abs(d.mean()) > h else 'zero is inside the interval'
-    return [f'- A search that learns on predictions against the model-only search, {len(d)} pairs at {m.predicted:,.0f} and {m.model:,.0f} '
-            f'forward tokens, the training of the predictor included: {mean_interval(d, 4)} nats on the selection split (below zero: better; '
-            f'{told}), lower in {int((d < 0).sum())} of {len(d)}.']
+    told = ('no interval' if h != h else 'zero is outside the interval' if abs(d.mean()) > h
+            else 'zero is inside the interval')
+    return [f'- A search that learns on predictions against the model-only search, {len(d)} '
+            f'pairs at {m.predicted:,.0f} and {m.model:,.0f} forward tokens, the training of the '
+            f'predictor included: {mean_interval(d, 4)} nats on the selection split (below zero: '
+            f'better; {told}), lower in {int((d < 0).sum())} of {len(d)}.']
 
 
 def findings(records: str | Path) -> list[str]:
     "What was found, from the records"
-    return judged_findings(read_judged(records), read_results(records, 'timing')) + search_findings(read_searches(records))
+    return (judged_findings(read_judged(records), read_results(records, 'timing'))
+            + search_findings(read_searches(records)))

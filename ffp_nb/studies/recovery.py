@@ -40,7 +40,8 @@ RECOVERIES = *REPAIRS, *TRAINED
 
 
 class SequentialEvaluator(Evaluator):
-    "Rewards after sequential ridge on a few blocks of calibration text; its passes over them count as forward tokens"
+    """Rewards after sequential ridge on a few blocks of calibration text; its passes over them
+    count as forward tokens"""
     def __init__(self, bench, n: int):  # blocks to refit on
         p, c = bench.config.profile, bench.config
         super().__init__(bench.elastic, bench.search, bench.static, p.forward_batch)
@@ -50,64 +51,90 @@ class SequentialEvaluator(Evaluator):
         self.forward_tokens += self.text.n_tokens
 
     def __call__(self, widths, idx):
-        weights = sequential_calibrate(self.elastic, widths, self.text, base=self.weights, goals=self.goals, progress=False,
-                                       **self.how)
+        weights = sequential_calibrate(self.elastic, widths, self.text, base=self.weights,
+                                       goals=self.goals, progress=False, **self.how)
         self.forward_tokens += 3 * self.text.n_tokens
-        with self.elastic.at(widths, weights): return self._measure(idx)
+        with self.elastic.at(widths, weights):
+            return self._measure(idx)
 
 # %% ../../nbs/studies/14_recovery.ipynb #f4f5f29e
-def search_config(bench, seed: int, sparsity: float = SPARSITY, tokens: int = TOKENS) -> SearchConfig:
+def search_config(bench, seed: int, sparsity: float = SPARSITY,
+                  tokens: int = TOKENS) -> SearchConfig:
     "The settings that all three searches share"
-    c = cell_settings(Cell(bench.family, sparsity, 'ffp', seed, tokens=tokens), bench).search_config()
+    c = cell_settings(Cell(bench.family, sparsity, 'ffp', seed, tokens=tokens),
+                      bench).search_config()
     return SearchConfig(**asdict(c) | dict(agent=dict(std=AGENT_STD)))
 
 
 def own_key(bench, name: str) -> dict:
-    "What all records of this study name: the model with the hash of its training, its weights, text and sizes"
+    """What all records of this study name: the model with the hash of its training, its weights,
+    text and sizes"""
     c = bench.config
-    return dict(name=f'{bench.family}-{name}', study='recovery', model=c.model, weights=bench.fingerprint, profile=asdict(c.profile),
-                text_sha256=bench.corpus.sha256, alpha=c.alpha, sequential=[c.sequential_alpha, c.sequential_target])
+    return dict(name=f'{bench.family}-{name}', study='recovery', model=c.model,
+                weights=bench.fingerprint, profile=asdict(c.profile),
+                text_sha256=bench.corpus.sha256, alpha=c.alpha,
+                sequential=[c.sequential_alpha, c.sequential_target])
 
-
-def policy(bench, name: str, seed: int, records, sparsity: float = SPARSITY, tokens: int = TOKENS) -> dict:  # the record
+# %% ../../nbs/studies/14_recovery.ipynb #93f4bb93
+def policy(bench, name: str, seed: int, records, sparsity: float = SPARSITY,
+           tokens: int = TOKENS) -> dict:  # the record
     "Widths of a policy of `POLICIES`; a uniform one has no seed"
     c, repair = search_config(bench, seed, sparsity, tokens), name.removeprefix('search-')
-    if name in BASES: key = dict(sparsity=sparsity, step=bench.config.step, p_min=bench.config.p_min)
-    else: key = dict(search=asdict(c)) | (dict(blocks=SEARCH_BLOCKS) if repair == 'sequential' else {})
+    if name in BASES:
+        key = dict(sparsity=sparsity, step=bench.config.step, p_min=bench.config.p_min)
+    else:
+        key = (dict(search=asdict(c))
+               | (dict(blocks=SEARCH_BLOCKS) if repair == 'sequential' else {}))
     def measure(_):
         kw = dict(step=bench.config.step, p_min=bench.config.p_min)
         if name in BASES:
             kinds = dict(kinds=('ffn',)) if name == 'uniform-ffn' else {}
             return dict(widths=uniform(bench.cost, sparsity, **kw, **kinds), forward_tokens=0)
-        plain = lambda w: Evaluator(bench.elastic, bench.search, w, bench.config.profile.forward_batch)
-        if repair == 'sequential': evaluator = SequentialEvaluator(bench, SEARCH_BLOCKS)
-        else: evaluator = plain(dict(none=None, static=bench.static)[repair])
+        plain = lambda w: Evaluator(bench.elastic, bench.search, w,
+                                    bench.config.profile.forward_batch)
+        if repair == 'sequential':
+            evaluator = SequentialEvaluator(bench, SEARCH_BLOCKS)
+        else:
+            evaluator = plain(dict(none=None, static=bench.static)[repair])
         found = Search(evaluator, bench.cost, c).run(progress=False)
-        return dict(widths=found.widths, forward_tokens=found.forward_tokens, wall_s=round(found.wall_s, 1), reward=found.reward,
-                    source=found.source, start=found.start, broken=found.broken, rewards=[round(u['reward'], 4) for u in found.updates])
+        return dict(widths=found.widths, forward_tokens=found.forward_tokens,
+                    wall_s=round(found.wall_s, 1), reward=found.reward, source=found.source,
+                    start=found.start, broken=found.broken,
+                    rewards=[round(u['reward'], 4) for u in found.updates])
     suffix = '' if name in BASES else f'-{seed}'
     return cached(records, own_key(bench, f'{name}{suffix}') | dict(policy=name) | key, measure)
 
 # %% ../../nbs/studies/14_recovery.ipynb #0715f1f5
-LR_GRID = dict(adapter=(3e-3, 1e-2, 3e-2), lora=(1e-3, 3e-3, 1e-2, 3e-2), finetune=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3))
+LR_GRID = dict(adapter=(3e-3, 1e-2, 3e-2), lora=(1e-3, 3e-3, 1e-2, 3e-2),
+               finetune=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3))
 PASSES = 1  # over the calibration text, of a trained recovery
 
 
 def recovered(bench, widths, name: str, seed: int = 0, lr: float | None = None):
-    "A policy after a recovery of `RECOVERIES`: a `Recovered` and what its training tells, or a plain model where nothing is trained"
+    """A policy after a recovery of `RECOVERIES`: a `Recovered` and what its training tells, or a
+    plain model where nothing is trained"""
     text, p, c = bench.calibration, bench.config.profile, bench.config
     if name in TRAINED:
-        found = recover(bench.elastic, widths, text, Recipe(name, lr, PASSES * text.n_tokens, seed=seed), bench.static, progress=False)
-        return found, dict(losses=np.round(found.losses, 4), trained=found.trained, tokens=found.tokens)
-    weights = dict(none=lambda: None, static=lambda: bench.static, sequential=lambda: sequential_calibrate(
-        bench.elastic, widths, text, c.sequential_alpha, bench.static, c.sequential_target, batch=p.forward_batch, progress=False))[name]()
-    with bench.elastic.at(widths, weights): return bench.elastic.sliced(), {}
+        found = recover(bench.elastic, widths, text,
+                        Recipe(name, lr, PASSES * text.n_tokens, seed=seed), bench.static,
+                        progress=False)
+        return found, dict(losses=np.round(found.losses, 4), trained=found.trained,
+                           tokens=found.tokens)
+    weights = dict(none=lambda: None, static=lambda: bench.static,
+                   sequential=lambda: sequential_calibrate(bench.elastic, widths, text,
+                                                           c.sequential_alpha, bench.static,
+                                                           c.sequential_target,
+                                                           batch=p.forward_batch,
+                                                           progress=False))[name]()
+    with bench.elastic.at(widths, weights):
+        return bench.elastic.sliced(), {}
 
 
 def nll_of(bench, widths, name, seed, lr, blocks) -> dict:
     "What a record keeps of a recovered policy on blocks"
     found, told = recovered(bench, widths, name, seed, lr)
-    p = perplexity(found.model if name in TRAINED else found, blocks, bench.config.profile.forward_batch)
+    p = perplexity(found.model if name in TRAINED else found, blocks,
+                   bench.config.profile.forward_batch)
     return dict(nll=p.nll.round(5)) | told
 
 # %% ../../nbs/studies/14_recovery.ipynb #90dfbaf9
@@ -116,21 +143,26 @@ def best_lr(bench, method: str, records, sparsity: float = SPARSITY) -> float:
     widths = np.array(policy(bench, 'uniform', 0, records, sparsity)['result']['widths'])
     blocks = bench.selection[:bench.config.profile.final_blocks]
     def measure(lr):
-        try: return nll_of(bench, widths, method, 0, lr, blocks)
-        except ValueError as e: return dict(nll=None, error=str(e))  # a rate that breaks down is an answer, too
+        try:
+            return nll_of(bench, widths, method, 0, lr, blocks)
+        except ValueError as e:
+            return dict(nll=None, error=str(e))  # a rate that breaks down is an answer, too
     key = own_key(bench, f'lr-{method}') | dict(method=method, sparsity=sparsity, passes=PASSES)
-    nll = {lr: cached(records, key | dict(lr=lr), lambda k: measure(k['lr']))['result']['nll'] for lr in LR_GRID[method]}
+    nll = {lr: cached(records, key | dict(lr=lr), lambda k: measure(k['lr']))['result']['nll']
+           for lr in LR_GRID[method]}
     return min(LR_GRID[method], key=lambda lr: np.inf if nll[lr] is None else np.mean(nll[lr]))
 
 
-def cell(bench, name: str, recovery: str, seed: int, lr: float | None, records, sparsity: float = SPARSITY,
-         tokens: int = TOKENS) -> dict:
+def cell(bench, name: str, recovery: str, seed: int, lr: float | None, records,
+         sparsity: float = SPARSITY, tokens: int = TOKENS) -> dict:
     "The record of one policy, recovery and seed: test figures"
     widths = policy(bench, name, seed, records, sparsity, tokens)['result']['widths']
     own = dict(policy=name, recovery=recovery, seed=seed, widths=widths, sparsity=sparsity)
     key = own_key(bench, f'{name}-{recovery}-{seed}') | own
-    if recovery in TRAINED: key |= asdict(Recipe(recovery, lr, PASSES * bench.calibration.n_tokens, seed=seed))
-    return cached(records, key, lambda _: nll_of(bench, np.array(widths), recovery, seed, lr, bench.test()))
+    if recovery in TRAINED:
+        key |= asdict(Recipe(recovery, lr, PASSES * bench.calibration.n_tokens, seed=seed))
+    return cached(records, key,
+                  lambda _: nll_of(bench, np.array(widths), recovery, seed, lr, bench.test()))
 
 # %% ../../nbs/studies/14_recovery.ipynb #a591ca3c
 def round_trip(bench, name: str, recovery: str, lr: float, records, sparsity: float = SPARSITY,
@@ -139,20 +171,25 @@ def round_trip(bench, name: str, recovery: str, lr: float, records, sparsity: fl
     widths = np.array(policy(bench, name, 0, records, sparsity, tokens)['result']['widths'])
     def measure(_):
         from ffp_nb.export.gguf import LlamaCpp, export_gguf
-        found, ids = recovered(bench, widths, name=recovery, lr=lr)[0], bench.selection[:1].ids[:, :24]
+        found = recovered(bench, widths, name=recovery, lr=lr)[0]
+        ids = bench.selection[:1].ids[:, :24]
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
             saved = save_recovered(found, bench.tokenizer, Path(folder) / 'model')
             logits, again = found.model(ids).logits, load_pruned(saved)[0](ids).logits
-            served = LlamaCpp(export_gguf(saved, Path(folder) / 'model.gguf', 'f32')).nll(ids[0].tolist())
+            served = LlamaCpp(export_gguf(saved, Path(folder) / 'model.gguf',
+                                          'f32')).nll(ids[0].tolist())
             want = -logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].numpy()
-            return dict(difference=float((logits - again).abs().max()), gguf_difference=float(np.abs(served - want).max()),
-                        tokens=len(want), bytes=(saved / 'model.safetensors').stat().st_size)
-    own = dict(policy=name, recovery=recovery, widths=widths.tolist(), lr=lr, passes=PASSES, sparsity=sparsity)
+            return dict(difference=float((logits - again).abs().max()),
+                        gguf_difference=float(np.abs(served - want).max()), tokens=len(want),
+                        bytes=(saved / 'model.safetensors').stat().st_size)
+    own = dict(policy=name, recovery=recovery, widths=widths.tolist(), lr=lr, passes=PASSES,
+               sparsity=sparsity)
     return cached(records, own_key(bench, f'export-{name}-{recovery}') | own, measure)
 
-
-def run_study(records: str | Path = 'nbs/runs/recovery', models: str | Path = 'runs/models', profile: str = 'cpu', names=('llama',),
-              seeds=SEEDS, sparsity: float = SPARSITY, tokens: int = TOKENS, policies=POLICIES, recoveries=RECOVERIES) -> None:
+# %% ../../nbs/studies/14_recovery.ipynb #7b858b90
+def run_study(records: str | Path = 'nbs/runs/recovery', models: str | Path = 'runs/models',
+              profile: str = 'cpu', names=('llama',), seeds=SEEDS, sparsity: float = SPARSITY,
+              tokens: int = TOKENS, policies=POLICIES, recoveries=RECOVERIES) -> None:
     "All records that are missing"
     for model in names:
         bench = open_bench(model, profile, models)
@@ -161,99 +198,131 @@ def run_study(records: str | Path = 'nbs/runs/recovery', models: str | Path = 'r
         for seed in seeds:
             for name in policies:
                 for recovery in recoveries:
-                    if seed and name in BASES and recovery not in TRAINED: continue  # nothing in it depends on a seed
-                    r = cell(bench, name, recovery, seed, lrs.get(recovery), records, sparsity, tokens)
-                    print(f"{model} {name} {recovery} seed {seed}: {np.mean(r['result']['nll']):.4f} nats, {r['wall_s']:.0f} s", flush=True)
+                    if seed and name in BASES and recovery not in TRAINED:
+                        continue  # nothing in it depends on a seed
+                    r = cell(bench, name, recovery, seed, lrs.get(recovery), records, sparsity,
+                             tokens)
+                    print(f"{model} {name} {recovery} seed {seed}: "
+                          f"{np.mean(r['result']['nll']):.4f} nats, {r['wall_s']:.0f} s",
+                          flush=True)
         if model == 'llama' and 'search-static' in policies:
-            for recovery in ('lora', 'finetune'): round_trip(bench, 'search-static', recovery, lrs[recovery], records, sparsity, tokens)
+            for recovery in ('lora', 'finetune'):
+                round_trip(bench, 'search-static', recovery, lrs[recovery], records, sparsity,
+                           tokens)
 
 
 def dense_record(bench, records) -> dict:
     "The dense model on the test blocks"
     return cached(records, own_key(bench, 'dense') | dict(policy='dense'),
-                  lambda _: dict(nll=bench.perplexity(bench.elastic.layout.full, bench.test()).nll.round(5)))
+                  lambda _: dict(nll=bench.perplexity(bench.elastic.layout.full,
+                                                      bench.test()).nll.round(5)))
 
 # %% ../../nbs/studies/14_recovery.ipynb #51639eb4
 def read_study(records: str | Path = '../runs/recovery') -> pd.DataFrame:
-    "A row per model, policy, recovery and seed: mean nats a token on the test split. ValueError where two records are of one cell"
+    """A row per model, policy, recovery and seed: mean nats a token on the test split. ValueError
+    where two records are of one cell"""
     rows = []
     for f in sorted(Path(records).glob('*.json')):
         r = read_json(f)
         c, nll = r['config'], r['result'].get('nll')
         if nll is None or 'policy' not in c: continue
-        own = dict(model=c['model'].split('-')[0], policy=c['policy'], recovery=c.get('recovery', 'none'), nll=float(np.mean(nll)))
+        own = dict(model=c['model'].split('-')[0], policy=c['policy'],
+                   recovery=c.get('recovery', 'none'), nll=float(np.mean(nll)))
         fixed = c['policy'] == 'dense' or c['policy'] in BASES and c['recovery'] not in TRAINED
         rows += [own | dict(seed=s) for s in (SEEDS if fixed else (c['seed'],))]
     t = pd.DataFrame(rows, columns=['model', 'policy', 'recovery', 'seed', 'nll'])
     if (twice := t[t.duplicated(['model', 'policy', 'recovery', 'seed'])]).size:
-        raise ValueError(f'{records}: two records of {", ".join(map(str, twice.iloc[0, :4]))}. Remove the one of an old configuration.')
+        raise ValueError(f'{records}: two records of {", ".join(map(str, twice.iloc[0, :4]))}. '
+                         'Remove the one of an old configuration.')
     return t
 
 
 def leads(table: pd.DataFrame, base: str) -> pd.DataFrame:  # a row per model, recovery and policy
-    "Nats a token that each policy is below `base` under the same recovery: mean over seeds, its 95 % interval, in how many it is below"
+    """Nats a token that each policy is below `base` under the same recovery: mean over seeds, its
+    95 % interval, in how many it is below"""
     keys = ['model', 'recovery', 'policy']
-    wide = table[table.policy != 'dense'].pivot_table(index=['model', 'recovery', 'seed'], columns='policy', values='nll')
+    wide = table[table.policy != 'dense'].pivot_table(index=['model', 'recovery', 'seed'],
+                                                      columns='policy', values='nll')
     if base not in wide: return pd.DataFrame(columns=[*keys, 'lead', 'interval', 'below', 'seeds'])
-    d = wide.drop(columns=base).rsub(wide[base], axis=0).stack().dropna().rename('lead').reset_index()
-    out = d.groupby(keys)['lead'].agg(lead='mean', interval=half_width, below=lambda x: int((x > 0).sum()), seeds='size').reset_index()
+    d = wide.drop(columns=base).rsub(wide[base],
+                                     axis=0).stack().dropna().rename('lead').reset_index()
+    out = d.groupby(keys)['lead'].agg(lead='mean', interval=half_width,
+                                      below=lambda x: int((x > 0).sum()),
+                                      seeds='size').reset_index()
     in_order = lambda c: c.map(RECOVERIES.index) if c.name == 'recovery' else c
     return out.sort_values(keys, key=in_order).reset_index(drop=True)
 
 # %% ../../nbs/studies/14_recovery.ipynb #418266cd
-def shift(table: pd.DataFrame, policy: str, base: str, recovery: str, at: str) -> np.ndarray:  # (seeds,)
-    "For each seed: the lead of a policy over a base under `at` less its lead under `recovery`; above 0: the lead is larger under `at`"
+def shift(table: pd.DataFrame, policy: str, base: str, recovery: str,
+          at: str) -> np.ndarray:  # (seeds,)
+    """For each seed: the lead of a policy over a base under `at` less its lead under `recovery`;
+    above 0: the lead is larger under `at`"""
     wide = table.pivot_table(index='seed', columns=['recovery', 'policy'], values='nll')
-    try: lead = {r: wide[r, base] - wide[r, policy] for r in (recovery, at)}
-    except KeyError: return np.array([])
+    try:
+        lead = {r: wide[r, base] - wide[r, policy] for r in (recovery, at)}
+    except KeyError:
+        return np.array([])
     return (lead[at] - lead[recovery]).dropna().to_numpy()
 
 
 def nll_table(table: pd.DataFrame, model: str) -> pd.DataFrame:
     "Mean ± half of the 95 % interval over seeds, policies down, recoveries across"
     t = table[(table.model == model) & (table.policy != 'dense')]
-    say = lambda v: f'{np.mean(v):.3f}' + (f' ± {half_width(v):.3f}' if len(v) > 1 and np.ptp(v) else '')
+    say = lambda v: f'{np.mean(v):.3f}' + (f' ± {half_width(v):.3f}' if len(v) > 1
+                                           and np.ptp(v) else '')
     found = t.pivot_table(index='policy', columns='recovery', values='nll', aggfunc=say)
-    return found.reindex([p for p in POLICIES if p in found.index])[[r for r in RECOVERIES if r in found]]
+    return found.reindex([p for p in POLICIES if p in found.index])[[r for r in RECOVERIES
+                                                                     if r in found]]
 
 # %% ../../nbs/studies/14_recovery.ipynb #72a1d2b0
-def _verdict(lead, interval): return 'not told apart' if not abs(lead) > interval else 'below' if lead > 0 else 'above'
+def _verdict(lead, interval):
+    return 'not told apart' if not abs(lead) > interval else 'below' if lead > 0 else 'above'
 
 
-def _pm(mean, h): return f'{mean:+.3f}' + (f' ± {h:.3f}' if h == h else ' with one seed')
+def _pm(mean, h):
+    return f'{mean:+.3f}' + (f' ± {h:.3f}' if h == h else ' with one seed')
 
 
 def survival(table: pd.DataFrame, model: str) -> list[str]:
     "A markdown line per search: under which recoveries its winners are below the better even cut"
     t = table[table.model == model]
-    even = t[t.policy.isin(BASES)].groupby(['recovery', 'policy']).nll.mean().unstack().idxmin(axis=1)  # the better one of each recovery
+    even = t[t.policy.isin(BASES)].groupby(['recovery', 'policy']).nll.mean().unstack().idxmin(
+        axis=1)  # the better one of each recovery
     lines = []
     for policy in POLICIES[:len(REPAIRS)]:
         parts = {}
         for recovery in RECOVERIES:
             if recovery not in even: continue
             x = leads(t[t.recovery == recovery], even[recovery]).query('policy == @policy')
-            for lead, h in zip(x['lead'], x['interval']): parts.setdefault(_verdict(lead, h), []).append(f'{recovery} ({_pm(lead, h)})')
-        if parts: lines.append(f'- **{policy}** against the better even cut of each recovery: ' + '; '.join(
-            f'{what} with {", ".join(parts[what])}' for what in ('below', 'not told apart', 'above') if what in parts) + '.')
+            for lead, h in zip(x['lead'], x['interval']):
+                parts.setdefault(_verdict(lead, h), []).append(f'{recovery} ({_pm(lead, h)})')
+        if parts:
+            lines.append(f'- **{policy}** against the better even cut of each recovery: '
+                         + '; '.join(f'{what} with {", ".join(parts[what])}'
+                                     for what in ('below', 'not told apart', 'above')
+                                     if what in parts) + '.')
     return lines
 
-
+# %% ../../nbs/studies/14_recovery.ipynb #f0863f12
 def bias(table: pd.DataFrame, model: str) -> list[str]:
-    "Markdown lines: the lead of searches with ridge over the one without, by recovery, and whether it is larger under their own ridge"
+    """Markdown lines: the lead of searches with ridge over the one without, by recovery, and
+    whether it is larger under their own ridge"""
     t, lines = table[table.model == model], []
     for repair in REPAIRS[1:]:
-        x = leads(t, 'search-none').query('policy == @policy', local_dict=dict(policy=f'search-{repair}'))
+        x = leads(t, 'search-none').query('policy == @policy',
+                                          local_dict=dict(policy=f'search-{repair}'))
         if x.empty: continue
         lines.append(f'- Lead of **search-{repair}** over search-none by recovery: ' + ', '.join(
             f'{r.recovery} {_pm(r.lead, r.interval)}' for r in x.itertuples()) + '.')
-        own = {r: shift(t, f'search-{repair}', 'search-none', r, repair) for r in RECOVERIES if r != repair}
+        own = {r: shift(t, f'search-{repair}', 'search-none', r, repair) for r in RECOVERIES
+               if r != repair}
         own = {r: (d.mean(), half_width(d)) for r, d in own.items() if len(d)}
         larger = [r for r, (m, h) in own.items() if _verdict(m, h) == 'below']
         smaller = [r for r, (m, h) in own.items() if _verdict(m, h) == 'above']
         names = lambda v: ', '.join(v) or 'no other'
-        lines.append(f'  - Against its lead under {repair} ridge itself: smaller with {names(larger)}, larger with {names(smaller)}, '
-                     f'not told apart with {names([r for r in own if r not in larger + smaller])} (differences '
+        lines.append(f'  - Against its lead under {repair} ridge itself: smaller with '
+                     f'{names(larger)}, larger with {names(smaller)}, not told apart with '
+                     f'{names([r for r in own if r not in larger + smaller])} (differences '
                      + ', '.join(f'{r} {_pm(-m, h)}' for r, (m, h) in own.items()) + ').')
     return lines
 
@@ -264,18 +333,22 @@ def findings(table: pd.DataFrame, records: str | Path = '../runs/recovery') -> l
     for model in table.model.unique():
         t = table[(table.model == model) & (table.policy != 'dense')]
         cells = len(POLICIES) * len(RECOVERIES) * len(SEEDS)
-        part = f'; {len(t)} of {cells} cells are measured, so this is not final' if len(t) < cells else ''
+        part = (f'; {len(t)} of {cells} cells are measured, so this is not final' if len(t) < cells
+                else '')
         mean = t.groupby(['policy', 'recovery']).nll.mean().unstack()
         dense = table[(table.model == model) & (table.policy == 'dense')].nll.mean()
-        best = ', '.join(f'{r}: {mean[r].idxmin()} ({mean[r].min():.3f})' for r in RECOVERIES if r in mean)
+        best = ', '.join(f'{r}: {mean[r].idxmin()} ({mean[r].min():.3f})' for r in RECOVERIES
+                         if r in mean)
         lost = ', '.join(f'{r} {mean[r].min() - dense:.3f}' for r in RECOVERIES if r in mean)
-        lines += [f'\n**{model}**, σ = {SPARSITY}, nats a token on the test split; dense {dense:.3f}{part}\n',
-                  *survival(table, model), *bias(table, model), f'- Lowest mean under each recovery: {best}.',
+        lines += [f'\n**{model}**, σ = {SPARSITY}, nats a token on the test split; dense '
+                  f'{dense:.3f}{part}\n', *survival(table, model), *bias(table, model),
+                  f'- Lowest mean under each recovery: {best}.',
                   f'- Nats above the dense model of the best policy: {lost}.']
     for f in sorted(Path(records).glob('*-export-*.json')):
         c, x = (r := read_json(f))['config'], r['result']
-        lines.append(f'- {c["policy"]} after {c["recovery"]}, saved and loaded: logits differ by {x["difference"]:g}; as GGUF in llama.cpp '
-                     f'nats of {x["tokens"]} tokens differ by at most {x["gguf_difference"]:.1g}.')
+        lines.append(f'- {c["policy"]} after {c["recovery"]}, saved and loaded: logits differ by '
+                     f'{x["difference"]:g}; as GGUF in llama.cpp nats of {x["tokens"]} tokens '
+                     f'differ by at most {x["gguf_difference"]:.1g}.')
     return lines
 
 
@@ -286,16 +359,25 @@ def conclusions(runs: str | Path = '../runs') -> list[str]:
 
 # %% ../../nbs/studies/14_recovery.ipynb #9026f923
 def cost_table(records: str | Path = '../runs/recovery') -> pd.DataFrame:
-    "Forward tokens and seconds of each search, mean over seeds; seconds are of a machine that did other work too"
-    found = [r for f in sorted(Path(records).glob('*-search-*.json')) for r in [read_json(f)] if 'search' in r['config']]
-    rows = [dict(model=r['config']['model'].split('-')[0], policy=r['config']['policy'], episodes=r['config']['search']['episodes'],
-                 forward_tokens=r['result']['forward_tokens'], wall_s=r['result']['wall_s']) for r in found]
-    return pd.DataFrame(rows).groupby(['model', 'policy']).agg('mean').round(0).astype(int).reset_index() if rows else pd.DataFrame()
+    """Forward tokens and seconds of each search, mean over seeds; seconds are of a machine that did
+    other work too"""
+    found = [r for f in sorted(Path(records).glob('*-search-*.json')) for r in [read_json(f)]
+             if 'search' in r['config']]
+    rows = [dict(model=r['config']['model'].split('-')[0], policy=r['config']['policy'],
+                 episodes=r['config']['search']['episodes'],
+                 forward_tokens=r['result']['forward_tokens'], wall_s=r['result']['wall_s'])
+            for r in found]
+    return (pd.DataFrame(rows).groupby(['model',
+                                        'policy']).agg('mean').round(0).astype(int).reset_index()
+            if rows else pd.DataFrame())
 
 # %% ../../nbs/studies/14_recovery.ipynb #5408b513
 def lr_table(records: str | Path = '../runs/recovery') -> pd.DataFrame:
     "Nats a token on the selection split by method and learning rate; NaN where training broke down"
     found = [r for f in sorted(Path(records).glob('*-lr-*.json')) for r in [read_json(f)]]
-    rows = [dict(model=r['config']['model'].split('-')[0], method=r['config']['method'], lr=r['config']['lr'],
-                 nll=np.nan if r['result']['nll'] is None else np.mean(r['result']['nll'])) for r in found]
-    return pd.DataFrame(rows).pivot_table(index=['model', 'method'], columns='lr', values='nll').round(4) if rows else pd.DataFrame()
+    rows = [dict(model=r['config']['model'].split('-')[0], method=r['config']['method'],
+                 lr=r['config']['lr'],
+                 nll=np.nan if r['result']['nll'] is None else np.mean(r['result']['nll']))
+            for r in found]
+    return (pd.DataFrame(rows).pivot_table(index=['model', 'method'], columns='lr',
+                                           values='nll').round(4) if rows else pd.DataFrame())

@@ -25,18 +25,22 @@ import ffp_nb
 from ..core.criteria import CRITERION_NAMES
 from ..search.predict import PREDICTORS
 from ..core.runs import atomic_write, read_json
-from . import (ablation, allocation, criteria, dynamic, families, prediction, recovery, rewards, scaling, schedules,
-                            searchers, speed, spine)
+from . import (ablation, allocation, criteria, dynamic, families, prediction, recovery,
+                            rewards, scaling, schedules, searchers, speed, spine)
 from .cells import half_width
 
 # %% ../../nbs/studies/16_registry.ipynb #1f7cac48
 def find_notebooks(nbs: str | Path | None = None) -> Path:  # a folder with `studies` and `runs`
-    "The one given, or that of the checkout this package is imported from, or `nbs` here. FileNotFoundError where there is none"
-    tried = [Path(nbs)] if nbs else [Path(ffp_nb.__file__).resolve().parents[1] / 'nbs', Path('nbs')]
+    """The one given, or that of the checkout this package is imported from, or `nbs` here.
+    FileNotFoundError where there is none"""
+    tried = ([Path(nbs)] if nbs
+             else [Path(ffp_nb.__file__).resolve().parents[1] / 'nbs', Path('nbs')])
     for folder in tried:
         if (folder / 'studies').is_dir(): return folder.resolve()
-    raise FileNotFoundError(f"no studies in {' or '.join(map(str, tried))}. Notebooks and records are not part of the installed "
-                            "package: `git clone https://github.com/ffp-nb/ffp-nb`, then run the command in it or give --nbs FOLDER")
+    raise FileNotFoundError(f"no studies in {' or '.join(map(str, tried))}. Notebooks and "
+                            "records are not part of the installed package: `git clone "
+                            "https://github.com/ffp-nb/ffp-nb`, then run the command in it or "
+                            "give --nbs FOLDER")
 
 # %% ../../nbs/studies/16_registry.ipynb #10fef264
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Study:
     "A page under `studies`, the module of the same name, and the records that the page reads"
     name: str
     folder: str  # of its records, in the folder of the notebooks
-    wanted: Callable[[], list[str]]  # names of its records; a name stands as often as there are configurations of it
+    # names of its records; a name stands as often as there are configurations of it
+    wanted: Callable[[], list[str]]
     makers: tuple[str, ...] = ('run_study',)  # functions of the module that compute what is missing
     paths: dict[str, str] = field(default_factory=dict)  # further folders that they take
 
@@ -54,10 +59,12 @@ def cell_names(cells, traced: bool = False) -> list[str]:
     return [c.name for c in cells] + [f'trace-{c.name}' for c in cells if traced]
 
 
-def _first(head: str, cells) -> list[str]: return [f'{head}-{m}-{s}-{seed}' for s, m, seed in cells]
+def _first(head: str, cells) -> list[str]:
+    return [f'{head}-{m}-{s}-{seed}' for s, m, seed in cells]
 
 
-def _twin(n: str) -> list[str]: return [f'train-{n}', f'{n}-dense', f'{n}-round-trip', *_first(n, families.CELLS)]
+def _twin(n: str) -> list[str]:
+    return [f'train-{n}', f'{n}-dense', f'{n}-round-trip', *_first(n, families.CELLS)]
 
 
 def _recovered() -> list[str]:
@@ -69,44 +76,70 @@ def _recovered() -> list[str]:
 # %% ../../nbs/studies/16_registry.ipynb #5b3b40a5
 def _dynamic_names() -> list[str]:
     "Agents for the whole range, and an agent for each target"
-    own = lambda s: [*(f'llama-{k}-{s}' for k in dynamic.KINDS_OF_AGENT), *(f'llama-ffp-{t}-{s}' for t in dynamic.TARGETS)]
+    own = lambda s: [*(f'llama-{k}-{s}' for k in dynamic.KINDS_OF_AGENT),
+                     *(f'llama-ffp-{t}-{s}' for t in dynamic.TARGETS)]
     return ['llama-even', *(x for s in range(3) for x in own(s))]
 
 
 def _reward_names() -> list[str]:
     "Policies of one target, then the searches' reports"
     policies = [f'policy-{k}-{i}' for k in ('random', 'visited') for i in range(12)]
-    return ['policy-dense', *policies, 'scale-dense', 'report-dense', 'report-uniform-ffn', *(f'report-{r}-{s}' for r in rewards.REWARDS for s in range(3))]
+    return ['policy-dense', *policies, 'scale-dense', 'report-dense', 'report-uniform-ffn',
+            *(f'report-{r}-{s}' for r in rewards.REWARDS for s in range(3))]
 
-
+# %% ../../nbs/studies/16_registry.ipynb #013bdbc6
 STUDIES = {s.name: s for s in (  # in the order of the site
-    Study('spine', 'runs/spine', lambda: ['spine-dense', 'spine-sequential-choice', *_first('spine', spine.CELLS)]),
-    Study('families', 'runs/families', lambda: [x for n in families.NAMES for x in _twin(n)]),
-    Study('speed', 'runs/speed', lambda: ['speed', *(f'speed-round-{s}-{n}' for s in spine.SPARSITIES for n in speed.STEPS)],
-          paths=dict(policies='runs/spine')),
-    Study('allocation', 'runs/main', lambda: cell_names(allocation.study_cells()), ('run_study', 'run_zero_shot')),
-    Study('searchers', 'runs/main', lambda: cell_names(searchers.study_cells() + searchers.easier_cells(), traced=True)),
-    Study('schedules', 'runs/main', lambda: cell_names(schedules.study_cells(), traced=True)),
-    Study('ablation', 'runs/main', lambda: cell_names(ablation.study_cells()) + ['selection-llama', 'selection-opt']),
-    Study('prediction', 'runs/prediction', lambda: ['data', 'noisy', 'timing', *(f'judge-{p}' for p in PREDICTORS),
-                                                    *(f'search-{k}-0.5-{s}' for k in prediction.KINDS for s in range(3))]),
-    Study('dynamic', 'runs/dynamic', _dynamic_names),
-    Study('criteria', 'runs/criteria', lambda: [x for c in CRITERION_NAMES for x in (f'swap-llama-{c}', 'llama-uniform-ffn-0.5-0',
-                                                                                     *(f'llama-ffp-0.5-{s}' for s in range(3)))]),
-    Study('rewards', 'runs/rewards', _reward_names),
-    Study('recovery', 'runs/recovery', lambda: ['llama-dense', *_recovered()]),
-    Study('scaling', '../benchmarks/results', lambda: ['scaling'], ()))}
+                               Study('spine', 'runs/spine',
+                                     lambda: ['spine-dense', 'spine-sequential-choice',
+                                              *_first('spine', spine.CELLS)]),
+                               Study('families', 'runs/families',
+                                     lambda: [x for n in families.NAMES for x in _twin(n)]),
+                               Study('speed', 'runs/speed',
+                                     lambda: ['speed',
+                                              *(f'speed-round-{s}-{n}' for s in spine.SPARSITIES
+                                                for n in speed.STEPS)],
+                                     paths=dict(policies='runs/spine')),
+                               Study('allocation', 'runs/main',
+                                     lambda: cell_names(allocation.study_cells()),
+                                     ('run_study', 'run_zero_shot')),
+                               Study('searchers', 'runs/main',
+                                     lambda: cell_names(searchers.study_cells()
+                                                        + searchers.easier_cells(), traced=True)),
+                               Study('schedules', 'runs/main',
+                                     lambda: cell_names(schedules.study_cells(), traced=True)),
+                               Study('ablation', 'runs/main',
+                                     lambda: cell_names(ablation.study_cells())
+                                     + ['selection-llama', 'selection-opt']),
+                               Study('prediction', 'runs/prediction',
+                                     lambda: ['data', 'noisy', 'timing',
+                                              *(f'judge-{p}' for p in PREDICTORS),
+                                              *(f'search-{k}-0.5-{s}' for k in prediction.KINDS
+                                                for s in range(3))]),
+                               Study('dynamic', 'runs/dynamic', _dynamic_names),
+                               Study('criteria', 'runs/criteria',
+                                     lambda: [x for c in CRITERION_NAMES
+                                              for x in (f'swap-llama-{c}',
+                                                        'llama-uniform-ffn-0.5-0',
+                                                        *(f'llama-ffp-0.5-{s}'
+                                                          for s in range(3)))]),
+                               Study('rewards', 'runs/rewards', _reward_names),
+                               Study('recovery', 'runs/recovery',
+                                     lambda: ['llama-dense', *_recovered()]),
+                               Study('scaling', '../benchmarks/results', lambda: ['scaling'], ()))}
 
-
+# %% ../../nbs/studies/16_registry.ipynb #74de1c67
 def get_study(name: str) -> Study:
     "A study by its name. ValueError for an unknown one"
-    if name not in STUDIES: raise ValueError(f"study {name!r}; expected one of {', '.join(STUDIES)}")
+    if name not in STUDIES:
+        raise ValueError(f"study {name!r}; expected one of {', '.join(STUDIES)}")
     return STUDIES[name]
 
 # %% ../../nbs/studies/16_registry.ipynb #8e2c2b12
-def count_records(study: Study, nbs: Path) -> tuple[int, int]:  # records that are there, records that are wanted
+def count_records(study: Study,
+                  nbs: Path) -> tuple[int, int]:  # records that are there, records that are wanted
     "How many of a study's records there are, by the names of their files"
-    files = [*(nbs / study.folder).glob('*.json'), *(nbs.parent / 'benchmarks' / 'results').glob('*.json')]
+    files = [*(nbs / study.folder).glob('*.json'),
+             *(nbs.parent / 'benchmarks' / 'results').glob('*.json')]
     there = Counter(re.sub(r'-[0-9a-f]{10}$', '', f.stem) for f in files)
     wanted = Counter(study.wanted())
     return sum((there & wanted).values()), sum(wanted.values())
@@ -125,7 +158,8 @@ def study_table(nbs: Path) -> pd.DataFrame:
         have, of = count_records(s, nbs)
         page = nbs / 'studies' / f'{s.name}.ipynb'
         state = 'whole' if have == of else f'{have} of {of}' if have else 'none yet'
-        rows.append(dict(study=s.name, title=page_title(page), records=state, page=page.relative_to(nbs.parent).as_posix()))
+        rows.append(dict(study=s.name, title=page_title(page), records=state,
+                         page=page.relative_to(nbs.parent).as_posix()))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/studies/16_registry.ipynb #ccf7472a
@@ -133,49 +167,58 @@ def _families(nbs: Path) -> list[str]:
     "In how many cells the searched policies are below the better uniform"
     t = families.read_study(nbs / 'runs/families')[0]
     of = {m: families.tally(t, m) for m in spine.MODES}
-    return [f"- Repair \"{m}\": ffp is below the better uniform in all seeds in {len(k['below'])} of {sum(map(len, k.values()))} cells "
-            f"(families × targets), above it in all in {len(k['above'])}." for m, k in of.items()]
+    return [f"- Repair \"{m}\": ffp is below the better uniform in all seeds in "
+            f"{len(k['below'])} of {sum(map(len, k.values()))} cells (families × targets), above "
+            f"it in all in {len(k['above'])}." for m, k in of.items()]
 
 
-def _own(module) -> Callable[[Path], list[str]]: return lambda nbs: module.conclusions(nbs / 'runs')
+def _own(module) -> Callable[[Path], list[str]]:
+    return lambda nbs: module.conclusions(nbs / 'runs')
 
 
 CONCLUSIONS: dict[str, Callable[[Path], list[str]]] = dict(
     spine=lambda nbs: spine.verdicts(spine.read_study(nbs / 'runs/spine')[0]), families=_families,
     speed=lambda nbs: speed.explain(*speed.read_speed(nbs.parent / 'benchmarks/results')),
-    allocation=_own(allocation), searchers=_own(searchers), schedules=_own(schedules), ablation=_own(ablation),
-    prediction=lambda nbs: prediction.findings(nbs / 'runs/prediction'),
+    allocation=_own(allocation), searchers=_own(searchers), schedules=_own(schedules),
+    ablation=_own(ablation), prediction=lambda nbs: prediction.findings(nbs / 'runs/prediction'),
     dynamic=_own(dynamic), criteria=_own(criteria), rewards=_own(rewards), recovery=_own(recovery),
     scaling=lambda nbs: scaling.conclusions(nbs.parent / 'benchmarks/results'))
 
 
 def conclusions(name: str, nbs: Path) -> list[str]:
-    "What a study found, as Markdown lines. While its records are being made the lines say how many there are"
+    """What a study found, as Markdown lines. While its records are being made the lines say how
+    many there are"""
     have, of = count_records(get_study(name), nbs)
     if not have: return ['- No record yet.']
     part = [f'- *{have} of {of} records are there.*'] if have < of else []
     with warnings.catch_warnings():
-        if part: warnings.simplefilter('ignore')  # a statistic of three records has much to say about itself
-        try: return part + CONCLUSIONS[name](nbs)
+        if part:
+            # a statistic of three records has much to say about itself
+            warnings.simplefilter('ignore')
+        try:
+            return part + CONCLUSIONS[name](nbs)
         except (KeyError, IndexError, ValueError, AttributeError):
             if not part: raise  # records that are whole must be readable
     return [f'- {have} of {of} records are there: no conclusion yet.']
 
 # %% ../../nbs/studies/16_registry.ipynb #482a0c73
-def _label(whole: bool, some: bool = False) -> str: return 'reproduced' if whole else 'in part' if some else 'not reproduced'
+def _label(whole: bool, some: bool = False) -> str:
+    return 'reproduced' if whole else 'in part' if some else 'not reproduced'
 
 
 def _heuristics(nbs):
     b = allocation.best_baseline(allocation.read_study(nbs / 'runs'), 'sequential')
     wins = b.below.map(lambda x: len(set(x.split(' of '))) == 1)
-    return _label(wins.all(), wins.any()), (f'below every baseline in all seeds in {wins.sum()} of {len(b)} models × targets, '
-                                            f'{b.gain.mean():+.4f} nats on average over the best of each')
+    return _label(wins.all(), wins.any()), (f'below every baseline in all seeds in {wins.sum()} '
+                                            f'of {len(b)} models × targets, {b.gain.mean():+.4f} '
+                                            'nats on average over the best of each')
 
 
 def _cheaper(nbs, paper=3.4):
     runs = searchers.cost_runs(searchers.read_study(nbs / 'runs')[1])
     x = runs[(runs.policy == 'ffp') & (runs.variant == 'default')].times
-    times = f'{x.median():.2g} times in the median of {len(x)} runs ({x.min():.2g} to {x.max():.2g})'
+    times = (f'{x.median():.2g} times in the median of {len(x)} runs ({x.min():.2g} to '
+             f'{x.max():.2g})')
     return _label(x.median() >= paper, (x > 1).all()), times
 
 
@@ -183,7 +226,8 @@ def _rivals(nbs):
     t = searchers.read_study(nbs / 'runs')[0]
     t = t.assign(searcher=[searchers.label(*k) for k in zip(t.policy, t.variant)])
     wide = t.pivot_table(index=['model', 'sparsity', 'seed'], columns='searcher', values='nll')
-    rivals = [s for s in ('eas, no schedule', 'cma', 'tpe', 'random-search, no schedule', 'ddpg') if s in wide]
+    rivals = [s for s in ('eas, no schedule', 'cma', 'tpe', 'random-search, no schedule', 'ddpg')
+              if s in wide]
     d = {s: (wide[s] - wide['ffp']).dropna() for s in rivals}
     beaten = [s for s, v in d.items() if -v.mean() > half_width(v)]
     said = ', '.join(f'{s} {v.mean():+.4f} ± {half_width(v):.4f}' for s, v in d.items())
@@ -193,28 +237,35 @@ def _rivals(nbs):
 def _schedule(nbs):
     traces = schedules.read_study(nbs / 'runs')[1]
     r = schedules.savings(traces[traces.sparsity == 0.5]).set_index('variant').loc['default']
-    return _label(r.low > 1, r.times_cheaper > 1), f'{searchers.reached(r, "reaches the best of an unscheduled search")[:-1]}'
+    return _label(r.low > 1,
+                  r.times_cheaper
+                  > 1), f'{searchers.reached(r, "reaches the best of an unscheduled search")[:-1]}'
 
-
+# %% ../../nbs/studies/16_registry.ipynb #18e3fa82
 def _transfer(nbs):
     t = schedules.transfer_table(*schedules.read_study(nbs / 'runs'))
-    nearer, worse = (t.transfer_first < t.scratch_first).all(), t.difference.mean() > half_width(t.difference)
-    said = f'starts {t.transfer_first.mean():.3f} nats above dense, a new agent {t.scratch_first.mean():.3f}; ends '
-    return _label(nearer and not worse, nearer), f'{said}{t.difference.mean():+.4f} ± {half_width(t.difference):.4f} nats from it'
+    nearer = (t.transfer_first < t.scratch_first).all()
+    worse = t.difference.mean() > half_width(t.difference)
+    said = (f'starts {t.transfer_first.mean():.3f} nats above dense, a new agent '
+            f'{t.scratch_first.mean():.3f}; ends ')
+    return _label(nearer and not worse, nearer), (f'{said}{t.difference.mean():+.4f} ± '
+                                                  f'{half_width(t.difference):.4f} nats from it')
 
 
 def _repair(nbs):
     t = spine.read_study(nbs / 'runs/spine')[0]
     p = t[t.policy == 'ffp'].groupby(['sparsity', 'calibration']).ppl.mean().unstack()
     better = p.sequential < p.none
-    said = '; '.join(f'σ = {s}: perplexity {r.none:.2f} to {r.sequential:.2f}' for s, r in p.iterrows())
+    said = '; '.join(f'σ = {s}: perplexity {r.none:.2f} to {r.sequential:.2f}'
+                     for s, r in p.iterrows())
     return _label(better.all(), better.any()), said
 
 # %% ../../nbs/studies/16_registry.ipynb #d9b03b9c
 def _error(nbs):
     m = prediction.at_full(prediction.read_judged(nbs / 'runs/prediction')).loc['random']
     r, limit = m.loc[m.mse.idxmin()], prediction.PPF['error']
-    said = f'{r.name}: {r.mse:.4f} nats², {r.minmax:.5f} with targets scaled to [0, 1]; CNN {m.mse.cnn:.4f} nats²'
+    said = (f'{r.name}: {r.mse:.4f} nats², {r.minmax:.5f} with targets scaled to [0, 1]; CNN '
+            f'{m.mse.cnn:.4f} nats²')
     return _label(r.mse < limit, r.minmax < limit), said
 
 
@@ -222,39 +273,47 @@ def _speedup(nbs):
     m = prediction.at_full(prediction.read_judged(nbs / 'runs/prediction')).loc['random']
     r, t = m.loc[m.mse.idxmin()], prediction.read_results(nbs / 'runs/prediction', 'timing')[0]
     times = 1e6 * t['model_s'] / r.us_alone
-    return _label(times >= prediction.PPF['speedup']), f'{times:,.0f} times ({r.us_alone:.0f} µs against {t["model_s"]:.2f} s)'
+    return _label(times >= prediction.PPF['speedup']), (f'{times:,.0f} times ({r.us_alone:.0f} '
+                                                        f'µs against {t["model_s"]:.2f} s)')
 
 
 def _dynamic(nbs, paper=0.334):
     t = dynamic.read_study(nbs / 'runs/dynamic')
     even = t[t.agent.isin(['uniform', 'uniform-ffn'])].groupby(['model', 'sparsity']).nll.min()
-    cut = 1 - np.exp((t[t.agent == 'range'].groupby(['model', 'sparsity']).nll.mean() - even).dropna())
+    cut = (1
+           - np.exp((t[t.agent == 'range'].groupby(['model', 'sparsity']).nll.mean()
+                     - even).dropna()))
     below = (cut > 0).all()
-    said = f'perplexity {cut.min():.1%} to {cut.max():.1%} below the better even cut at {len(cut)} targets'
+    said = (f'perplexity {cut.min():.1%} to {cut.max():.1%} below the better even cut at '
+            f'{len(cut)} targets')
     return _label(below and cut.max() >= paper, below), said
 
 
 def _small(nbs):
     k = families.tally(families.read_study(nbs / 'runs/families')[0])
     verdict, why = _large(nbs)
-    return verdict, f"{why}; on small ones below the better uniform in {len(k['below'])} of {sum(map(len, k.values()))} cells"
+    return verdict, (f"{why}; on small ones below the better uniform in {len(k['below'])} of "
+                     f"{sum(map(len, k.values()))} cells")
 
 
-def _large(nbs): return 'not testable here', 'no model above 135 million parameters was pruned'
+def _large(nbs):
+    return 'not testable here', 'no model above 135 million parameters was pruned'
 
 # %% ../../nbs/studies/16_registry.ipynb #dd39fef8
 CLAIMS = (  # paper, what it says, the study that tests it, the rule
-    ('FFP', 'Searched policies beat strong heuristics', 'allocation', _heuristics),
-    ('FFP', 'The search is 3.4 times cheaper than an evolutionary one', 'searchers', _cheaper),
-    ('FFP', 'Competitive with other searches or better', 'searchers', _rivals),
-    ('FFP', 'Progressive scheduling makes the search cheaper', 'schedules', _schedule),
-    ('FFP', 'An agent trained at 20 % can go on at 30 %', 'schedules', _transfer),
-    ('FFP', 'Ridge regression repairs without training', 'spine', _repair),
-    ('FFP', 'Its figures for LLaMA, Mistral and OPT', 'families', _small),
-    ('PPF', 'Prediction error below 0.0011 (scale not named)', 'prediction', _error),
-    ('PPF', 'A prediction is 64 times faster than an evaluation', 'prediction', _speedup),
-    ('PPF', 'One agent for changing targets, perplexity up to 33.4 % lower than existing policies', 'dynamic', _dynamic),
-    ('PPF', 'Its figures for Llama2-7B and Llama3-8B', 'prediction', _large))
+          ('FFP', 'Searched policies beat strong heuristics', 'allocation', _heuristics),
+          ('FFP', 'The search is 3.4 times cheaper than an evolutionary one', 'searchers',
+           _cheaper), ('FFP', 'Competitive with other searches or better', 'searchers', _rivals),
+          ('FFP', 'Progressive scheduling makes the search cheaper', 'schedules', _schedule),
+          ('FFP', 'An agent trained at 20 % can go on at 30 %', 'schedules', _transfer),
+          ('FFP', 'Ridge regression repairs without training', 'spine', _repair),
+          ('FFP', 'Its figures for LLaMA, Mistral and OPT', 'families', _small),
+          ('PPF', 'Prediction error below 0.0011 (scale not named)', 'prediction', _error),
+          ('PPF', 'A prediction is 64 times faster than an evaluation', 'prediction', _speedup),
+          ('PPF',
+           'One agent for changing targets, perplexity up to 33.4 % lower than existing policies',
+           'dynamic', _dynamic),
+          ('PPF', 'Its figures for Llama2-7B and Llama3-8B', 'prediction', _large))
 
 
 def claims_table(nbs: Path) -> pd.DataFrame:
@@ -262,47 +321,63 @@ def claims_table(nbs: Path) -> pd.DataFrame:
     rows = []
     for paper, claim, name, rule in CLAIMS:
         have, of = count_records(STUDIES[name], nbs)
-        try: verdict, measured = rule(nbs) if have else ('no record yet', '')
+        try:
+            verdict, measured = rule(nbs) if have else ('no record yet', '')
         except (KeyError, IndexError, ValueError, AttributeError):
             if have == of: raise
             verdict, measured = 'no record yet', f'{have} of {of} records are there'
         else:
-            if 0 < have < of and not verdict.startswith('not testable'): measured += f' ({have} of {of} records)'
+            if 0 < have < of and not verdict.startswith('not testable'):
+                measured += f' ({have} of {of} records)'
         rows.append(dict(paper=paper, claim=claim, verdict=verdict, measured=measured, study=name))
     return pd.DataFrame(rows)
 
 
 def markdown_claims(table: pd.DataFrame, pages: str = 'studies/') -> str:
     "The claims as a Markdown table, each with a link to the page that tests it"
-    t = pd.DataFrame(dict(claim=[f'{p}: [{c}]({pages}{s}.ipynb)' for p, c, s in zip(table.paper, table.claim, table.study)],
+    t = pd.DataFrame(dict(claim=[f'{p}: [{c}]({pages}{s}.ipynb)'
+                                 for p, c, s in zip(table.paper, table.claim, table.study)],
                           verdict=[f'**{v}**' for v in table.verdict], measured=table.measured))
     return t.to_markdown(index=False)
 
 # %% ../../nbs/studies/16_registry.ipynb #b1e73e49
 def write_report(nbs: Path) -> str:
     "Conclusions of all studies and the claims of the papers, as Markdown"
-    out = ['# What the records say', '', '## Claims of the papers', '', markdown_claims(claims_table(nbs), 'nbs/studies/')]
-    for name in STUDIES: out += ['', f"## {page_title(nbs / 'studies' / f'{name}.ipynb')}", '', *conclusions(name, nbs)]
+    out = ['# What the records say', '', '## Claims of the papers', '',
+           markdown_claims(claims_table(nbs), 'nbs/studies/')]
+    for name in STUDIES:
+        out += ['', f"## {page_title(nbs / 'studies' / f'{name}.ipynb')}", '',
+                *conclusions(name, nbs)]
     return '\n'.join(out) + '\n'
 
 # %% ../../nbs/studies/16_registry.ipynb #fcf7152c
 def expectations(nbs: Path) -> list[str]:
-    "Time and memory of a search as they were measured, and what larger models would take, as Markdown lines"
-    found = [r for r in spine.read_study(nbs / 'runs/spine')[1].values() if r['result'].get('search')]
+    """Time and memory of a search as they were measured, and what larger models would take, as
+    Markdown lines"""
+    found = [r for r in spine.read_study(nbs / 'runs/spine')[1].values()
+             if r['result'].get('search')]
     search = [r['result']['search']['wall_s'] / 60 for r in found]
     rest = [(r['wall_s'] - r['search_s']) / 60 for r in found]
     cpu = found[0]['environment']['hardware']['cpu']
-    lines = [f'- SmolLM2-135M, profile `cpu`, one thread of a two-core machine ({cpu}): {min(search):.0f} to {max(search):.0f} minutes a '
-             f"search of {max(r['forward_tokens'] for r in found):,} forward tokens, then {min(rest):.0f} to {max(rest):.0f} minutes for two "
+    lines = [f'- SmolLM2-135M, profile `cpu`, one thread of a two-core machine ({cpu}): '
+             f'{min(search):.0f} to {max(search):.0f} minutes a '
+             f"search of {max(r['forward_tokens'] for r in found):,} forward tokens, then "
+             f"{min(rest):.0f} to {max(rest):.0f} minutes for two "
              'repairs and the test split.']
-    benchmarks = [read_json(f) for f in (nbs.parent / 'benchmarks/results').glob('benchmarks-*.json')]
-    peak = [x['value'] / 1000 for r in benchmarks for x in r['result']['rows'] if x['what'].startswith('search, default bound')]
-    if peak: lines.append(f'- Memory of a search of SmolLM2 with every width cached: {max(peak):.1f} GB at its peak.')
+    benchmarks = [read_json(f)
+                  for f in (nbs.parent / 'benchmarks/results').glob('benchmarks-*.json')]
+    peak = [x['value'] / 1000 for r in benchmarks for x in r['result']['rows']
+            if x['what'].startswith('search, default bound')]
+    if peak:
+        lines.append(f'- Memory of a search of SmolLM2 with every width cached: {max(peak):.1f} '
+                     'GB at its peak.')
     if record := scaling.read_study(nbs.parent / 'benchmarks/results'):
         p, t = scaling.placement(record), pd.DataFrame(record['result']['rows']).set_index('model')
         label = lambda m: m if t.how[m] == 'measured' else f'{m} (projected)'
-        need = '; '.join(f'{label(m)} {p.device_GB[m]:.0f} GB on devices and {p.ram_GB[m]:.0f} GB of RAM' for m in t.index[-3:])
-        lines.append(f'- Larger models, for a search with repair: {need}. None of them was pruned here.')
+        need = '; '.join(f'{label(m)} {p.device_GB[m]:.0f} GB on devices and {p.ram_GB[m]:.0f} '
+                         'GB of RAM' for m in t.index[-3:])
+        lines.append(f'- Larger models, for a search with repair: {need}. None of them was '
+                     'pruned here.')
     return lines
 
 # %% ../../nbs/studies/16_registry.ipynb #d6452b5a
@@ -314,45 +389,59 @@ def _clients():
         from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
         from nbclient import NotebookClient
     except ImportError as e:
-        raise ValueError(f"pages run in a Jupyter kernel, and {e.name} is not installed: pip install 'ffp_nb[study]'") from e
+        raise ValueError(f"pages run in a Jupyter kernel, and {e.name} is not installed: pip "
+                         "install 'ffp_nb[study]'") from e
     class ThisPython(KernelSpecManager):
         "The Python that runs this, whatever kernels are registered"
-        def get_kernel_spec(self, kernel_name): return KernelSpec(resource_dir='', **get_kernel_dict())
+        def get_kernel_spec(self, kernel_name):
+            return KernelSpec(resource_dir='', **get_kernel_dict())
     return NotebookClient, AsyncKernelManager(kernel_spec_manager=ThisPython())
 
-
-def execute_page(page: Path, out: Path, profile: str, progress: bool = True) -> Path:  # the executed copy
-    "Run a notebook in its folder and write the executed copy. RuntimeError naming the cell that failed; the old copy stays"
+# %% ../../nbs/studies/16_registry.ipynb #9d88c5f6
+def execute_page(page: Path, out: Path, profile: str,
+                 progress: bool = True) -> Path:  # the executed copy
+    """Run a notebook in its folder and write the executed copy. RuntimeError naming the cell that
+    failed; the old copy stays"""
     import nbformat
     from tqdm.auto import tqdm
-    if out.resolve() == page.resolve(): raise ValueError(f'{out} is the page itself; choose another folder (--out)')
+    if out.resolve() == page.resolve():
+        raise ValueError(f'{out} is the page itself; choose another folder (--out)')
     make, kernel = _clients()
     nb, failed = nbformat.read(page, as_version=4), []
     cells = sum(c.cell_type == 'code' for c in nb.cells)
     bar = tqdm(total=cells, desc=page.stem, unit='cell', disable=None if progress else True)
-    note = lambda cell, cell_index, execute_reply: failed.append((cell_index, cell.source, execute_reply['content']))
+    note = lambda cell, cell_index, execute_reply: failed.append((cell_index, cell.source,
+                                                                  execute_reply['content']))
     client = make(nb, km=kernel, timeout=None, extra_arguments=['--log-level=ERROR'],
-                  resources=dict(metadata=dict(path=str(page.parent))), on_cell_executed=lambda **kw: bar.update(), on_cell_error=note)
-    try: client.execute(env=os.environ | dict(FFP_PROFILE=profile))
+                  resources=dict(metadata=dict(path=str(page.parent))),
+                  on_cell_executed=lambda **kw: bar.update(), on_cell_error=note)
+    try:
+        client.execute(env=os.environ | dict(FFP_PROFILE=profile))
     except Exception as e:
         if not failed: raise RuntimeError(f'{page.name} stopped: {e}') from e
         i, source, said = failed[0]
         first = next((x for x in source.splitlines() if x.strip() and not x.startswith('#|')), '')
-        raise RuntimeError(f"{page.name}, cell {i} (`{first[:80]}`): {said['ename']}: {said['evalue']}. "
+        raise RuntimeError(f"{page.name}, cell {i} (`{first[:80]}`): {said['ename']}: "
+                           f"{said['evalue']}. "
                            'Nothing was written') from e
-    finally: bar.close()
+    finally:
+        bar.close()
     return atomic_write(out, nbformat.writes(nb))
 
 # %% ../../nbs/studies/16_registry.ipynb #b7d46d56
 def make_records(study: Study, nbs: Path, profile: str) -> None:
-    "Compute a study's missing records. ValueError at the smallest profile, and for a study that is a benchmark"
+    """Compute a study's missing records. ValueError at the smallest profile, and for a study that
+    is a benchmark"""
     if profile == 'smoke':
-        raise ValueError("profile 'smoke'; its figures mean nothing and are not kept: give --profile cpu or gpu, or leave out --records")
+        raise ValueError("profile 'smoke'; its figures mean nothing and are not kept: give "
+                         "--profile cpu or gpu, or leave out --records")
     if not study.makers:
-        raise ValueError(f'{study.name} measures time on an idle machine: run `python benchmarks/{study.name}.py`, then the page')
+        raise ValueError(f'{study.name} measures time on an idle machine: run `python '
+                         f'benchmarks/{study.name}.py`, then the page')
     root = nbs.parent
-    own = dict(profile=profile, records=nbs / study.folder, runs=nbs / 'runs', work=root / 'runs/work', models=root / 'runs/models',
-               folder=root / 'runs/models', searches=nbs / 'runs/main') | {k: nbs / v for k, v in study.paths.items()}
+    own = (dict(profile=profile, records=nbs / study.folder, runs=nbs / 'runs',
+                work=root / 'runs/work', models=root / 'runs/models', folder=root / 'runs/models',
+                searches=nbs / 'runs/main') | {k: nbs / v for k, v in study.paths.items()})
     module = import_module(f'ffp_nb.studies.{study.name}')
     for maker in (getattr(module, m) for m in study.makers):
         maker(**{k: v for k, v in own.items() if k in inspect.signature(maker).parameters})

@@ -40,40 +40,49 @@ class TaskGroups:
         loaded = load_tasks(tasks, groups, part, seed, data)
         columns = {}
         for name, task in loaded.tasks.items():
-            with quiet(): task.build_all_requests()
+            with quiet():
+                task.build_all_requests()
             columns[name] = _documents(task)
         n = min(len(c) for c in columns.values())
         if groups and n < groups:
             short = min(columns, key=lambda k: len(columns[k]))
-            raise ValueError(f'{groups} groups; {short} has {n} documents in part {part!r}. Ask for fewer, or leave that task out.')
-        self.tasks, self.groups, self._lm = list(columns), [[c[i] for c in columns.values()] for i in range(n)], None
+            raise ValueError(f'{groups} groups; {short} has {n} documents in part {part!r}. Ask '
+                             'for fewer, or leave that task out.')
+        self.tasks = list(columns)
+        self.groups, self._lm = [[c[i] for c in columns.values()] for i in range(n)], None
 
-    def __len__(self): return len(self.groups)
+    def __len__(self):
+        return len(self.groups)
 
     def lm(self, model) -> TaskLM:
         "lm-eval's wrapper of a model, made once: it copies the tokenizer"
         if self._lm is None or self._lm.model is not model:
-            with quiet(): self._lm = TaskLM(model, self.tokenizer, 1, tqdm(disable=True))
+            with quiet():
+                self._lm = TaskLM(model, self.tokenizer, 1, tqdm(disable=True))
         return self._lm
 
-
+# %% ../../nbs/studies/13_rewards.ipynb #abc0d288
 def _documents(task) -> list[tuple[list, int]]:
     "Requests of each document with the index of the right one"
     docs = {}
-    for r in task.instances: docs.setdefault(r.doc_id, []).append(r)
-    gold = lambda doc: task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)  # as `ffp_nb.pipeline.tasks` scores them
+    for r in task.instances:
+        docs.setdefault(r.doc_id, []).append(r)
+    # as `ffp_nb.pipeline.tasks` scores them
+    gold = lambda doc: task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     return [(rs, gold(rs[0].doc)) for rs in docs.values()]
 
 # %% ../../nbs/studies/13_rewards.ipynb #f2aa4dba
 @torch.no_grad()
 def answer_scores(lm: TaskLM, requests: list) -> np.ndarray:  # (requests,) log-likelihoods
-    "What lm-eval's `loglikelihood` gives for the choices of one document; a context that all of them share is read once, with its cache"
+    """What lm-eval's `loglikelihood` gives for the choices of one document; a context that all of
+    them share is read once, with its cache"""
     pairs = [lm._encode_pair(*r.args) if r.args[0] else ([], []) for r in requests]
     context, n, longest = pairs[0][0], len(pairs), max(len(a) for _, a in pairs)
     if not context or any(c != context for c, _ in pairs) or len(context) + longest > lm.max_length:
         return np.array([x for x, _ in lm.loglikelihood(requests)])
     answers = torch.zeros(n, longest, dtype=torch.long, device=lm.device)
-    for row, (_, a) in zip(answers, pairs): row[:len(a)] = torch.tensor(a)
+    for row, (_, a) in zip(answers, pairs):
+        row[:len(a)] = torch.tensor(a)
     out = lm.model(torch.tensor([context], device=lm.device), use_cache=True, logits_to_keep=1)
     logits = out.logits.expand(n, -1, -1)
     if longest > 1:  # padding comes last, where no answer looks
@@ -85,20 +94,24 @@ def answer_scores(lm: TaskLM, requests: list) -> np.ndarray:  # (requests,) log-
     return np.array([row[:len(a)].sum() for row, (_, a) in zip(ll, pairs)])
 
 
-def group_scores(model, pool: TaskGroups, idx) -> tuple[np.ndarray, np.ndarray, int]:  # (n, tasks) losses, (n, tasks) right, tokens
-    "The smooth loss of each document and whether the right choice is the likeliest, as lm-eval's `acc`; NaN where a likelihood is"
+def group_scores(model, pool: TaskGroups,
+                 idx) -> tuple[np.ndarray, np.ndarray,
+                               int]:  # (n, tasks) losses, (n, tasks) right, tokens
+    """The smooth loss of each document and whether the right choice is the likeliest, as lm-eval's
+    `acc`; NaN where a likelihood is"""
     lm, docs = pool.lm(model), [d for i in idx for d in pool.groups[i]]
     before, ll = lm.tokens, [answer_scores(lm, rs) for rs, _ in docs]
     loss = np.array([logsumexp(v) - v[gold] for v, (_, gold) in zip(ll, docs)])
-    right = np.array([float(v.argmax() == gold) if np.isfinite(v).all() else np.nan for v, (_, gold) in zip(ll, docs)])
+    right = np.array([float(v.argmax() == gold) if np.isfinite(v).all() else np.nan
+                      for v, (_, gold) in zip(ll, docs)])
     return loss.reshape(len(idx), -1), right.reshape(len(idx), -1), lm.tokens - before
 
 # %% ../../nbs/studies/13_rewards.ipynb #0f91802f
 class TaskEvaluator(Evaluator):
     "Rewards from the smooth loss of tasks: an index is a group of documents"
     pool: TaskGroups
-    def __init__(self, elastic: ElasticModel, groups: TaskGroups, weights: Weights | None = None, batch: int = 1,
-                 scale=1.0):  # (tasks,), the loss of each that counts as one
+    def __init__(self, elastic: ElasticModel, groups: TaskGroups, weights: Weights | None = None,
+                 batch: int = 1, scale=1.0):  # (tasks,), the loss of each that counts as one
         super().__init__(elastic, groups, weights, batch)
         self.scale = np.asarray(scale, dtype=float)
 
@@ -110,15 +123,20 @@ class TaskEvaluator(Evaluator):
 
 class _Pairs:
     "Blocks of text and groups of documents, side by side"
-    def __init__(self, text: Blocks, groups: TaskGroups): self.text, self.groups = text, groups
-    def __len__(self): return min(len(self.text), len(self.groups))
+    def __init__(self, text: Blocks, groups: TaskGroups):
+        self.text, self.groups = text, groups
+
+    def __len__(self):
+        return min(len(self.text), len(self.groups))
 
 
 class MixedEvaluator(Evaluator):
     "Half of the reward's logarithm from text, half from tasks: an index is a block and a group"
-    def __init__(self, elastic: ElasticModel, text: Blocks, groups: TaskGroups, weights: Weights | None = None, batch: int = 1, scale=1.0):
+    def __init__(self, elastic: ElasticModel, text: Blocks, groups: TaskGroups,
+                 weights: Weights | None = None, batch: int = 1, scale=1.0):
         super().__init__(elastic, _Pairs(text, groups), weights, batch)
-        self.parts = Evaluator(elastic, text, weights, batch), TaskEvaluator(elastic, groups, weights, batch, scale)
+        self.parts = Evaluator(elastic, text, weights, batch), TaskEvaluator(elastic, groups,
+                                                                             weights, batch, scale)
 
     def _measure(self, idx):
         before = sum(p.forward_tokens for p in self.parts)
@@ -131,19 +149,26 @@ REWARDS = ('ppl', 'task', 'mixed')
 SIGMA = 0.3
 
 
-def many_policies(bench: Bench, runs: str | Path, policies: int = 24) -> dict[str, np.ndarray]:  # (n_layers, 2) widths by name
-    "The dense model and policies of one target: half from random scores of growing spread, half what a search tried at it, evenly over its course"
+def many_policies(bench: Bench, runs: str | Path,
+                  policies: int = 24) -> dict[str, np.ndarray]:  # (n_layers, 2) widths by name
+    """The dense model and policies of one target: half from random scores of growing spread, half
+    what a search tried at it, evenly over its course"""
     tried = np.load(Path(runs) / 'spine' / f'spine-ffp-{SIGMA}-0.npz')
     at = np.flatnonzero(np.isclose(tried['target'], SIGMA))
-    visited = tried['widths'][at[np.linspace(0, len(at) - 1, policies // 2).round().astype(int)]].astype(int)
+    visited = tried['widths'][at[np.linspace(0, len(at) - 1,
+                                             policies // 2).round().astype(int)]].astype(int)
     spread = np.linspace(0.1, 1.5, policies - policies // 2)
-    drawn = [solve(random_scores(i, bench.cost.full.shape, s), bench.cost, SIGMA, bench.config.step, bench.config.p_min) for i, s in enumerate(spread)]
-    return dict(dense=bench.cost.full) | {f'random-{i}': w for i, w in enumerate(drawn)} | {f'visited-{i}': w for i, w in enumerate(visited)}
+    drawn = [solve(random_scores(i, bench.cost.full.shape, s), bench.cost, SIGMA, bench.config.step,
+                   bench.config.p_min) for i, s in enumerate(spread)]
+    return (dict(dense=bench.cost.full) | {f'random-{i}': w for i, w in enumerate(drawn)}
+            | {f'visited-{i}': w for i, w in enumerate(visited)})
 
 
-def scale_record(bench: Bench, pool: TaskGroups, records: str | Path, groups: int = 60) -> dict:  # the record
+def scale_record(bench: Bench, pool: TaskGroups, records: str | Path,
+                 groups: int = 60) -> dict:  # the record
     "The mean loss of each task under the dense model, on development documents"
-    key = dict(name='scale-dense', study='rewards', groups=groups) | run_config(bench.config, bench.corpus)
+    key = (dict(name='scale-dense', study='rewards', groups=groups)
+           | run_config(bench.config, bench.corpus))
     def measure(_):
         loss, _, tokens = group_scores(bench.elastic.model, pool, range(min(groups, len(pool))))
         return dict(tasks=pool.tasks, loss=loss.mean(0).round(4), forward_tokens=tokens)
@@ -152,66 +177,95 @@ def scale_record(bench: Bench, pool: TaskGroups, records: str | Path, groups: in
 
 def read_scale(records: str | Path = '../runs/rewards') -> dict[str, float]:
     "The loss of each task that counts as one. Empty where it has no record yet"
-    return next((dict(zip(r['tasks'], r['loss'])) for f in sorted(Path(records).glob('scale-dense-*.json')) for r in [read_json(f)['result']]), {})
+    return next((dict(zip(r['tasks'], r['loss']))
+                 for f in sorted(Path(records).glob('scale-dense-*.json'))
+                 for r in [read_json(f)['result']]), {})
 
 # %% ../../nbs/studies/13_rewards.ipynb #bc8b64af
-def policy_record(bench: Bench, name: str, widths: np.ndarray, pool: TaskGroups, records: str | Path, blocks: int = 24) -> dict:  # the record
+def policy_record(bench: Bench, name: str, widths: np.ndarray, pool: TaskGroups,
+                  records: str | Path, blocks: int = 24) -> dict:  # the record
     "Nats on the search text, losses and right answers of a policy with static repair"
-    key = dict(name=f'policy-{name}', study='rewards', widths=widths.tolist(), groups=len(pool), blocks=blocks) | run_config(bench.config, bench.corpus)
+    key = (dict(name=f'policy-{name}', study='rewards', widths=widths.tolist(), groups=len(pool),
+                blocks=blocks) | run_config(bench.config, bench.corpus))
     def measure(_):
-        with bench.elastic.at(widths, None if np.array_equal(widths, bench.cost.full) else bench.static):
+        with bench.elastic.at(widths,
+                              None if np.array_equal(widths, bench.cost.full) else bench.static):
             loss, right, tokens = group_scores(bench.elastic.model, pool, range(len(pool)))
             nll = Evaluator(bench.elastic, bench.search[:blocks])._measure(range(blocks))
-        return dict(tasks=pool.tasks, nll=nll.round(4), loss=loss.round(3), right=right.astype(int), forward_tokens=tokens + blocks * bench.search.ids.shape[1])
+        return dict(tasks=pool.tasks, nll=nll.round(4), loss=loss.round(3), right=right.astype(int),
+                    forward_tokens=tokens + blocks * bench.search.ids.shape[1])
     return cached(records, key, measure)
 
 # %% ../../nbs/studies/13_rewards.ipynb #a644ce53
 def same_search(config: dict, folder: str | Path) -> dict | None:
     "A record in a folder that differs from a configuration in nothing but its name and its study"
     rest = lambda r: {k: v for k, v in r['config'].items() if k not in ('name', 'study')}
-    return next((r for r in map(read_json, sorted(Path(folder).glob('*.json'))) if config_id(rest(r)) == config_id(config)), None)
+    return next((r for r in map(read_json, sorted(Path(folder).glob('*.json')))
+                 if config_id(rest(r)) == config_id(config)), None)
 
 
-def search_record(bench: Bench, reward: str, seed: int, pool: TaskGroups, records: str | Path, work: str | Path) -> dict:  # the record
-    "A search with one of `REWARDS` and as many episodes as the profile gives; one on perplexity that the first study has is taken from there"
+def search_record(bench: Bench, reward: str, seed: int, pool: TaskGroups, records: str | Path,
+                  work: str | Path) -> dict:  # the record
+    """A search with one of `REWARDS` and as many episodes as the profile gives; one on perplexity
+    that the first study has is taken from there"""
     config = replace(bench.config, sparsity=SIGMA, method='ffp', seed=seed)
-    known = same_search(run_config(config, bench.corpus), Path(records).parent / 'spine') if reward == 'ppl' else None
+    known = (same_search(run_config(config, bench.corpus), Path(records).parent / 'spine')
+             if reward == 'ppl' else None)
     if known: return known
     scale = None if reward == 'ppl' else scale_record(bench, pool, records)['result']['loss']
-    key = dict(name=f'search-{reward}-{SIGMA}-{seed}', study='rewards', reward=reward, groups=1, scale=scale) | run_config(config, bench.corpus)
+    key = (dict(name=f'search-{reward}-{SIGMA}-{seed}', study='rewards', reward=reward, groups=1,
+                scale=scale) | run_config(config, bench.corpus))
     def measure(_):
         c, batch = config.search_config(), config.profile.forward_batch
-        if reward != 'ppl': c = replace(c, blocks=1)  # a group of seven documents has about as many tokens as two blocks
-        evaluator = dict(ppl=bench.evaluator, task=lambda: TaskEvaluator(bench.elastic, pool, bench.static, batch, scale),
-                         mixed=lambda: MixedEvaluator(bench.elastic, bench.search, pool, bench.static, batch, scale))[reward]()
-        run = RunDir(Path(work) / f"rewards-{key['name']}-{config_id(key)}", key | dict(weights=bench.fingerprint))
+        if reward != 'ppl':
+            # a group of seven documents has about as many tokens as two blocks
+            c = replace(c, blocks=1)
+        evaluator = dict(ppl=bench.evaluator,
+                         task=lambda: TaskEvaluator(bench.elastic, pool, bench.static, batch,
+                                                    scale),
+                         mixed=lambda: MixedEvaluator(bench.elastic, bench.search, pool,
+                                                      bench.static, batch, scale))[reward]()
+        run = RunDir(Path(work) / f"rewards-{key['name']}-{config_id(key)}",
+                     key | dict(weights=bench.fingerprint))
         found = Search(evaluator, bench.cost, c, run).run(progress=False)
-        return dict(widths=found.widths, search=search_summary(found), forward_tokens=found.forward_tokens)
+        return dict(widths=found.widths, search=search_summary(found),
+                    forward_tokens=found.forward_tokens)
     return cached(records, key, measure)
 
-
-def report_record(bench: Bench, name: str, widths, pool: TaskGroups, records: str | Path, other: str = 'pydoc') -> dict:  # the record
-    "What a policy gives with static repair on the test parts: nats on the bench's text and on another one, losses and right answers of tasks"
+# %% ../../nbs/studies/13_rewards.ipynb #748b3060
+def report_record(bench: Bench, name: str, widths, pool: TaskGroups, records: str | Path,
+                  other: str = 'pydoc') -> dict:  # the record
+    """What a policy gives with static repair on the test parts: nats on the bench's text and on
+    another one, losses and right answers of tasks"""
     widths = np.array(widths)
-    key = dict(name=f'report-{name}', study='rewards', widths=widths.tolist(), groups=len(pool), other=other) | run_config(bench.config, bench.corpus)
+    key = (dict(name=f'report-{name}', study='rewards', widths=widths.tolist(), groups=len(pool),
+                other=other) | run_config(bench.config, bench.corpus))
     def measure(_):
-        weights, n = None if np.array_equal(widths, bench.cost.full) else bench.static, bench.config.profile.block_len
-        away = token_blocks(load_corpus(other)['test'], bench.tokenizer, Convention(n, n, max_blocks=len(bench.test())))
-        with bench.elastic.at(widths, weights): loss, right, tokens = group_scores(bench.elastic.model, pool, range(len(pool)))
-        nll = {k: bench.perplexity(widths, b, weights).nll.round(5) for k, b in (('own', bench.test()), (other, away))}
-        return dict(tasks=pool.tasks, nll=nll, loss=loss.round(3), right=right.astype(int), forward_tokens=tokens)
+        weights = None if np.array_equal(widths, bench.cost.full) else bench.static
+        n = bench.config.profile.block_len
+        away = token_blocks(load_corpus(other)['test'], bench.tokenizer,
+                            Convention(n, n, max_blocks=len(bench.test())))
+        with bench.elastic.at(widths, weights):
+            loss, right, tokens = group_scores(bench.elastic.model, pool, range(len(pool)))
+        nll = {k: bench.perplexity(widths, b, weights).nll.round(5)
+               for k, b in (('own', bench.test()), (other, away))}
+        return dict(tasks=pool.tasks, nll=nll, loss=loss.round(3), right=right.astype(int),
+                    forward_tokens=tokens)
     return cached(records, key, measure)
 
 # %% ../../nbs/studies/13_rewards.ipynb #e145f42c
-def run_study(records: str | Path = 'nbs/runs/rewards', work: str | Path = 'runs/work', seeds=(0, 1, 2), profile: str = 'cpu', model: str = 'smollm2') -> None:
+def run_study(records: str | Path = 'nbs/runs/rewards', work: str | Path = 'runs/work',
+              seeds=(0, 1, 2), profile: str = 'cpu', model: str = 'smollm2') -> None:
     "All records that are missing"
     bench = open_bench(model, profile)
     pool = TaskGroups(bench.tokenizer, part='test', groups=40)
     for name, w in many_policies(bench, Path(records).parent).items():
         r = policy_record(bench, name, w, pool, records)
-        print(f"{name}: {np.mean(r['result']['nll']):.4f} nats, accuracy {np.mean(r['result']['right']):.3f}, {r['wall_s']:.0f} s", flush=True)
+        print(f"{name}: {np.mean(r['result']['nll']):.4f} nats, accuracy "
+              f"{np.mean(r['result']['right']):.3f}, {r['wall_s']:.0f} s", flush=True)
     step = dict(step=bench.config.step, p_min=bench.config.p_min)
-    pool, dev = TaskGroups(bench.tokenizer, part='test', groups=60, seed=1), TaskGroups(bench.tokenizer, part='dev')
+    pool = TaskGroups(bench.tokenizer, part='test', groups=60, seed=1)
+    dev = TaskGroups(bench.tokenizer, part='dev')
     scale_record(bench, dev, records)
     report_record(bench, 'dense', bench.cost.full, pool, records)
     report_record(bench, 'uniform-ffn', uniform(bench.cost, SIGMA, ('ffn',), **step), pool, records)
@@ -223,7 +277,8 @@ def run_study(records: str | Path = 'nbs/runs/rewards', work: str | Path = 'runs
 
 # %% ../../nbs/studies/13_rewards.ipynb #7c2a2521
 def _read(records, kind: str) -> list[dict]:
-    "Records of policies by the first word of their names, their losses in units of the dense model's"
+    """Records of policies by the first word of their names, their losses in units of the dense
+    model's"""
     scale, out = read_scale(records), []
     for r in (read_json(f) for f in sorted(Path(records).glob(f'{kind}-*.json')) if scale):
         unit = [scale[t] for t in r['result']['tasks']]
@@ -233,30 +288,38 @@ def _read(records, kind: str) -> list[dict]:
 
 def read_policies(records: str | Path = '../runs/rewards') -> list[dict]:
     "Results of all policies but the dense model, with their `kind`"
-    return [r['result'] | dict(kind=r['config']['name'].split('-')[1]) for r in _read(records, 'policy') if 'dense' not in r['config']['name']]
+    return [r['result'] | dict(kind=r['config']['name'].split('-')[1])
+            for r in _read(records, 'policy') if 'dense' not in r['config']['name']]
 
 
 def policy_table(rows: list[dict]) -> pd.DataFrame:
     "A row for each policy: kind, nats on text, mean task loss, accuracy"
-    return pd.DataFrame([dict(kind=r['kind'], nll=np.mean(r['nll']), loss=np.mean(r['loss']), accuracy=np.mean(r['right'])) for r in rows])
+    return pd.DataFrame([dict(kind=r['kind'], nll=np.mean(r['nll']), loss=np.mean(r['loss']),
+                              accuracy=np.mean(r['right'])) for r in rows])
 
 # %% ../../nbs/studies/13_rewards.ipynb #982726e6
 def reliability(values: np.ndarray,  # (policies, documents)
                 ) -> float:
-    "Reliability of a mean over documents as a ranking of policies: Cronbach's alpha, what random halves agree on in the mean, stepped up to the whole. At least 0"
+    """Reliability of a mean over documents as a ranking of policies: Cronbach's alpha, what random
+    halves agree on in the mean, stepped up to the whole. At least 0"""
     n, total = values.shape[1], values.sum(1).var(ddof=1)
     return max(0.0, n / (n - 1) * (1 - values.var(0, ddof=1).sum() / total)) if total > 0 else 0.0
 
 
-def correlation(rows: list[dict], key: str = 'loss', task: int | None = None, draws: int = 2000) -> dict:
-    "How nats on text and a figure of tasks, 'loss' or 'right', rank policies: 1 is alike. With a bootstrap interval and the ceiling that noise in both leaves"
-    values = lambda k, j=None: np.array([np.ravel(r[k] if j is None else np.array(r[k])[:, j]) for r in rows], dtype=float)
+def correlation(rows: list[dict], key: str = 'loss', task: int | None = None,
+                draws: int = 2000) -> dict:
+    """How nats on text and a figure of tasks, 'loss' or 'right', rank policies: 1 is alike. With a
+    bootstrap interval and the ceiling that noise in both leaves"""
+    values = lambda k, j=None: np.array([np.ravel(r[k] if j is None else np.array(r[k])[:, j])
+                                         for r in rows], dtype=float)
     text, tasks, rng = values('nll'), values(key, task), np.random.default_rng(0)
     x, y = text.mean(1), tasks.mean(1) * (-1 if key == 'right' else 1)
     with np.errstate(invalid='ignore'):  # a draw of one policy only has no correlation
-        boot = [np.corrcoef(x[i], y[i])[0, 1] for i in rng.integers(0, len(rows), (draws, len(rows)))]
+        boot = [np.corrcoef(x[i], y[i])[0, 1]
+                for i in rng.integers(0, len(rows), (draws, len(rows)))]
     low, high = np.nanquantile(boot, (.025, .975))
-    return dict(policies=len(rows), pearson=stats.pearsonr(x, y).statistic, low=low, high=high, spearman=stats.spearmanr(x, y).statistic,
+    return dict(policies=len(rows), pearson=stats.pearsonr(x, y).statistic, low=low, high=high,
+                spearman=stats.spearmanr(x, y).statistic,
                 ceiling=float(np.sqrt(reliability(tasks) * reliability(text))))
 
 
@@ -265,30 +328,43 @@ FIGURES = {'accuracy': 'right', 'task loss': 'loss'}  # what is said, and its na
 
 def correlations(rows: list[dict], draws: int = 2000) -> pd.DataFrame:
     "`correlation` with accuracy and task loss, over all policies and over each kind"
-    kinds = dict(all=rows) | {k: [r for r in rows if r['kind'] == k] for k in dict.fromkeys(r['kind'] for r in rows)}
-    return pd.DataFrame([dict(over=k, against=name) | correlation(rs, key, draws=draws) for k, rs in kinds.items() if len(rs) > 2 for name, key in FIGURES.items()])
+    kinds = (dict(all=rows)
+             | {k: [r for r in rows if r['kind'] == k]
+                for k in dict.fromkeys(r['kind'] for r in rows)})
+    return pd.DataFrame([dict(over=k, against=name) | correlation(rs, key, draws=draws)
+                         for k, rs in kinds.items() if len(rs) > 2
+                         for name, key in FIGURES.items()])
 
-
+# %% ../../nbs/studies/13_rewards.ipynb #6578540e
 def task_correlations(rows: list[dict], draws: int = 2000) -> pd.DataFrame:
     "`correlation` with the loss and the accuracy of each task, over all policies"
-    return pd.DataFrame([dict(task=t, against=name) | correlation(rows, key, j, draws) for j, t in enumerate(rows[0]['tasks']) for name, key in FIGURES.items()])
+    return pd.DataFrame([dict(task=t, against=name) | correlation(rows, key, j, draws)
+                         for j, t in enumerate(rows[0]['tasks']) for name, key in FIGURES.items()])
 
 # %% ../../nbs/studies/13_rewards.ipynb #03965f6f
 def read_reports(records: str | Path = '../runs/rewards') -> pd.DataFrame:
-    "A row for each reported policy: test nats on both texts, task loss, accuracy and its standard error"
+    """A row for each reported policy: test nats on both texts, task loss, accuracy and its standard
+    error"""
     rows = []
     for record in _read(records, 'report'):
         r = record['result']
         name, _, seed = record['config']['name'].removeprefix('report-').rpartition('-')
-        if not seed.isdigit(): name, seed = record['config']['name'].removeprefix('report-'), 0
+        if not seed.isdigit():
+            name, seed = record['config']['name'].removeprefix('report-'), 0
         right = np.array(r['right'], dtype=float)
-        rows.append(dict(policy=name, seed=int(seed), own=np.mean(r['nll']['own']), other=np.mean(r['nll'][record['config']['other']]), loss=np.mean(r['loss']),
-                         accuracy=right.mean(), stderr=float(np.sqrt((right.var(0, ddof=1) / len(right)).sum()) / right.shape[1]), right=right))
-    return pd.DataFrame(rows, columns=['policy', 'seed', 'own', 'other', 'loss', 'accuracy', 'stderr', 'right'])
+        rows.append(dict(policy=name, seed=int(seed), own=np.mean(r['nll']['own']),
+                         other=np.mean(r['nll'][record['config']['other']]),
+                         loss=np.mean(r['loss']), accuracy=right.mean(),
+                         stderr=float(np.sqrt((right.var(0, ddof=1) / len(right)).sum())
+                                      / right.shape[1]), right=right))
+    return pd.DataFrame(rows,
+                        columns=['policy', 'seed', 'own', 'other', 'loss', 'accuracy', 'stderr',
+                                 'right'])
 
 
 def reward_differences(reports: pd.DataFrame, base: str = 'ppl') -> pd.DataFrame:
-    "What searches with other rewards have more than those on perplexity, in pairs of seeds, with the 95 % interval"
+    """What searches with other rewards have more than those on perplexity, in pairs of seeds, with
+    the 95 % interval"""
     rows = []
     for policy in reports.policy.unique():
         a, b = (reports[reports.policy == p].set_index('seed') for p in (base, policy))
@@ -296,13 +372,16 @@ def reward_differences(reports: pd.DataFrame, base: str = 'ppl') -> pd.DataFrame
         if policy == base or policy not in REWARDS or not len(seeds): continue
         for k in ('own', 'other', 'loss', 'accuracy'):
             d = b.loc[seeds, k] - a.loc[seeds, k]
-            rows.append(dict(reward=policy, figure=k, pairs=len(d), difference=d.mean(), interval=half_width(d)))
+            rows.append(dict(reward=policy, figure=k, pairs=len(d), difference=d.mean(),
+                             interval=half_width(d)))
     return pd.DataFrame(rows, columns=['reward', 'figure', 'pairs', 'difference', 'interval'])
 
 # %% ../../nbs/studies/13_rewards.ipynb #ef8b4694
 def promises(reports: pd.DataFrame, records: str | Path = '../runs/rewards') -> pd.DataFrame:
-    "Forward tokens of each search, the reward its policy was chosen for, and the one it has on the test parts"
-    files = [*Path(records).glob('search-*.json'), *Path(records).parent.glob(f'spine/spine-ffp-{SIGMA}-*.json')]
+    """Forward tokens of each search, the reward its policy was chosen for, and the one it has on
+    the test parts"""
+    files = [*Path(records).glob('search-*.json'),
+             *Path(records).parent.glob(f'spine/spine-ffp-{SIGMA}-*.json')]
     at, rows = reports.set_index(['policy', 'seed']), []
     for f in sorted(files):
         r = read_json(f)
@@ -310,7 +389,8 @@ def promises(reports: pd.DataFrame, records: str | Path = '../runs/rewards') -> 
         if not {(reward, seed), ('dense', 0)} <= {*at.index}: continue
         more = {k: at[k][reward, seed] - at[k]['dense', 0] for k in ('own', 'loss')}
         gap = dict(ppl=more['own'], task=more['loss'], mixed=np.mean([*more.values()]))[reward]
-        rows.append(dict(reward=reward, seed=seed, forward_tokens=r['forward_tokens'], promised=r['result']['search']['reward'], kept=np.exp(-gap)))
+        rows.append(dict(reward=reward, seed=seed, forward_tokens=r['forward_tokens'],
+                         promised=r['result']['search']['reward'], kept=np.exp(-gap)))
     return pd.DataFrame(rows, columns=['reward', 'seed', 'forward_tokens', 'promised', 'kept'])
 
 # %% ../../nbs/studies/13_rewards.ipynb #79ed3952
@@ -319,16 +399,24 @@ def findings(rows: list[dict], reports: pd.DataFrame) -> list[str]:
     lines = []
     if len(rows) > 2:
         t = correlations(rows)
-        noise = lambda r: f'noise alone would leave {r.ceiling:.2f} of a perfect 1' if r.ceiling > 0.3 else 'but so few documents do not tell these policies apart'
-        say = lambda r: f'r = {r.pearson:.2f} ({r.low:.2f} to {r.high:.2f}; Spearman {r.spearman:.2f}; {noise(r)})'
+        few = 'but so few documents do not tell these policies apart'
+        left = lambda r: f'noise alone would leave {r.ceiling:.2f} of a perfect 1'
+        noise = lambda r: left(r) if r.ceiling > 0.3 else few
+        say = lambda r: (f'r = {r.pearson:.2f} ({r.low:.2f} to {r.high:.2f}; Spearman '
+                         f'{r.spearman:.2f}; {noise(r)})')
         for against, g in t.groupby('against', sort=False):
             of = {r.over: r for r in g.itertuples()}
-            lines.append(f'- Over {of["all"].policies} policies at {SIGMA:.0%} sparsity, nats on search text and {against} go together with {say(of["all"])}' +
-                         (f'; over the {of["visited"].policies} of them that a search visits, {say(of["visited"])}.' if 'visited' in of else '.'))
+            lines.append((f'- Over {of["all"].policies} policies at {SIGMA:.0%} sparsity, nats '
+                          f'on search text and {against} go together with {say(of["all"])}') +
+                         (f'; over the {of["visited"].policies} of them that a search visits, '
+                          f'{say(of["visited"])}.' if 'visited' in of else '.'))
     d = reward_differences(reports)
-    names = dict(own='nats on the test split of the search text', other='nats on another text', loss='task loss (dense: 1)', accuracy='accuracy')
+    names = dict(own='nats on the test split of the search text', other='nats on another text',
+                 loss='task loss (dense: 1)', accuracy='accuracy')
     for reward, g in d.groupby('reward', sort=False):
-        lines.append(f'- Reward "{reward}" against "ppl" ({g.pairs.max()} seeds): ' + ', '.join(f'{names[x.figure]} {x.difference:+.4f} ± {x.interval:.4f}' for x in g.itertuples()) + '.')
+        lines.append(f'- Reward "{reward}" against "ppl" ({g.pairs.max()} seeds): '
+                     + ', '.join(f'{names[x.figure]} {x.difference:+.4f} ± {x.interval:.4f}'
+                                 for x in g.itertuples()) + '.')
     return lines or ['- no record yet']
 
 

@@ -13,9 +13,14 @@ import pandas as pd
 from ..core.runs import read_json
 
 # %% ../../nbs/studies/15_scaling.ipynb #14a42032
-STAGES = dict(statistics='statistics of 1,000 tokens', factors='ridge factors of all modules', new_policy='calibrated weights of a new policy',
-              cached_policy='a policy from the cache', forward='pruned forward pass of 1,000 tokens (σ = 0.5)', sequential='sequential calibration on 1,000 tokens')
-MEMORY = dict(weights_GB='weights, bfloat16: on the device', gram_GB='Gram matrices, float32: in RAM', factors_GB='ridge factors, float32: on the device of each module',
+STAGES = dict(statistics='statistics of 1,000 tokens', factors='ridge factors of all modules',
+              new_policy='calibrated weights of a new policy',
+              cached_policy='a policy from the cache',
+              forward='pruned forward pass of 1,000 tokens (σ = 0.5)',
+              sequential='sequential calibration on 1,000 tokens')
+MEMORY = dict(weights_GB='weights, bfloat16: on the device',
+              gram_GB='Gram matrices, float32: in RAM',
+              factors_GB='ridge factors, float32: on the device of each module',
               policy_GB='calibrated weights of one policy, bfloat16: on the device')
 
 
@@ -25,35 +30,54 @@ def read_study(records: str | Path = '../../benchmarks/results') -> dict | None:
     return max(found, key=lambda r: r['created'], default=None)
 
 
-def tables(record: dict) -> tuple[pd.DataFrame, pd.DataFrame]:  # seconds by stage, GB by kind; a column a model
+def tables(record: dict) -> tuple[pd.DataFrame,
+                                  pd.DataFrame]:  # seconds by stage, GB by kind; a column a model
     "The whole models"
     t = pd.DataFrame(record['result']['rows'])
-    t = t.assign(model=t.model + t.how.map(dict(measured='', projected=' (projected)'))).set_index('model').T
-    return t.loc[list(STAGES)].rename(index=STAGES).astype(float), t.loc[list(MEMORY)].rename(index=MEMORY).astype(float)
+    t = t.assign(model=t.model
+                 + t.how.map(dict(measured='', projected=' (projected)'))).set_index('model').T
+    return t.loc[list(STAGES)].rename(index=STAGES).astype(float), t.loc[list(MEMORY)].rename(
+        index=MEMORY).astype(float)
 
 
 def placement(record: dict, device_GB: float = 80.0, cache_GB: float = 0.8) -> pd.DataFrame:
-    "What a model needs on devices and in RAM, and on how many devices of a size its modules have to be spread; `cache_GB`: of calibrated weights"
+    """What a model needs on devices and in RAM, and on how many devices of a size its modules have
+    to be spread; `cache_GB`: of calibrated weights"""
     t = pd.DataFrame(record['result']['rows']).set_index('model')
     search = t.weights_GB + t.factors_GB + cache_GB
-    return pd.DataFrame(dict(device_GB=search, devices=(search // (0.9 * device_GB) + 1).astype(int), ram_GB=t.gram_GB,  # a tenth stays free for activations
+    return pd.DataFrame(dict(device_GB=search,
+                             devices=(search // (0.9 * device_GB) + 1).astype(int),
+                             ram_GB=t.gram_GB,  # a tenth stays free for activations
                              uncalibrated_device_GB=t.weights_GB))
 
-
+# %% ../../nbs/studies/15_scaling.ipynb #e8a4a7e5
 def findings(record: dict | None) -> list[str]:
     "Markdown lines with the figures"
     if not record: return ['- no record yet']
     r, t = record['result'], pd.DataFrame(record['result']['rows']).set_index('model')
     p, c = placement(record), r['check']
     measured = [n for n in t.index if t.how[n] == 'measured']
-    far = {k: c['ratio'][k] for k in ('statistics', 'factors', 'new_policy', 'forward', 'sequential') if k in c['ratio']}
-    lines = [f'- **The ridge factors grow fastest**: their time goes with the cube of the FFN width. From {measured[0]} to {measured[-1]}: factors '
-             f'{t.factors[measured[-1]] / t.factors[measured[0]]:,.0f} times, a pruned forward pass {t.forward[measured[-1]] / t.forward[measured[0]]:,.0f} times. They are made once a model.',
-             '- **Memory**: ' + '; '.join(f'{n}{"" if t.how[n] == "measured" else " (projected)"}: weights {t.weights_GB[n]:.1f} GB, statistics {t.gram_GB[n]:.1f} GB of RAM, factors '
-                                         f'{t.factors_GB[n]:.1f} GB' for n in t.index[-3:]) + '.',
-             '- **Devices of 80 GB for a calibrated search**: ' + ', '.join(f'{n} {p.devices[n]}' for n in t.index) + '. The factors lie where their module lies, so a `device_map` that '
-             'spreads the modules spreads them too; the statistics of the largest need a machine with much RAM or a search without repair.',
-             f'- How far to trust a projection: {c["projected"]} projected from {c["of"]} against measured: ' + ', '.join(f'{k.replace("_", " ")} {v:.2f}' for k, v in far.items()) + '.']
+    far = {k: c['ratio'][k]
+           for k in ('statistics', 'factors', 'new_policy', 'forward', 'sequential')
+           if k in c['ratio']}
+    lines = ['- **The ridge factors grow fastest**: their time goes with the cube of the FFN '
+             f'width. From {measured[0]} to {measured[-1]}: factors '
+             f'{t.factors[measured[-1]] / t.factors[measured[0]]:,.0f} times, a pruned forward '
+             f'pass {t.forward[measured[-1]] / t.forward[measured[0]]:,.0f} times. They are made '
+             'once a model.',
+             '- **Memory**: '
+             + '; '.join(f'{n}{"" if t.how[n] == "measured" else " (projected)"}: '
+                         f'weights {t.weights_GB[n]:.1f} GB, statistics '
+                         f'{t.gram_GB[n]:.1f} GB of RAM, factors '
+                         f'{t.factors_GB[n]:.1f} GB' for n in t.index[-3:]) + '.',
+             '- **Devices of 80 GB for a calibrated search**: '
+             + ', '.join(f'{n} {p.devices[n]}' for n in t.index)
+             + ('. The factors lie where their module lies, so a `device_map` that spreads the '
+                'modules spreads them too; the statistics of the largest need a machine with '
+                'much RAM or a search without repair.'),
+             (f'- How far to trust a projection: {c["projected"]} projected from {c["of"]} '
+              'against measured: ')
+             + ', '.join(f'{k.replace("_", " ")} {v:.2f}' for k, v in far.items()) + '.']
     return lines
 
 

@@ -14,35 +14,43 @@ from .cells import Cell, half_width, in_study, read_cells, run_cells
 from .searchers import TOKENS, reached, read_traces, tokens_to_reach
 
 # %% ../../nbs/studies/08_schedules.ipynb #96543e53
-VARIANTS = ('default', 'none', 'sparsity', 'fidelity', 'linear', 'staircase', 'early', 'late', 'near')
+VARIANTS = ('default', 'none', 'sparsity', 'fidelity', 'linear', 'staircase', 'early', 'late',
+            'near')
 
 
-def study_cells(models=('llama', 'opt'), sparsity: float = 0.5, seeds=(0, 1, 2), tokens: int | None = TOKENS) -> list[Cell]:
+def study_cells(models=('llama', 'opt'), sparsity: float = 0.5, seeds=(0, 1, 2),
+                tokens: int | None = TOKENS) -> list[Cell]:
     "The cells of this study, model by model: the schedules at one target, the transfer at 0.3"
     make = lambda m, s, seed, v: Cell(m, s, 'ffp', seed, v, tokens, ('static',))
     return [make(m, s, seed, v) for m in models for seed in seeds
-            for s, variants in ((sparsity, VARIANTS), (0.3, ('default', 'transfer'))) for v in variants]
+            for s, variants in ((sparsity, VARIANTS), (0.3, ('default', 'transfer')))
+            for v in variants]
 
 
-def run_study(records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/work', models: str | Path = 'runs/models',
-              profile: str = 'cpu', cells: list[Cell] | None = None) -> None:
+def run_study(records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/work',
+              models: str | Path = 'runs/models', profile: str = 'cpu',
+              cells: list[Cell] | None = None) -> None:
     "All searches that have no record yet, with their traces"
     run_cells(cells or study_cells(), records, work, profile, models, traced=True)
 
 # %% ../../nbs/studies/08_schedules.ipynb #44374cd6
 def savings(traces: pd.DataFrame, base: str = 'none') -> pd.DataFrame:
-    "For each schedule: how many times fewer tokens it needs to the best quality of searches without one, and its best against theirs in nats"
+    """For each schedule: how many times fewer tokens it needs to the best quality of searches
+    without one, and its best against theirs in nats"""
     rows = []
     for key, d in traces.groupby(['model', 'sparsity', 'seed']):
         b = d[d.variant == base]
         if b.empty: continue
         level = b.nll.min()
-        rows += [dict(variant=v, ratio=tokens_to_reach(b, level) / tokens_to_reach(t, level), behind=t.nll.min() - level, last=t.nll.iloc[-1] - level)
+        rows += [dict(variant=v, ratio=tokens_to_reach(b, level) / tokens_to_reach(t, level),
+                      behind=t.nll.min() - level, last=t.nll.iloc[-1] - level)
                  for v, t in d.groupby('variant')]
     if not rows: return pd.DataFrame()
     g = pd.DataFrame(rows).groupby('variant')
-    return pd.DataFrame(dict(runs=g.size(), reached=g.ratio.agg(lambda r: int((r > 0).sum())), times_cheaper=g.ratio.median(), low=g.ratio.min(),
-                             high=g.ratio.max(), behind=g.behind.mean(), interval=g.behind.agg(half_width))).reset_index().sort_values('behind')
+    return pd.DataFrame(dict(runs=g.size(), reached=g.ratio.agg(lambda r: int((r > 0).sum())),
+                             times_cheaper=g.ratio.median(), low=g.ratio.min(), high=g.ratio.max(),
+                             behind=g.behind.mean(),
+                             interval=g.behind.agg(half_width))).reset_index().sort_values('behind')
 
 
 def findings(mine: pd.DataFrame, traces: pd.DataFrame) -> list[str]:
@@ -52,14 +60,19 @@ def findings(mine: pd.DataFrame, traces: pd.DataFrame) -> list[str]:
     for v in ('sparsity', 'fidelity', 'default'):
         if v not in s.index: continue
         r = s.loc[v]
-        name = dict(sparsity='growing sparsity alone', fidelity='growing fidelity alone', default='both')[v]
+        name = dict(sparsity='growing sparsity alone', fidelity='growing fidelity alone',
+                    default='both')[v]
         sure = 'inside' if abs(r.behind) <= r.interval else 'outside'
-        lines.append(f'- {name}: {reached(r, "reaches the best quality of the unscheduled search")[:-1]}; best quality {r.behind:+.4f} ± {r.interval:.4f} nats against it, '
-                     f'zero {sure} the interval.')
+        lines.append(f'- {name}: '
+                     f'{reached(r, "reaches the best quality of the unscheduled search")[:-1]}; '
+                     f'best quality {r.behind:+.4f} ± {r.interval:.4f} nats against it, zero '
+                     f'{sure} the interval.')
     return lines
 
-
-def read_study(runs: str | Path = '../runs') -> tuple[pd.DataFrame, pd.DataFrame]:  # a row each search (static repair), a row each point of their traces
+# %% ../../nbs/studies/08_schedules.ipynb #79018a44
+def read_study(runs: str | Path = '../runs') -> tuple[
+    pd.DataFrame,
+    pd.DataFrame]:  # a row each search (static repair), a row each point of their traces
     "The searches of `study_cells` that have a record"
     table = read_cells(Path(runs) / 'main')
     mine = in_study(table[table.calibration == 'static'], study_cells())
@@ -72,13 +85,17 @@ def conclusions(runs: str | Path = '../runs') -> list[str]:
 
 # %% ../../nbs/studies/08_schedules.ipynb #2e6b2752
 def transfer_table(mine: pd.DataFrame, traces: pd.DataFrame) -> pd.DataFrame:
-    "A row each model and seed: test nats from scratch and transferred, selection nats at the first point, tokens of the first training"
+    """A row each model and seed: test nats from scratch and transferred, selection nats at the
+    first point, tokens of the first training"""
     rows = []
     for (m, seed), d in mine[mine.sparsity == 0.3].groupby(['model', 'seed']):
         d = d.set_index('variant')
         if not {'default', 'transfer'} <= set(d.index): continue
-        first = lambda v: traces[(traces.model == m) & (traces.seed == seed) & (traces.variant == v) & (traces.sparsity == 0.3)].gap
-        rows.append(dict(model=m, seed=seed, scratch=d.nll['default'], transfer=d.nll['transfer'], difference=d.nll['transfer'] - d.nll['default'],
-                         scratch_first=first('default').iloc[0], transfer_first=first('transfer').iloc[0],
+        first = lambda v: traces[(traces.model == m) & (traces.seed == seed) & (traces.variant == v)
+                                 & (traces.sparsity == 0.3)].gap
+        rows.append(dict(model=m, seed=seed, scratch=d.nll['default'], transfer=d.nll['transfer'],
+                         difference=d.nll['transfer'] - d.nll['default'],
+                         scratch_first=first('default').iloc[0],
+                         transfer_first=first('transfer').iloc[0],
                          before=d.record['transfer']['result']['before']))
     return pd.DataFrame(rows)

@@ -19,77 +19,97 @@ from .families import NAMES
 
 # %% ../../nbs/studies/07_searchers.ipynb #d66b9576
 METHODS = ('ffp', 'random-search', 'eas', 'cma', 'tpe', 'ddpg')
-UNSCHEDULED = ('ffp', 'random-search', 'eas', 'cma', 'tpe')  # run without the progressive schedule, too
-EASIER = (('ffp', 'default'), ('eas', 'none'), ('cma', 'default'), ('random-search', 'none'))  # that run at the other targets, too
+# run without the progressive schedule, too
+UNSCHEDULED = ('ffp', 'random-search', 'eas', 'cma', 'tpe')
+# that run at the other targets, too
+EASIER = (('ffp', 'default'), ('eas', 'none'), ('cma', 'default'), ('random-search', 'none'))
 TOKENS = 200_000  # of one search on a trained model
 
 
-def study_cells(models=NAMES, sparsities=(0.5,), seeds=(0, 1, 2), methods=METHODS, tokens: int | None = TOKENS) -> list[Cell]:
+def study_cells(models=NAMES, sparsities=(0.5,), seeds=(0, 1, 2), methods=METHODS,
+                tokens: int | None = TOKENS) -> list[Cell]:
     "The cells of this study, model by model"
     make = lambda m, s, method, seed, v: Cell(m, s, method, seed, v, tokens, ('static',))
-    return [make(m, s, method, seed, v) for m in models for s in sparsities for seed in seeds for v in ('default', 'none')
-            for method in methods if v == 'default' or method in UNSCHEDULED]
+    return [make(m, s, method, seed, v) for m in models for s in sparsities for seed in seeds
+            for v in ('default', 'none') for method in methods
+            if v == 'default' or method in UNSCHEDULED]
 
 
-def easier_cells(models=NAMES, sparsities=(0.3, 0.2), seeds=(0, 1, 2), tokens: int | None = TOKENS) -> list[Cell]:
+def easier_cells(models=NAMES, sparsities=(0.3, 0.2), seeds=(0, 1, 2),
+                 tokens: int | None = TOKENS) -> list[Cell]:
     "The searches at lower targets"
-    return [Cell(m, s, method, seed, v, tokens, ('static',)) for s in sparsities for m in models for seed in seeds for method, v in EASIER]
+    return [Cell(m, s, method, seed, v, tokens, ('static',)) for s in sparsities for m in models
+            for seed in seeds for method, v in EASIER]
 
 
-def run_study(records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/work', models: str | Path = 'runs/models',
-              profile: str = 'cpu', cells: list[Cell] | None = None) -> None:
+def run_study(records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/work',
+              models: str | Path = 'runs/models', profile: str = 'cpu',
+              cells: list[Cell] | None = None) -> None:
     "All searches that have no record yet, with their traces"
     run_cells(cells or study_cells() + easier_cells(), records, work, profile, models, traced=True)
 
 # %% ../../nbs/studies/07_searchers.ipynb #478a82ce
 def read_traces(table: pd.DataFrame, records: str | Path = '../runs/main') -> pd.DataFrame:
     "Traces of the cells in a table of `read_cells`, a row each point"
-    of = {r['config']['of']: r for f in sorted(Path(records).glob('trace-*.json')) for r in [read_json(f)]}
+    of = {r['config']['of']: r for f in sorted(Path(records).glob('trace-*.json'))
+          for r in [read_json(f)]}
     rows = []
-    for c in table.drop_duplicates(['model', 'sparsity', 'policy', 'variant', 'seed', 'tokens']).itertuples():
+    for c in table.drop_duplicates(['model', 'sparsity', 'policy', 'variant', 'seed',
+                                    'tokens']).itertuples():
         if c.record['config_id'] in of:
             rows.append(pd.DataFrame(of[c.record['config_id']]['result']['rows']).assign(
-                model=c.model, sparsity=c.sparsity, policy=c.policy, variant=c.variant, seed=c.seed))
+                model=c.model, sparsity=c.sparsity, policy=c.policy, variant=c.variant,
+                seed=c.seed))
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
 
 def tokens_to_reach(trace: pd.DataFrame, level: float) -> float:
-    "Forward tokens after which a trace is at `level` (nats) or below for the first time, between points on a line; infinity if it never is"
+    """Forward tokens after which a trace is at `level` (nats) or below for the first time, between
+    points on a line; infinity if it never is"""
     t = trace.sort_values('forward_tokens')
     best, tokens = t.nll.cummin().to_numpy(), t.forward_tokens.to_numpy(float)
     if not (best <= level).any(): return float('inf')
     i = int(np.argmax(best <= level))
     if i == 0 or best[i - 1] == best[i]: return float(tokens[i])
-    return float(tokens[i] - (tokens[i] - tokens[i - 1]) * (level - best[i]) / (best[i - 1] - best[i]))
+    return float(tokens[i] - (tokens[i] - tokens[i - 1]) * (level - best[i])
+                 / (best[i - 1] - best[i]))
 
-
-def cost_runs(traces: pd.DataFrame, rival: str = 'eas', rival_variant: str = 'none') -> pd.DataFrame:
-    "For each search: how many times fewer tokens it needs than the rival of its model, target and seed to the rival's best (0: never gets there), and its distance from it in nats"
+# %% ../../nbs/studies/07_searchers.ipynb #51b11b04
+def cost_runs(traces: pd.DataFrame, rival: str = 'eas',
+              rival_variant: str = 'none') -> pd.DataFrame:
+    """For each search: how many times fewer tokens it needs than the rival of its model, target and
+    seed to the rival's best (0: never gets there), and its distance from it in nats"""
     rows = []
     for key, d in traces.groupby(['model', 'sparsity', 'seed']):
         base = d[(d.policy == rival) & (d.variant == rival_variant)]
         if base.empty: continue
         level = base.nll.min()
         need = tokens_to_reach(base, level)
-        rows += [dict(zip(('model', 'sparsity', 'seed'), key), policy=p, variant=v, times=need / tokens_to_reach(t, level), behind=t.nll.min() - level)
+        rows += [dict(zip(('model', 'sparsity', 'seed'), key), policy=p, variant=v,
+                      times=need / tokens_to_reach(t, level), behind=t.nll.min() - level)
                  for (p, v), t in d.groupby(['policy', 'variant'])]
     return pd.DataFrame(rows)
 
 
 def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
-    "Of `cost_runs`, for each searcher: runs, how many reach the rival's best, times cheaper (median, smallest, largest), mean distance"
+    """Of `cost_runs`, for each searcher: runs, how many reach the rival's best, times cheaper
+    (median, smallest, largest), mean distance"""
     g = runs.groupby(['policy', 'variant'])
-    return pd.DataFrame(dict(runs=g.size(), reached=g.times.agg(lambda r: int((r > 0).sum())), times_cheaper=g.times.median(), low=g.times.min(),
-                             high=g.times.max(), behind=g.behind.mean())).reset_index().sort_values('behind', ignore_index=True)
+    return pd.DataFrame(dict(runs=g.size(), reached=g.times.agg(lambda r: int((r > 0).sum())),
+                             times_cheaper=g.times.median(), low=g.times.min(), high=g.times.max(),
+                             behind=g.behind.mean())).reset_index().sort_values('behind',
+                                                                                ignore_index=True)
 
 # %% ../../nbs/studies/07_searchers.ipynb #84d0191f
-def label(policy: str, variant: str) -> str: return policy + (', no schedule' if variant == 'none' else '')
+def label(policy: str, variant: str) -> str:
+    return policy + (', no schedule' if variant == 'none' else '')
 
 
 def reached(row, what: str) -> str:  # a row with runs, reached, times_cheaper, low, high
     "In how many runs a level was reached, and with how many times fewer tokens where it was"
     if not row.reached: return f'never {what} in {int(row.runs)} runs.'
-    times = f'with {row.times_cheaper:.2g} times fewer forward tokens in the median' if row.times_cheaper else 'in the median never'
+    times = (f'with {row.times_cheaper:.2g} times fewer forward tokens in the median'
+             if row.times_cheaper else 'in the median never')
     span = f'{row.low:.2g} to {row.high:.2g}' if row.low else f'at most {row.high:.2g}'
     return f'{what} in {int(row.reached)} of {int(row.runs)} runs, {times} ({span}).'
 
@@ -99,30 +119,40 @@ def findings(traces: pd.DataFrame, paper: float = 3.4, goal: float = 10.0) -> li
     runs = cost_runs(traces) if len(traces) else traces
     if not len(runs): return ['- no record yet']
     lines, c = [], cost_table(runs).set_index(['policy', 'variant'])
-    for key in (('ffp', 'default'), ('cma', 'default'), ('eas', 'default'), ('tpe', 'default'), ('random-search', 'none')):
+    for key in (('ffp', 'default'), ('cma', 'default'), ('eas', 'default'), ('tpe', 'default'),
+                ('random-search', 'none')):
         if key not in c.index: continue
         r = c.loc[key]
-        lines.append(f'- {label(*key)}: ' + reached(r, 'reaches the best quality of EAS without schedule'))
+        lines.append(f'- {label(*key)}: '
+                     + reached(r, 'reaches the best quality of EAS without schedule'))
     x = runs[(runs.policy == 'ffp') & (runs.variant == 'default')].times
     if len(x):
-        verdict = 'reproduced' if x.median() >= paper else 'reproduced in part' if (x > 1).all() else 'not reproduced'
-        lines.append(f'- Claim of the paper, {paper} times cheaper than EAS: **{verdict}** ({x.median():.2g} times; at least {paper} times in {(x >= paper).sum()} '
-                     f'of {len(x)} runs). Goal of this project, {goal:g} times: **{"met" if x.median() >= goal else "not met"}**.')
+        verdict = ('reproduced' if x.median() >= paper else 'reproduced in part' if (x > 1).all()
+                   else 'not reproduced')
+        lines.append(f'- Claim of the paper, {paper} times cheaper than EAS: **{verdict}** '
+                     f'({x.median():.2g} times; at least {paper} times in {(x >= paper).sum()} '
+                     f'of {len(x)} runs). Goal of this project, {goal:g} times: '
+                     f'**{"met" if x.median() >= goal else "not met"}**.')
     return lines
 
-
+# %% ../../nbs/studies/07_searchers.ipynb #67bb1177
 def method_table(table: pd.DataFrame) -> pd.DataFrame:
-    "Test perplexity with its interval over seeds, a column a model; `nats` is the mean difference to ffp over all pairs"
+    """Test perplexity with its interval over seeds, a column a model; `nats` is the mean difference
+    to ffp over all pairs"""
     t = table.assign(searcher=[label(*k) for k in zip(table.policy, table.variant)])
-    out = t.pivot_table(index='searcher', columns=['sparsity', 'model'], values='ppl', aggfunc=mean_interval)
+    out = t.pivot_table(index='searcher', columns=['sparsity', 'model'], values='ppl',
+                        aggfunc=mean_interval)
     wide = t.pivot_table(index=['model', 'sparsity', 'seed'], columns='searcher', values='nll')
     diff = wide.sub(wide['ffp'], axis=0)
-    out['nats', ''] = [f'{diff[s].mean():+.4f} ± {half_width(diff[s].dropna()):.4f}' for s in out.index]
+    out['nats', ''] = [f'{diff[s].mean():+.4f} ± {half_width(diff[s].dropna()):.4f}'
+                       for s in out.index]
     out['minutes', ''] = (t.groupby('searcher').search_s.mean() / 60).round(2)
     return out.loc[wide.mean().sort_values().index]
 
 
-def read_study(runs: str | Path = '../runs') -> tuple[pd.DataFrame, pd.DataFrame]:  # a row each search (static repair), a row each point of their traces
+def read_study(runs: str | Path = '../runs') -> tuple[
+    pd.DataFrame,
+    pd.DataFrame]:  # a row each search (static repair), a row each point of their traces
     "The searches of `study_cells` that have a record"
     table = read_cells(Path(runs) / 'main')
     mine = in_study(table[table.calibration == 'static'], study_cells())

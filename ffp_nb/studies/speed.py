@@ -24,25 +24,30 @@ from .spine import SPARSITIES, study_bench, study_config
 # %% ../../nbs/studies/05_speed.ipynb #f595465b
 def read_speed(folder: str | Path = '../../benchmarks/results',
                model: str = 'smollm2') -> tuple[pd.DataFrame, dict | None]:  # its rows, the record
-    "The newest record of all parts of benchmarks/speed.py; an empty table and None where there is none"
+    """The newest record of all parts of benchmarks/speed.py; an empty table and None where there is
+    none"""
     found = [r for f in sorted(Path(folder).glob('speed-*.json'))
-             if (r := read_json(f))['config']['model'] == model and r['config']['parts'] == list('abcde')]
+             if (r := read_json(f))['config']['model'] == model
+             and r['config']['parts'] == list('abcde')]
     if not found: return pd.DataFrame(), None
     record = max(found, key=lambda r: r['created'])
     return pd.DataFrame(record['result']['rows']), record
 
 # %% ../../nbs/studies/05_speed.ipynb #da23af6e
 def read_rounding(records: str | Path = '../runs/speed',
-                  profile: str = 'cpu') -> pd.DataFrame:  # a row a sparsity and step; `cost` in nats a token
+                  # a row a sparsity and step; `cost` in nats a token
+                  profile: str = 'cpu') -> pd.DataFrame:
     "All roundings of a profile, with the paired difference to widths that are not rounded (step 1)"
     plain = json.loads(json.dumps(asdict(PROFILES[profile])))
-    found = [r for f in sorted(Path(records).glob('speed-round-*.json')) if (r := read_json(f))['config']['profile'] == plain]
-    rows = [dict(target=r['config']['sparsity'], step=r['config']['step'][1]) | r['result'] for r in found]
+    found = [r for f in sorted(Path(records).glob('speed-round-*.json'))
+             if (r := read_json(f))['config']['profile'] == plain]
+    rows = [dict(target=r['config']['sparsity'], step=r['config']['step'][1]) | r['result']
+            for r in found]
     table = pd.DataFrame(rows).sort_values(['target', 'step']).reset_index(drop=True)
     exact = {r.target: r.nll for r in table.itertuples() if r.step == 1}
     table['ppl'] = [np.exp(np.mean(n)) for n in table.nll]
-    table[['cost', 'interval']] = [paired_interval(r.nll, exact[r.target]) if r.step > 1 else (0.0, 0.0)
-                                   for r in table.itertuples()]
+    table[['cost', 'interval']] = [paired_interval(r.nll, exact[r.target]) if r.step > 1
+                                   else (0.0, 0.0) for r in table.itertuples()]
     return table
 
 
@@ -51,49 +56,63 @@ def with_speed(rounding: pd.DataFrame, speed: pd.DataFrame, record: dict) -> pd.
     for r in rounding.itertuples():
         measured = record['result']['rounded'][f'ffp {r.target}, step {r.step}']['widths']
         if measured != r.widths:
-            raise ValueError(f'σ = {r.target}, step {r.step}: the benchmark measured other widths. Run it again.')
-    t = speed[(speed.part == 'd') & (speed.what == 'prefill') & speed.engine.str.startswith('PyTorch')]
-    return rounding.merge(t[['target', 'step', 'ratio', 'low', 'high', 'promised', 'reached']], on=['target', 'step'])
+            raise ValueError(f'σ = {r.target}, step {r.step}: the benchmark measured other '
+                             'widths. Run it again.')
+    t = speed[(speed.part == 'd') & (speed.what == 'prefill')
+              & speed.engine.str.startswith('PyTorch')]
+    return rounding.merge(t[['target', 'step', 'ratio', 'low', 'high', 'promised', 'reached']],
+                          on=['target', 'step'])
 
 # %% ../../nbs/studies/05_speed.ipynb #fac5b462
 def summary(speed: pd.DataFrame) -> pd.DataFrame:  # a row a figure, a column a sparsity
     "Dense / pruned, and what was promised where it was"
     t = speed[speed.part.isin(list('abc'))].copy()
     goal = {True: ', goal met', False: ', goal missed'}
-    of = lambda r: f' of {r.promised:.2f} ({r.reached:.0%}{goal.get(r.met, "")})' if r.promised == r.promised else ''
-    t['text'] = [f'{r.ratio:.2f} ×{of(r)}' for r in t.itertuples()]
+    of = lambda r: f' of {r.promised:.2f} ({r.reached:.0%}{goal.get(r.met, "")})'
+    of_promise = lambda r: of(r) if r.promised == r.promised else ''
+    t['text'] = [f'{r.ratio:.2f} ×{of_promise(r)}' for r in t.itertuples()]
     t['figure'] = pd.Categorical(t.what, t.what.unique())
-    return t.pivot_table(index=['figure', 'engine'], columns='target', values='text', aggfunc='first', observed=True)
+    return t.pivot_table(index=['figure', 'engine'], columns='target', values='text',
+                         aggfunc='first', observed=True)
 
 # %% ../../nbs/studies/05_speed.ipynb #fe1cf447
 def headline(speed: pd.DataFrame, engines=('PyTorch bf16', 'llama.cpp F16')) -> str:
     "Markdown table: how many times faster or smaller than dense, by target sparsity"
-    t = speed[speed.part.isin(list('abc')) & speed.what.isin(['prefill', 'decode', 'file']) & speed.engine.isin(engines)]
+    t = speed[speed.part.isin(list('abc')) & speed.what.isin(['prefill', 'decode', 'file'])
+              & speed.engine.isin(engines)]
     t = t.pivot_table(index=['what', 'engine'], columns='target', values='ratio', sort=False)
-    head = ['| | engine | ' + ' | '.join(f'σ = {c:g}' for c in t.columns) + ' |', '| --- ' * (2 + t.shape[1]) + '|']
-    return '\n'.join(head + [f'| {what} | {engine} | ' + ' | '.join(f'{x:.2f} ×' for x in row) + ' |' for (what, engine), row in zip(t.index, t.values)])
+    head = ['| | engine | ' + ' | '.join(f'σ = {c:g}' for c in t.columns) + ' |',
+            '| --- ' * (2 + t.shape[1]) + '|']
+    return '\n'.join(head
+                     + [f'| {what} | {engine} | ' + ' | '.join(f'{x:.2f} ×' for x in row) + ' |'
+                        for (what, engine), row in zip(t.index, t.values)])
 
 # %% ../../nbs/studies/05_speed.ipynb #5ca0aa03
 def explain(speed: pd.DataFrame, record: dict | None) -> list[str]:
     "Goal, and where the time of prefill in PyTorch goes, as Markdown lines"
     if record is None: return ['- no record yet']
     goals = speed[speed.met.notna()]
-    lines = ['- Prefill reaches 95 % of the promise in ' + ', '.join(
-        f'{t.met.sum():.0f} of {len(t)} cases with {engine}' for engine, t in goals.groupby('engine', sort=False)) + '.']
+    lines = ['- Prefill reaches 95 % of the promise in '
+             + ', '.join(f'{t.met.sum():.0f} of {len(t)} cases with {engine}'
+                         for engine, t in goals.groupby('engine', sort=False)) + '.']
     part, top = speed[speed.part == 'e'].set_index(['what', 'target']), speed.target.max()
     macs = record['result']['models']['dense']['macs']['prefill']
     cell = {g: part.loc[f'prefill: {g}', top] for g in ('all', 'projections', 'attention', 'rest')}
-    share = {g: (c.dense / cell['all'].dense, c.pruned / cell['all'].pruned) for g, c in cell.items()}
+    share = {g: (c.dense / cell['all'].dense, c.pruned / cell['all'].pruned)
+             for g, c in cell.items()}
     gain = lambda g: f'{cell[g].ratio:.2f} times as fast ({cell[g].promised:.2f} promised)'
     return lines + [
-        f"- Of the dense model's prefill in PyTorch, attention takes {share['attention'][0]:.0%} of the time for "
-        f"{macs['attention'] / sum(macs.values()):.0%} of the MACs, and what has no MACs takes {share['rest'][0]:.0%}. "
-        f"At σ = {top} projections are {gain('projections')}, attention {gain('attention')}, the rest {cell['rest'].ratio:.2f} times as fast; "
-        f"attention and the rest are then {share['attention'][1] + share['rest'][1]:.0%} of the time."]
+        f"- Of the dense model's prefill in PyTorch, attention takes {share['attention'][0]:.0%} "
+        f"of the time for {macs['attention'] / sum(macs.values()):.0%} of the MACs, and what has "
+        f"no MACs takes {share['rest'][0]:.0%}. At σ = {top} projections are "
+        f"{gain('projections')}, attention {gain('attention')}, the rest "
+        f"{cell['rest'].ratio:.2f} times as fast; attention and the rest are then "
+        f"{share['attention'][1] + share['rest'][1]:.0%} of the time."]
 
 
 def weigh(rounding: pd.DataFrame, both: pd.DataFrame | None = None) -> list[str]:
-    "For every step its cost in perplexity and its gain in speed, over all sparsities, as Markdown lines"
+    """For every step its cost in perplexity and its gain in speed, over all sparsities, as Markdown
+    lines"""
     lines = []
     for step, t in rounding[rounding.step > 1].groupby('step'):
         sure = [f'σ = {r.target}' for r in t.itertuples() if r.cost > r.interval]
@@ -101,7 +120,8 @@ def weigh(rounding: pd.DataFrame, both: pd.DataFrame | None = None) -> list[str]
         line += f'outside the 95 % interval at {", ".join(sure) or "none"}'
         if both is not None:  # at equal MACs: a coarser step may realise another sparsity
             exact, now = (both[both.step == n].set_index('target').reached for n in (1, step))
-            line += f'. Prefill at equal MACs {(now / exact - 1).min():+.1%} to {(now / exact - 1).max():+.1%}'
+            line += (f'. Prefill at equal MACs {(now / exact - 1).min():+.1%} to '
+                     f'{(now / exact - 1).max():+.1%}')
         lines.append(line + '.')
     return lines
 
@@ -109,39 +129,47 @@ def weigh(rounding: pd.DataFrame, both: pd.DataFrame | None = None) -> list[str]
 STEPS = (1, 8, 32, 64, 128, 256)  # FFN channels that come and go together
 
 
-def read_policy(sparsity: float, seed: int = 0, records: str | Path = '../runs/spine') -> dict:  # the record
+def read_policy(sparsity: float, seed: int = 0,
+                records: str | Path = '../runs/spine') -> dict:  # the record
     "The searched policy of the first study. FileNotFoundError where there is none"
-    found = [read_json(f) for f in sorted(Path(records).glob(f'spine-ffp-{sparsity}-{seed}-*.json'))]
+    found = [read_json(f)
+             for f in sorted(Path(records).glob(f'spine-ffp-{sparsity}-{seed}-*.json'))]
     if not found:
-        raise FileNotFoundError(f'{records} has no record of the policy at {sparsity}, seed {seed}. Run the first study '
-                                '(ffp_nb.studies.spine.run_study).')
+        raise FileNotFoundError(f'{records} has no record of the policy at {sparsity}, seed '
+                                f'{seed}. Run the first study (ffp_nb.studies.spine.run_study).')
     return max(found, key=lambda r: r['created'])
 
 
 def round_policy(policy: dict, cost, step: int) -> np.ndarray:  # (n_layers, 2) widths
     "The widths that a policy's scores give in FFN steps of this size"
-    return solve(policy['result']['search']['scores'], cost, policy['config']['sparsity'], (1, step))
+    return solve(policy['result']['search']['scores'], cost, policy['config']['sparsity'],
+                 (1, step))
 
 # %% ../../nbs/studies/05_speed.ipynb #f78b38bb
-def run_cell(bench: Bench, sparsity: float, step: int, records: str | Path, policies: str | Path, profile: str,
-             text: str) -> dict:  # the record
+def run_cell(bench: Bench, sparsity: float, step: int, records: str | Path, policies: str | Path,
+             profile: str, text: str) -> dict:  # the record
     "Perplexity of one rounding on the selection split, or its record"
-    policy, config = read_policy(sparsity, records=policies), study_config(sparsity, profile=profile, text=text)
+    policy = read_policy(sparsity, records=policies)
+    config = study_config(sparsity, profile=profile, text=text)
     key = dict(name=f'speed-round-{sparsity}-{step}', study='speed', policy=policy['config_id'])
     key |= run_config(replace(config, step=(1, step), calibration='static'), bench.corpus)
 
     def measure(_):
-        widths, blocks = round_policy(policy, bench.cost, step), bench.selection[slice(0, config.profile.final_blocks)]
+        widths = round_policy(policy, bench.cost, step)
+        blocks = bench.selection[slice(0, config.profile.final_blocks)]
         nll = bench.perplexity(widths, blocks, bench.static).nll.round(6)
-        return dict(widths=widths, sparsity=bench.cost.sparsity(widths), nll=nll, blocks=len(blocks))
+        return dict(widths=widths, sparsity=bench.cost.sparsity(widths), nll=nll,
+                    blocks=len(blocks))
     return cached(records, key, measure)
 
 
-def run_study(profile: str = 'cpu', records: str | Path = '../runs/speed', policies: str | Path = '../runs/spine',
-              cells=None,  # (sparsity, step) of each; None: all
+def run_study(profile: str = 'cpu', records: str | Path = '../runs/speed',
+              # (sparsity, step) of each; None: all
+              policies: str | Path = '../runs/spine', cells=None,
               text: str = 'wikitext2') -> None:
     "Compute all roundings that have no record yet"
     bench = study_bench(study_config(profile=profile, text=text))
     for sparsity, step in cells or [(s, step) for s in SPARSITIES for step in STEPS]:
         r = run_cell(bench, sparsity, step, records, policies, profile, text)['result']
-        print(f"{sparsity}, step {step}: realised {r['sparsity']:.4f}, perplexity {np.exp(np.mean(r['nll'])):.3f}", flush=True)
+        print(f"{sparsity}, step {step}: realised {r['sparsity']:.4f}, perplexity "
+              f"{np.exp(np.mean(r['nll'])):.3f}", flush=True)

@@ -26,8 +26,9 @@ from ..core.runs import atomic_write, find_record, read_json, save_record
 
 # %% ../../nbs/studies/03_spine.ipynb #b50af87a
 SPARSITIES, SEEDS = (0.2, 0.3, 0.5), (0, 1, 2)
-CELLS = [(s, m, seed) for s in SPARSITIES for m, seeds in (('uniform', (0,)), ('uniform-ffn', (0,)), ('random', (0,)),
-                                                          ('ffp', SEEDS)) for seed in seeds]
+CELLS = [(s, m, seed) for s in SPARSITIES
+         for m, seeds in (('uniform', (0,)), ('uniform-ffn', (0,)), ('random', (0,)),
+                          ('ffp', SEEDS)) for seed in seeds]
 MODES = ('none', 'static', 'sequential')
 
 
@@ -46,58 +47,72 @@ def run_cell(bench: Bench, config: PruneConfig, records: Path,
              work: Path) -> dict:  # the record
     "Search, repair and measure one policy, or load its record"
     bench.config = config
-    key = dict(name=f'spine-{config.method}-{config.sparsity}-{config.seed}', study='spine') | run_config(bench.config, bench.corpus)
+    key = (dict(name=f'spine-{config.method}-{config.sparsity}-{config.seed}', study='spine')
+           | run_config(bench.config, bench.corpus))
     if os.environ.get('FFP_RECOMPUTE') != '1' and (found := find_record(records, key)): return found
     start = time.perf_counter()
     widths, search = find_widths(bench, open_run(work / key['name'], bench), progress=False)
     searched = time.perf_counter()
-    if not hasattr(bench, 'goals'):  # the dense half of sequential calibration is the same for all policies
-        bench.goals = dense_goals(bench.elastic, bench.calibration[:config.profile.sequential_blocks],
+    # the dense half of sequential calibration is the same for all policies
+    if not hasattr(bench, 'goals'):
+        bench.goals = dense_goals(bench.elastic,
+                                  bench.calibration[:config.profile.sequential_blocks],
                                   config.sequential_target, config.profile.forward_batch)
     fitted = bench.sequential(widths, goals=bench.goals, progress=False)
     test, nll = bench.test(), {}
     for mode, weights in zip(MODES, (None, bench.static, fitted)):
         nll[mode] = bench.perplexity(widths, test, weights).nll.round(6)
-    result = dict(widths=widths, sparsity=bench.cost.sparsity(widths), nll=nll, test_blocks=len(test), search=None)
+    result = dict(widths=widths, sparsity=bench.cost.sparsity(widths), nll=nll,
+                  test_blocks=len(test), search=None)
     if search is not None:
-        result['search'] = dict(reward=search.reward, source=search.source, broken=search.broken, start=search.start, wall_s=search.wall_s,
+        result['search'] = dict(reward=search.reward, source=search.source, broken=search.broken,
+                                start=search.start, wall_s=search.wall_s,
                                 scores=search.scores.round(4), updates=search.updates)
         save_policies(records / f"{key['name']}.npz", search.log)
-    save_record(records, key, result, search.forward_tokens if search else 0, round(time.perf_counter() - start, 1),
+    save_record(records, key, result, search.forward_tokens if search else 0,
+                round(time.perf_counter() - start, 1),
                 threads=os.environ.get('OMP_NUM_THREADS', ''), search_s=round(searched - start, 1))
     return find_record(records, key)
 
-
+# %% ../../nbs/studies/03_spine.ipynb #1ac71ae3
 def save_policies(path: Path, log: list[dict]) -> None:
     "Every evaluated policy of a search, small: what a predictor learns from"
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, widths=np.array([r['widths'] for r in log], np.int16), reward=np.array([r['reward'] for r in log]),
-                        target=np.array([r['target'] for r in log]), sparsity=np.array([r['sparsity'] for r in log]),
-                        update=np.array([r['update'] for r in log]), blocks=np.array([len(r['blocks']) for r in log]))
+    np.savez_compressed(buffer, widths=np.array([r['widths'] for r in log], np.int16),
+                        reward=np.array([r['reward'] for r in log]),
+                        target=np.array([r['target'] for r in log]),
+                        sparsity=np.array([r['sparsity'] for r in log]),
+                        update=np.array([r['update'] for r in log]),
+                        blocks=np.array([len(r['blocks']) for r in log]))
     atomic_write(path, buffer.getvalue())
 
 # %% ../../nbs/studies/03_spine.ipynb #d23c9272
 def dense_record(bench: Bench, records: Path) -> dict:
     "The dense model on the same test blocks"
-    key = dict(name='spine-dense', study='spine') | {k: v for k, v in run_config(bench.config, bench.corpus).items()
-                                                     if k in ('model', 'text', 'dtype', 'profile', 'text_sha256', 'convention')}
+    key = (dict(name='spine-dense', study='spine')
+           | {k: v for k, v in run_config(bench.config, bench.corpus).items()
+              if k in ('model', 'text', 'dtype', 'profile', 'text_sha256', 'convention')})
     if os.environ.get('FFP_RECOMPUTE') != '1' and (found := find_record(records, key)): return found
     p = bench.perplexity(bench.elastic.layout.full, bench.test())
-    save_record(records, key, dict(nll=dict(none=p.nll.round(6)), sparsity=0.0, test_blocks=len(p.nll)))
+    save_record(records, key,
+                dict(nll=dict(none=p.nll.round(6)), sparsity=0.0, test_blocks=len(p.nll)))
     return find_record(records, key)
 
 
 def choose_sequential(bench: Bench, records: Path, grid) -> dict:
     "Sequential calibration's target and penalty on the selection split, for uniform-ffn at 0.3"
-    key = dict(name='spine-sequential-choice', study='spine', grid=[list(g) for g in grid]) | {
-        k: v for k, v in run_config(bench.config, bench.corpus).items() if not k.startswith('sequential_')}  # being chosen
+    key = (dict(name='spine-sequential-choice', study='spine', grid=[list(g) for g in grid])
+           | {k: v for k, v in run_config(bench.config, bench.corpus).items()
+              if not k.startswith('sequential_')})  # being chosen
     if os.environ.get('FFP_RECOMPUTE') != '1' and (found := find_record(records, key)): return found
     widths = uniform(bench.cost, 0.3, ('ffn',))
     blocks = bench.selection[slice(0, bench.config.profile.final_blocks)]
-    rows = [dict(target='static', alpha=bench.config.alpha, nll=bench.perplexity(widths, blocks, bench.static).nll)]
+    rows = [dict(target='static', alpha=bench.config.alpha,
+                 nll=bench.perplexity(widths, blocks, bench.static).nll)]
     for target, alpha in grid:
         fitted = bench.sequential(widths, progress=False, target=target, alpha=alpha)
-        rows.append(dict(target=target, alpha=alpha, nll=bench.perplexity(widths, blocks, fitted).nll))
+        rows.append(dict(target=target, alpha=alpha,
+                         nll=bench.perplexity(widths, blocks, fitted).nll))
     save_record(records, key, dict(rows=rows))
     return find_record(records, key)
 
@@ -105,9 +120,10 @@ def choose_sequential(bench: Bench, records: Path, grid) -> dict:
 GRID = [('module', 1.0), ('residual', 1.0)]
 
 
-def run_study(profile: str = 'cpu', records: str | Path = 'runs/spine', work: str | Path = 'runs/work',
-              part: tuple[int, int] = (0, 1),  # this process' share of the cells: index, number of processes
-              cells=CELLS, text: str = 'wikitext2') -> None:
+def run_study(profile: str = 'cpu', records: str | Path = 'runs/spine',
+              work: str | Path = 'runs/work',
+              # this process' share of the cells: index, number of processes
+              part: tuple[int, int] = (0, 1), cells=CELLS, text: str = 'wikitext2') -> None:
     "Compute all records that are missing; several processes may share the work"
     bench, records = study_bench(study_config(profile=profile, text=text)), Path(records)
     if part[0] == 0:  # first: a cell sets the bench to a configuration of its own
@@ -115,29 +131,38 @@ def run_study(profile: str = 'cpu', records: str | Path = 'runs/spine', work: st
         choose_sequential(bench, records, GRID)
     mine = sorted(cells, key=lambda c: c[1] != 'ffp')[part[0]::part[1]]
     for i, (sparsity, method, seed) in enumerate(mine):
-        r = run_cell(bench, study_config(sparsity, method, seed, profile, text), records, Path(work))
-        print(f"{i + 1}/{len(mine)} {method} {sparsity} seed {seed}: " +
-              ', '.join(f'{m} {np.exp(np.mean(v)):.2f}' for m, v in r['result']['nll'].items()), flush=True)
+        r = run_cell(bench, study_config(sparsity, method, seed, profile, text), records,
+                     Path(work))
+        print(f"{i + 1}/{len(mine)} {method} {sparsity} seed {seed}: "
+              + ', '.join(f'{m} {np.exp(np.mean(v)):.2f}' for m, v in r['result']['nll'].items()),
+              flush=True)
 
 
 # %% ../../nbs/studies/03_spine.ipynb #cd46e730
 def read_study(records: str | Path,
-               profile: str = 'cpu') -> tuple[pd.DataFrame, dict[str, dict]]:  # a row per policy and mode; records by name
-    "All records of one profile as a table of test figures, with paired differences to calibrated uniform-ffn"
+               profile: str = 'cpu') -> tuple[
+    pd.DataFrame, dict[str, dict]]:  # a row per policy and mode; records by name
+    """All records of one profile as a table of test figures, with paired differences to calibrated
+    uniform-ffn"""
     found = [read_json(f) for f in sorted(Path(records).glob('spine-*.json'))]
-    by_name = {r['config']['name']: r for r in found if r['config']['profile'] == _plain(PROFILES[profile])}
+    by_name = {r['config']['name']: r for r in found
+               if r['config']['profile'] == _plain(PROFILES[profile])}
     rows = []
     for r in by_name.values():
         if 'nll' not in r['result']: continue
         c = r['config']
         for mode, nll in r['result']['nll'].items():
-            row = dict(sparsity=c.get('sparsity', 0.0), policy=c.get('method', 'dense'), seed=c.get('seed', 0), calibration=mode,
-                       realised=r['result']['sparsity'], nll=np.mean(nll), ppl=np.exp(np.mean(nll)),
-                       forward_tokens=r['forward_tokens'] or 0, search_min=(r['result'].get('search') or {}).get('wall_s', 0) / 60)
+            row = dict(sparsity=c.get('sparsity', 0.0), policy=c.get('method', 'dense'),
+                       seed=c.get('seed', 0), calibration=mode, realised=r['result']['sparsity'],
+                       nll=np.mean(nll), ppl=np.exp(np.mean(nll)),
+                       forward_tokens=r['forward_tokens'] or 0,
+                       search_min=(r['result'].get('search') or {}).get('wall_s', 0) / 60)
             base = by_name.get(f"spine-uniform-ffn-{row['sparsity']}-0")
-            if base: row['gain'], row['interval'] = paired_interval(base['result']['nll'][mode], nll)
+            if base:
+                row['gain'], row['interval'] = paired_interval(base['result']['nll'][mode], nll)
             rows.append(row)
-    return pd.DataFrame(rows).sort_values(['sparsity', 'policy', 'seed']).reset_index(drop=True), by_name
+    return pd.DataFrame(rows).sort_values(['sparsity', 'policy',
+                                           'seed']).reset_index(drop=True), by_name
 
 
 def spread(v) -> str:
@@ -145,11 +170,13 @@ def spread(v) -> str:
     return f'{v.mean():.2f}' if len(v) == 1 else f'{v.mean():.2f} ({v.min():.2f} to {v.max():.2f})'
 
 
-def _plain(profile): return json.loads(json.dumps(asdict(profile)))
+def _plain(profile):
+    return json.loads(json.dumps(asdict(profile)))
 
 # %% ../../nbs/studies/03_spine.ipynb #8bd23ba0
 def verdicts(table: pd.DataFrame) -> list[str]:
-    "For each target: is calibrated ffp below the best calibrated uniform, in every seed? Markdown lines with the figures"
+    """For each target: is calibrated ffp below the best calibrated uniform, in every seed? Markdown
+    lines with the figures"""
     lines = []
     for sparsity, t in table[table.policy != 'dense'].groupby('sparsity'):
         for mode in ('static', 'sequential'):
@@ -157,15 +184,18 @@ def verdicts(table: pd.DataFrame) -> list[str]:
             best = d[d.policy.isin(['uniform', 'uniform-ffn'])].ppl.min()
             ffp = d[d.policy == 'ffp'].ppl
             if not len(ffp): continue
-            lines.append(f'- σ = {sparsity}, {mode}: ffp {spread(ffp)}, best uniform {best:.2f}; below it in {(ffp < best).sum()} of '
-                         f'{len(ffp)} seeds.')
+            lines.append(f'- σ = {sparsity}, {mode}: ffp {spread(ffp)}, best uniform {best:.2f}; '
+                         f'below it in {(ffp < best).sum()} of {len(ffp)} seeds.')
     return lines
 
 # %% ../../nbs/studies/03_spine.ipynb #0dbabd2f
 def headline(table: pd.DataFrame) -> str:
     "Markdown table: perplexity by target, policy and calibration"
     dense = table[table.policy == 'dense'].ppl
-    t = table[table.policy != 'dense'].pivot_table(index=['sparsity', 'policy'], columns='calibration', values='ppl', aggfunc=spread)
+    t = table[table.policy != 'dense'].pivot_table(index=['sparsity', 'policy'],
+                                                   columns='calibration', values='ppl',
+                                                   aggfunc=spread)
     t = t[[m for m in MODES if m in t]].reset_index()
-    head = [f'| σ | policy | {" | ".join(t.columns[2:])} |', '| --- ' * len(t.columns) + '|', f'| 0 | dense | {dense.iloc[0]:.2f} |' + ' |' * (len(t.columns) - 3)]
+    head = [f'| σ | policy | {" | ".join(t.columns[2:])} |', '| --- ' * len(t.columns) + '|',
+            f'| 0 | dense | {dense.iloc[0]:.2f} |' + ' |' * (len(t.columns) - 3)]
     return '\n'.join(head + [f'| {" | ".join(map(str, r))} |' for r in t.itertuples(index=False)])
