@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import ffp_nb
 
@@ -169,13 +170,33 @@ def workflow(name):
     return yaml.safe_load((ROOT / '.github' / 'workflows' / name).read_text(encoding='utf-8'))
 
 
-@pytest.mark.parametrize('name', ['test.yaml', 'deploy.yaml'])
+@pytest.mark.parametrize('name', ['test.yaml', 'newest.yaml', 'deploy.yaml'])
 def test_workflows_call_what_exists(name):
     targets = set(re.findall(r'^(\w+):', (ROOT / 'Makefile').read_text(encoding='utf-8'), re.M))
     steps = [s for job in workflow(name)['jobs'].values() for s in job['steps']]
     called = [s['run'].split() for s in steps if 'run' in s]
-    assert called and all(c[0] == 'make' and c[1] in targets for c in called)
+    assert called and {c[0] for c in called} == {'make'}
+    assert all({w for w in c[1:] if '=' not in w} <= targets for c in called)
     assert {s['uses'].partition('/')[0] for s in steps if 'uses' in s} <= {'actions', 'quarto-dev'}
+
+
+def test_workflow_runs_every_part_of_make_test():
+    makefile = (ROOT / 'Makefile').read_text(encoding='utf-8')
+    parts = re.search(r'^test: (.+)$', makefile, re.M)[1].split()
+    steps = [s for job in workflow('test.yaml')['jobs'].values() for s in job['steps']]
+    words = ' '.join(s['run'].removeprefix('make ') for s in steps if 'run' in s).split()
+    assert sorted(w for w in words if '=' not in w) == sorted(parts)
+
+
+def test_constraints_are_versions_of_everything_that_is_asked_for():
+    lines = (ROOT / 'constraints.txt').read_text(encoding='utf-8').splitlines()
+    lines = [x for x in lines if not x.startswith('#')]
+    assert all(re.fullmatch(r'[\w.-]+==[\w.]+', x) for x in lines)  # no address, no path, no local build
+    pinned = {canonicalize_name(n): v for n, _, v in (x.partition('==') for x in lines)}
+    wanted = [CFG['requirements'].split(), *EXTRAS.values()]
+    asked = {canonicalize_name(r.name): r for rs in wanted for r in map(Requirement, rs)}
+    assert asked.keys() - pinned.keys() == {'torch', 'ffp-nb'}  # the Makefile pins PyTorch
+    assert all(r.specifier.contains(pinned[n]) for n, r in asked.items() if n in pinned)
 
 
 def test_workflows_agree_with_the_settings():

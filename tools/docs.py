@@ -3,7 +3,7 @@
 nbdev processes the notebooks (API docs, cross-links), smalldocs renders them. Every link and picture of the result must
 lead to a file of the site, and every anchor to an id on that page; links to other sites are not followed.
 Usage: python tools/docs.py [--out _site], anywhere in the project, with the project installed."""
-import json, re, shutil, subprocess, sys
+import json, posixpath, re, shutil, subprocess, sys
 from collections import defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,8 +19,11 @@ def join(s): return s if isinstance(s, str) else ''.join(s)
 def plain_names(src):
     "Rename pages as Quarto's `output-file` does (00_core.ipynb to core.ipynb); returns {old path: new path}"
     names = {}
-    for f in src.rglob('*.ipynb'):
-        new = f.rename(f.with_name(re.sub(r'^\d+[a-z0-9]*_', '', f.name.lower())))
+    for f in sorted(src.rglob('*.ipynb')):
+        new = f.with_name(re.sub(r'^\d+[a-z0-9]*_', '', f.name.lower()))
+        if new != f and new.exists():
+            sys.exit(f'{f.relative_to(src)}: another page is already called {new.name}')
+        f.rename(new)
         names[f.relative_to(src).as_posix()] = new.relative_to(src).as_posix()
     return names
 
@@ -30,12 +33,13 @@ def relink(
     names:dict, # from `plain_names`
     site:str # where the site will be published: nbdev's cross-links are absolute
 ):
-    "Point the links of a notebook at the renamed pages beside it"
-    pages = {Path(a).name: Path(b).name for a, b in names.items()}
+    "Point the links of a notebook at the renamed pages, in its own folder and in others"
+    here = f.relative_to(src).parent.as_posix()
     up = '../' * (len(f.relative_to(src).parts) - 1)
-    def fix(s):
-        s = re.sub(r'(?<=[(/"])[\w-]+\.ipynb', lambda m: pages.get(m[0], m[0]), join(s))
-        return s.replace(site, up)
+    def page(m):
+        old = posixpath.normpath(posixpath.join(here, m[0]))
+        return posixpath.relpath(names[old], here) if old in names else m[0]
+    def fix(s): return re.sub(r'(?<=[("])[\w./-]+\.ipynb', page, join(s)).replace(site, up)
     nb = json.loads(f.read_text(encoding='utf-8'))
     for c in nb['cells']:
         if c['cell_type'] == 'markdown': c['source'] = fix(c['source'])
@@ -50,10 +54,11 @@ def quarto_only(f):
     return [f'{f.name}: {msg}' for c in cells if c['cell_type'] == 'markdown' for _, msg in scan(join(c['source']))]
 
 def site_config(root, names):
-    "The top-level _quarto.yml with the renamed pages, HTML only"
+    "The top-level _quarto.yml with the renamed pages, HTML only, without what only pandoc reads"
     text = re.sub(r'[\w./-]+\.ipynb', lambda m: names.get(m[0], m[0]), (root/'_quarto.yml').read_text(encoding='utf-8'))
     cfg = yaml.safe_load(text)
     cfg['project']['output-dir'], cfg['format'] = '_site', {'html': cfg['format']['html']}
+    cfg['format']['html'].pop('columns', None)
     return yaml.safe_dump(cfg, sort_keys=False)
 
 class Page(HTMLParser):
