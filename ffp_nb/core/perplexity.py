@@ -74,7 +74,8 @@ def paired_interval(a: np.ndarray,  # (n,) mean nats per token of one model's bl
                     b: np.ndarray,  # (n,) the same blocks under another
                     ) -> tuple[float, float]:
     "Mean of a - b over blocks and the half-width of its 95 % Student interval"
-    from scipy import stats
-    d = np.asarray(a) - np.asarray(b)
-    if len(d) < 2: raise ValueError(f'{len(d)} blocks; an interval needs at least 2')
-    return float(d.mean()), float(stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d)))
+    from scipy.stats import ttest_rel
+    if len(a) < 2: raise ValueError(f'{len(a)} blocks; an interval needs at least 2')
+    if np.array_equal(a, b): return 0.0, 0.0  # no spread: a t statistic is not defined
+    low, high = ttest_rel(a, b).confidence_interval()
+    return float(low + high) / 2, float(high - low) / 2
