@@ -59,7 +59,7 @@ class Module:
 
     @property
     def params_per_unit(self) -> int:
-        "Parameters that go with one unit, biases of its rows included"
+        "Parameters removed with one unit, including the biases of its rows"
         rows = sum(n * (lin.in_features + (lin.bias is not None)) for lin, n in self.rows)
         return rows + self.cols * self.out.out_features
 
@@ -118,7 +118,7 @@ def block_params(self: Layout) -> int:
 
 @patch
 def unit_macs(self: Layout,
-              seq_len: int,  # tokens of the sequence that the average token attends in
+              seq_len: int,  # sequence length; the average token attends to about half of it
               ) -> np.ndarray:  # (n_layers, 2) multiply-accumulates per token of one unit
     """Projections plus, in attention, the causal score and value products of the group's query
     heads"""
@@ -139,7 +139,7 @@ def find_family(model: nn.Module) -> tuple[str, Family]:
 
 
 def check_config(config, name: str = 'unknown') -> tuple[str, Family]:
-    "The same from a config, before the weights of a model that cannot be pruned are loaded"
+    "The same from a config, so that an unsupported model is refused before its weights are loaded"
     kind = getattr(config, 'model_type', '') or name
     if kind not in FAMILIES:
         raise UnsupportedModel(f'model type {kind!r} is not supported. Families that work: '
@@ -172,7 +172,7 @@ def tiny_model(family: str = 'llama',  # a key of `FAMILIES`
         extra = dict(head_dim=16) if family == 'qwen3' else {}
         cfg = getattr(tf, f'{prefix}Config')(**common, **extra, intermediate_size=ffn,
                                              num_key_value_heads=kv_heads)
-    devices = []  # fork CPU state only: the caller's random stream is left alone
+    devices = []  # fork only the CPU state: the caller's random stream does not change
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         model = getattr(tf, f'{prefix}ForCausalLM')(cfg).eval()
@@ -182,7 +182,7 @@ def tiny_model(family: str = 'llama',  # a key of `FAMILIES`
 
 # %% ../../nbs/core/01_families.ipynb #ae07ef07
 def tiny_tokenizer(
-        # w0, w1, ...: each is a token; 0: every byte is one, 259 tokens in all
+        # tokens w0, w1, ...; 0: every byte is a token, 259 in all
         words: int = 211,
                    ) -> PreTrainedTokenizerBase:
     "A tokenizer that needs no training; without `words` it reads any text"
@@ -214,7 +214,7 @@ def check_finite(model: nn.Module) -> None:
 
 # %% ../../nbs/core/01_families.ipynb #4cb8abd7
 def fingerprint(model: nn.Module) -> str:
-    "16 hex digits of a sample of all weights: a folder may change under its name"
+    "16 hex digits from a sample of all weights, because a folder's content may change"
     key = hashlib.sha256(str(model.dtype).encode())
     for name, p in model.named_parameters():
         key.update(name.encode() + p.detach().flatten()[::997].float().cpu().numpy().tobytes())
@@ -238,7 +238,7 @@ def smollm2_path() -> Path:
 def _load_smollm2(family, dtype):
     gguf = smollm2_path()
     where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
-    # float32 is the type that the file is de-quantised in
+    # the file is de-quantised in float32
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(**where)
     # A model read from GGUF counts as quantised and refuses to be saved: move its weights to a
@@ -263,7 +263,7 @@ DTYPES = ('bfloat16', 'float32', 'float16')
 
 
 def find_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    "A dtype by name. ValueError for others than `DTYPES`"
+    "A dtype by name. ValueError unless it is in `DTYPES`"
     name = str(dtype).removeprefix('torch.')
     if name not in DTYPES: raise ValueError(f'dtype {name!r}; expected one of {", ".join(DTYPES)}')
     return getattr(torch, name)
@@ -288,10 +288,10 @@ def _trim():
 
 # %% ../../nbs/core/01_families.ipynb #e08285f6
 def load_model(name: str = 'smollm2',  # 'smollm2', 'smollm2-mistral', a local folder, or a hub id
-               dtype: str | torch.dtype = 'bfloat16',  # what weights and activations are held in
+               dtype: str | torch.dtype = 'bfloat16',  # type of weights and activations
                # default: CUDA where there is one, else CPU; 'auto' is `device_map='auto'`
                device: str | None = None,
-               # instead of `device`: spread over devices, memory and 'disk' with accelerate
+               # instead of `device`: split over devices, memory and 'disk' with accelerate
                device_map: str | dict | None = None,
                ):  # (model in eval mode without gradients, tokenizer)
     "Load a causal LM that `Layout` understands, with its tokenizer"
@@ -310,7 +310,7 @@ def load_model(name: str = 'smollm2',  # 'smollm2', 'smollm2-mistral', a local f
                                     'Give a folder saved with save_pretrained, a hub id, or one '
                                     f'of {", ".join(SMOLLM2)}.')
         try:
-            # before gigabytes of weights
+            # before gigabytes are loaded
             check_config(SimpleNamespace(**PretrainedConfig.get_config_dict(path)[0]))
             with _split_quietly() as spare:
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype,
@@ -335,12 +335,12 @@ def load_model(name: str = 'smollm2',  # 'smollm2', 'smollm2-mistral', a local f
 
 # %% ../../nbs/core/01_families.ipynb #431e3284
 def on_disk(t: torch.Tensor) -> torch.Tensor:
-    """A copy in a file that has no name and goes with the tensor. It lies in the folder for
-    temporary files (TMPDIR)"""
+    """A copy in an unnamed file in the temporary folder (TMPDIR); the file is deleted with the
+    tensor"""
     size = t.numel() * t.element_size()
     with tempfile.NamedTemporaryFile(prefix='ffp-') as f:
         try:
-            # a disk found full later would end the process
+            # a full disk later would kill the process
             os.posix_fallocate(f.fileno(), 0, max(size, 1))
         except OSError as e:
             raise OSError(e.errno, f'{size / 1e9:.2f} GB of weights do not fit in '
@@ -355,8 +355,7 @@ def is_on_disk(t: torch.Tensor) -> bool:
 
 
 class _FromHome(ModelHook):
-    """Computes on one device with weights that live on another: they are there, at the width they
-    have, for one forward pass"""
+    "Copies weights at their present width to the computing device for one forward pass"
     def __init__(self, device):
         self.device = device
 
@@ -374,8 +373,8 @@ class _FromHome(ModelHook):
 # %% ../../nbs/core/01_families.ipynb #9e4b6232
 @contextmanager
 def _split_quietly():
-    """A folder for what accelerate writes, without its remark on meta tensors: they are none when
-    the model is ready"""
+    """A folder for accelerate's files, without its warning on meta tensors: the finished model has
+    none"""
     log = logging.getLogger('accelerate.big_modeling')
     level = log.level
     log.setLevel(logging.ERROR)
@@ -387,8 +386,8 @@ def _split_quietly():
 
 
 def _bring_home(model):
-    """Give a model that accelerate split its offloaded weights back as tensors, and its outputs to
-    the device they came from"""
+    """After accelerate's split: make offloaded weights tensors again, and return outputs on the
+    inputs' device"""
     if not hasattr(model, '_hf_hook'): return model  # whole on one device
     done = {}  # tied weights stay tied
     for name, module in model.named_modules():
@@ -402,7 +401,7 @@ def _bring_home(model):
                                               if _place(model, f'{name}.{key}') == 'disk'
                                               else value, requires_grad=False)
             module._parameters[key] = done[id(p)][1]
-        # in place of the one that offloads
+        # replaces the hook that offloads
         add_hook_to_module(module, _FromHome(hook.execution_device))
     head, main = model.get_output_embeddings(), model._hf_hook.execution_device
     if isinstance(hook := getattr(head, '_hf_hook', None), AlignDevicesHook):
@@ -412,14 +411,14 @@ def _bring_home(model):
 
 # %% ../../nbs/core/01_families.ipynb #f6e2b6fe
 def _place(model, name):
-    "What the device map says of a parameter"
+    "A parameter's entry in the device map"
     parts = name.split('.')
     prefixes = ('.'.join(parts[:n]) for n in range(len(parts), -1, -1))
     return next(model.hf_device_map[p] for p in prefixes if p in model.hf_device_map)
 
 
 def _spread(model, device_map):
-    "Split a model that is whole in memory"
+    "Split a model that is completely in memory"
     from accelerate import dispatch_model, infer_auto_device_map
     if isinstance(device_map, str):
         device_map = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)

@@ -28,8 +28,8 @@ def ridge_factors(W: torch.Tensor,  # (D, n) output projection
     "M = W L and P = L^-1 with L L^T = gram + alpha diag(gram)"
     A = gram.double()
     diag = A.diagonal().clone()
-    # An input that is always zero (a dead ReLU channel) has no scale: a tiny one keeps A regular
-    # and its weight at zero.
+    # An input that is always zero (a dead ReLU channel) has no scale: a tiny value keeps A regular
+    # and its weight zero.
     floor = max(1e-8 * float(diag.mean()), 1e-30)
     A.diagonal().add_(alpha * diag + floor)
     L, info = torch.linalg.cholesky_ex(A)
@@ -51,9 +51,8 @@ class Calibrator:
     projection.
 
     Statistics are those of the dense model, so a module's repair depends on its own width alone.
-    Results are cached by (layer, kind, width), least recently used out first, so that memory stays
-    below `cache_bytes` however long a search is.
-    """
+    Results are cached by (layer, kind, width). The least recently used are dropped first, so memory
+    stays below `cache_bytes` in any search."""
     factors: Callable[..., Any]  # these are given below
     prepare: Callable[..., 'Calibrator']
 
@@ -104,7 +103,7 @@ def factors(self: Calibrator, key):
 
 @patch
 def prepare(self: Calibrator, progress: bool = True) -> 'Calibrator':
-    "Factorise every module now rather than at its first use"
+    "Factorise every module now, not at its first use"
     for key in tqdm(list(self.stats.gram), desc='ridge factors', disable=not progress):
         self.factors(key)
     return self
@@ -122,9 +121,8 @@ def _run(layer, calls, hidden, taps, stop=False):
     """Run a decoder layer on stored hidden states, a batch at a time, yielding (its output,
     [(input, output) of each tap]).
 
-    Inputs and outputs have the shape (batch, tokens, ...). With `stop`, the run ends in front of
-    the last tap.
-    """
+    Inputs and outputs have the shape (batch, tokens, ...). With `stop`, the run ends before the
+    last tap."""
     seen = {}
     def before(lin, args):
         seen[lin] = args[0], None
@@ -151,8 +149,8 @@ def _run(layer, calls, hidden, taps, stop=False):
 
 # %% ../../nbs/core/08_ridge.ipynb #68664729
 def _first_inputs(elastic, blocks, batch):
-    """Hidden states in front of the first layer and the other arguments that layers get, a list
-    entry per batch"""
+    """Hidden states before the first layer, and the layers' other arguments, one list entry per
+    batch"""
     hidden, calls = [], []
     def hook(_, args, kwargs):
         kwargs = dict(kwargs)
@@ -203,7 +201,7 @@ def sequential_calibrate(elastic: ElasticModel,
                          widths: np.ndarray,  # (n_layers, 2)
                          blocks: Blocks,  # calibration text
                          alpha: float = 0.1,
-                         # first guess and what the penalty pulls to; None: plain slices
+                         # start, and the target of the penalty; None: plain slices
                          base: Weights | None = None,
                          target: str = 'module',  # 'module' or 'residual'
                          # `dense_goals` of the same blocks and target, for several policies
@@ -214,8 +212,8 @@ def sequential_calibrate(elastic: ElasticModel,
     model.
 
     Costs one dense and about two pruned passes over `blocks`; holds two copies of their hidden
-    states. Modules at full width are refitted too: behind a pruned prefix they have something to
-    repair.
+    states. Modules at full
+    width are refitted too, because after a pruned prefix their inputs have changed.
     """
     check_alpha(alpha)
     if target not in ('module', 'residual'):
@@ -223,7 +221,7 @@ def sequential_calibrate(elastic: ElasticModel,
     widths, done = elastic.check(widths).copy(), {}
     first, calls = _first_inputs(elastic, blocks, batch)
     pruned, width = first, lambda i, kind: int(widths[i, KINDS.index(kind)])
-    # layers behind the present one stay dense until their turn
+    # later layers stay dense until their turn
     with elastic.at(elastic.layout.full):
         todo = iter(goals or _goals_by_layer(elastic, first, calls, target))
         for i, layer in enumerate(tqdm(elastic.layout.layers, desc='sequential calibration',
@@ -241,8 +239,7 @@ def sequential_calibrate(elastic: ElasticModel,
 
 # %% ../../nbs/core/08_ridge.ipynb #31e68fe5
 def _goals_by_layer(elastic, hidden, calls, target):
-    """For each layer of the dense model, what its two modules should give, by kind: a list over
-    batches"""
+    "For each layer of the dense model, the targets of its two modules by kind: a list over batches"
     for i, layer in enumerate(elastic.layout.layers):
         goals, following = {kind: [] for kind in KINDS}, []
         taps = [elastic.layout.modules[i, kind].out for kind in KINDS]
@@ -265,7 +262,7 @@ def dense_goals(elastic: ElasticModel, blocks: Blocks, target: str = 'module',
 
 # %% ../../nbs/core/08_ridge.ipynb #2cfd1cbf
 def _fit_module(elastic, key, layer, calls, pruned, goals, alpha, target):
-    "Refit one module's output projection, starting from the one that is set"
+    "Refit one module's output projection, starting from the present one"
     i, kind = key
     taps = [elastic.layout.modules[i, k].out for k in KINDS[:KINDS.index(kind) + 1]]
     home, W0 = taps[-1].weight.device, taps[-1].weight.data.float()
@@ -273,7 +270,7 @@ def _fit_module(elastic, key, layer, calls, pruned, goals, alpha, target):
     xs, errors = [], []
     for h, goal, (_, seen) in zip(pruned, goals, _run(layer, calls, pruned, taps, stop=True)):
         x = seen[-1][0]
-        # weights may live elsewhere
+        # devices may differ
         W0, b0 = W0.to(x.device), None if b0 is None else b0.to(x.device)
         if target == 'residual':
             goal = goal - (h.to(x.device) if kind == 'attn' else h.to(x.device) + seen[0][1])

@@ -60,7 +60,7 @@ def save_pruned(elastic: Sliceable, tokenizer, folder: str | Path,
                 os.replace(old, folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    # safetensors and tokenizers report a full disk as errors of their own, not as OSError
+    # safetensors and tokenizers report a full disk with their own errors, not as OSError
     except Exception as e:
         raise OSError(getattr(e, 'errno', None) or errno.EIO,
                       f'could not save the model to {folder} '
@@ -76,7 +76,7 @@ def _write_model(elastic, tokenizer, folder):
     own, rep = elastic.sliced(), elastic.layout.q_per_kv
     own.config.pruned_widths = [dict(heads=int(a) * rep, kv_heads=int(a), ffn=int(f))
                                 for a, f in elastic.widths]
-    # its save_pretrained writes the code beside the weights
+    # its save_pretrained writes the code next to the weights
     own.__class__ = PRUNED[own.config.model_type]
     own.save_pretrained(folder)
     if tokenizer is not None:
@@ -84,7 +84,7 @@ def _write_model(elastic, tokenizer, folder):
 
 
 def _sync(folder):
-    "Weights reach the disk before the folder takes its name"
+    "Flush the weights to the disk before the folder gets its final name"
     for path in folder.iterdir():
         with open(path, 'rb') as f:
             os.fsync(f.fileno())
@@ -93,8 +93,7 @@ def _sync(folder):
 def load_pruned(folder: str | Path,
                 dtype: str | torch.dtype | None = None,  # None: as saved
                 device: str = 'cpu'):  # (model, tokenizer or None)
-    """Load what `save_pruned` wrote. CorruptFile where weights are missing, damaged or of other
-    widths"""
+    "Load what `save_pruned` wrote. CorruptFile if weights are missing, damaged or of other widths"
     folder, dtype = Path(folder), None if dtype is None else find_dtype(dtype)
     if not (folder / 'config.json').exists():
         raise FileNotFoundError(f'{folder}: no model folder there')
@@ -136,7 +135,7 @@ def open_model(name: str, dtype: str = 'bfloat16', device: str | None = None):  
     return load_model(name, dtype, device)
 
 # %% ../../nbs/export/00_hf.ipynb #cd0a6db4
-def find_license(name: str) -> str | None:  # as the source's own card says, or None
+def find_license(name: str) -> str | None:  # from the source's own card, or None
     "Licence of a source model: a name of `SMOLLM2`, a local folder, or a hub id"
     if name in SMOLLM2:
         from gguf import GGUFReader
@@ -146,7 +145,7 @@ def find_license(name: str) -> str | None:  # as the source's own card says, or 
     try:
         return ModelCard.load(folder / 'README.md' if folder.exists() else name).data.license
     except Exception:
-        return None  # no card, a broken one, or no hub
+        return None  # no card, an invalid one, or no hub
 
 
 def model_card(source: str,  # name, hub id or folder of the dense model

@@ -63,7 +63,7 @@ Debug = Annotated[bool, typer.Option(help='show the traceback of an error')]
 
 # %% ../../nbs/pipeline/04_cli.ipynb #b6a6d72c
 class _told:
-    "Turn errors that a user can mend into one line on stderr and exit status 1"
+    "Turn errors that a user can fix into one line on stderr and exit status 1"
     def __init__(self, debug: bool):
         self.debug = debug
 
@@ -76,7 +76,7 @@ class _told:
             Console(stderr=True).print('stopped; the same command goes on from the last update')
             raise typer.Exit(130)
         if issubclass(kind, (ValueError, OSError, RuntimeError, KeyError, ImportError)):
-            # str of a KeyError is quoted
+            # str of a KeyError has quotes
             text = error.args[0] if kind is KeyError and error.args else error
             err = Console(stderr=True)
             err.print('error:', style='bold red', end=' ')
@@ -87,7 +87,7 @@ class _told:
 
 
 def print_table(df, title: str) -> None:
-    "A data frame as a table on the terminal"
+    "Print a data frame as a table on the terminal"
     table = Table(title=title)
     for c in df.columns:
         table.add_column(c,
@@ -137,7 +137,7 @@ def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0
            criterion: Criterion = Criteria.wanda, dtype: Dtype = 'bfloat16', device: Device = None,
            remove: Remove = None, ffn_step: FfnStep = 32, workers: Workers = 0,
            debug: Debug = False):
-    "Only find the widths: log, pictures and widths.json, no test split, no model."
+    "Only find the widths: log, pictures and widths.json, but no test split and no model."
     with _told(debug):
         from ffp_nb.core.runs import check_writable, save_figure, write_json
         from ffp_nb.pipeline.bench import Bench, find_widths, open_run
@@ -194,8 +194,8 @@ def evaluate(model: Model = 'smollm2', text: Text = 'auto', dtype: Dtype = 'bflo
                             typer.Option(help='write the table to this file too')] = None,
              batch: Annotated[int, typer.Option(help='blocks or requests of one forward pass')] = 1,
              debug: Debug = False):
-    """Perplexity, or with --tasks zero-shot accuracy, of a name, a hub id, a dense folder, or a
-    folder that `ffp prune` saved."""
+    """Perplexity (with --tasks: zero-shot accuracy) of a model: a name, a hub id, or a folder,
+    dense or saved by `ffp prune`."""
     with _told(debug):
         from ffp_nb.export.hf import open_model
         if batch < 1: raise ValueError(f'batch {batch}; expected at least 1')
@@ -217,8 +217,8 @@ def evaluate(model: Model = 'smollm2', text: Text = 'auto', dtype: Dtype = 'bflo
 
 # %% ../../nbs/pipeline/04_cli.ipynb #20b88df5
 def _perplexity(load, text, split, convention, batch):
-    """One row: what was read and its perplexity. The text comes first, a wrong name should not cost
-    the loading of a model"""
+    """One row: what was read and its perplexity. Loads the text first, so that a wrong name fails
+    early"""
     from ffp_nb.core.perplexity import perplexity
     from ffp_nb.core.text import check_blocks
     corpus = load_corpus(text)
@@ -233,7 +233,7 @@ def _perplexity(load, text, split, convention, batch):
 
 
 def _zero_shot(load, tasks, limit, part, metric, data, batch):
-    "A row a task, and the average. Options and documents come first, before the model is loaded"
+    "A row per task, and the average. Checks options and documents before the model is loaded"
     from ffp_nb.pipeline.tasks import METRICS, load_tasks, zero_shot
     if metric not in METRICS:
         raise ValueError(f'metric {metric!r}; expected one of {", ".join(METRICS)}')

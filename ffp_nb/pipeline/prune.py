@@ -25,8 +25,8 @@ from ..search.workers import import_ray
 def prune(config: PruneConfig,
           # folder for the model, the table, the pictures, the record and the search's state
           out: str | Path,
-          resume: bool = True,  # go on with a search that is there; False: start over
-          overwrite: bool = False,  # replace a model that is there
+          resume: bool = True,  # continue an existing search; False: start over
+          overwrite: bool = False,  # replace an existing model
           progress: bool = True,
           # Ray actors that measure the policies of a search; 0: this process does
           workers: int = 0,
@@ -46,7 +46,7 @@ def prune(config: PruneConfig,
     weights = final[config.calibration]()
     table = measure(bench, widths, config.method, {config.calibration: weights}, progress)
     record = write_outputs(bench, widths, result, table, out, time.perf_counter() - start)
-    with bench.elastic.at(widths, weights):  # the model comes last: where it is, all of the run is
+    with bench.elastic.at(widths, weights):  # last: if the model exists, the run is complete
         save_pruned(bench.elastic, bench.tokenizer, out / 'model', overwrite,
                     card_files(bench, widths, table, out, record))
     return table
@@ -55,7 +55,7 @@ def prune(config: PruneConfig,
 def measure(bench: Bench, widths, name: str,
             final: dict[str, Weights | None],  # further calibrations of these widths, by name
             progress: bool = True) -> pd.DataFrame:
-    """Test perplexity of the dense model, the calibrated uniforms, and these widths with each
+    """Test perplexity of the dense model, calibrated uniform policies, and these widths with each
     calibration"""
     c, test, dense = bench.config, bench.text.test, bench.elastic.layout.full
     rows: list[tuple] = [('dense', 'none', dense, None)]
@@ -100,7 +100,7 @@ def write_outputs(bench, widths, result, table, out, wall_s) -> Path:
 
 def card_files(bench, widths, table, out, record) -> dict[str, str | bytes]:
     "Model card and heatmap for the folder of the model"
-    # at the widths that are set
+    # at the present widths
     c, size = bench.config, sum(p.numel() for p in bench.elastic.model.parameters())
     cut = int(bench.cost.dense - bench.cost.total(widths))
     tokens = f'the first {c.profile.test_blocks} blocks' if c.profile.test_blocks else 'all blocks'

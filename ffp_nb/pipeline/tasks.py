@@ -36,7 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.runs import CorruptFile
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #42d7ac66
-# those of the paper
+# from the paper
 SEVEN = ('boolq', 'piqa', 'hellaswag', 'winogrande', 'arc_easy', 'arc_challenge', 'openbookqa')
 TASKS = *SEVEN, 'lambada_openai'  # lm-eval's own names
 METRICS = 'acc_norm', 'acc', 'all'
@@ -48,7 +48,7 @@ def find_tasks(
         # 'seven', 'all', names with commas between, or a list of names
         names: str | list | tuple,
                ) -> list[str]:
-    "Names of tasks, each once. ValueError for others than `TASKS`"
+    "Names of tasks, without duplicates. ValueError for names not in `TASKS`"
     if isinstance(names, str):
         names = dict(seven=SEVEN, all=TASKS).get(names) or [n.strip() for n in names.split(',')]
     for n in names:
@@ -72,7 +72,7 @@ def _piqa(r):
 
 def _hellaswag(r):
     label, _, text = r['query'].partition(': ')
-    cut = len(text)  # a text that ends with a sentence has no fragment
+    cut = len(text)  # a text that ends with a full sentence has no fragment
     if text[-1:] not in '.!?':
         cut = max((m.end() for m in re.finditer(r'[.!?]["\')]* +(?=\S)', text)), default=0)
     return dict(activity_label=label, ctx_a=text[:cut].rstrip(), ctx_b=text[cut:],
@@ -81,7 +81,7 @@ def _hellaswag(r):
 
 def _winogrande(r):
     a, b = r['context_options']
-    # may end inside of a word, which the prompt does not show
+    # may end inside a word; the prompt does not show this
     n = len(os.path.commonprefix([a, b]))
     return dict(sentence=f"{a[:n]}_ {r['continuation']}", option1=a[n:], option2=b[n:],
                 answer=str(r['gold'] + 1))
@@ -113,7 +113,7 @@ _DOCUMENT = dict(boolq=_boolq, piqa=_piqa, hellaswag=_hellaswag, winogrande=_win
 def hub_document(task: str,  # one of `TASKS`
                  record: dict,  # a line of its local file
                  ) -> dict:  # the document as lm-eval's task definition expects it
-    "A local record in the form that the hub's data set has"
+    "A local record in the form of the hub's data set"
     gold = record.get('gold', 0)
     choices = record.get('choices') or record.get('context_options') or ['']
     if not isinstance(gold, int) or not 0 <= gold < len(choices):
@@ -144,15 +144,15 @@ def local_documents(task: str, data: str | Path,  # a folder that holds `zero-sh
 # %% ../../nbs/pipeline/03_tasks.ipynb #d96ef9c9
 @contextmanager
 def quiet():
-    "Without the log lines and progress bars of lm-eval and datasets; what fails still raises"
+    "Hide the log lines and progress bars of lm-eval and datasets; errors still raise"
     log, bars = logging.getLogger('lm_eval'), datasets.is_progress_bar_enabled()
-    # lm-eval draws a name for every task: not from a search's stream
+    # lm-eval draws random task names: restore the stream
     level, stream = log.level, random.getstate()
     log.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
         with redirect_stderr(io.StringIO()):
-            yield  # one of lm-eval's bars has no switch
+            yield  # one of lm-eval's bars cannot be switched off
     finally:
         log.setLevel(level)
         random.setstate(stream)
@@ -167,7 +167,7 @@ def _load(name, data):
                           include_path=[str(root / _FOLDERS.get(name, name))])  # all take 13 s
     if data is not None:
         docs = datasets.Dataset.from_list(local_documents(name, data))
-        # zero-shot: only the evaluated one is read
+        # zero-shot: only the evaluated split is read
         splits = dict.fromkeys(('train', 'validation', 'test'), docs)
         own = dict(task=name, custom_dataset=lambda **_: dict(splits))
         return manager.load({'group': 'local', 'task': [own]})['tasks'][name]
@@ -180,7 +180,7 @@ def _load(name, data):
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #d25dabe0
 DEV_SHARE = 0.3
-_RELATED = dict(  # what related documents have in common
+_RELATED = dict(  # what related documents share
                 boolq=lambda d: d['passage'][-80:],  # the beginning may hold a title
                 piqa=lambda d: d['goal'],
                 hellaswag=lambda d: d['query'].split('. ')[0] if ': How to' in d['query']
@@ -197,7 +197,7 @@ def part_of(task: str, doc: dict,  # a document as lm-eval has it
 
 
 def _select(name, task, part, limit, seed):
-    "Leave only the wanted documents in a task"
+    "Keep only the selected documents in a task"
     docs = task.eval_docs
     keep = [i for i, d in enumerate(docs) if part is None or part_of(name, d) == part]
     if not keep: raise ValueError(f'{name} has no documents in part {part!r}; use part=None')
@@ -210,7 +210,7 @@ def _select(name, task, part, limit, seed):
 # %% ../../nbs/pipeline/03_tasks.ipynb #faf13997
 @dataclass(frozen=True)
 class TaskSet:
-    "Loaded tasks, and what was asked for"
+    "Loaded tasks and the options they were loaded with"
     tasks: dict = field(repr=False)  # lm-eval's task objects by name
     source: str  # 'hub' or 'local'
     part: str | None
@@ -221,7 +221,7 @@ class TaskSet:
 def load_tasks(tasks: str | list | tuple = SEVEN,  # see `find_tasks`
                limit: int | None = None,  # documents of each task; None: all
                part: str | None = None,  # 'dev', 'test', None: both
-               # of the random draw; None: the first documents, as lm-eval takes them
+               # of the random draw; None: the first documents, as in lm-eval
                seed: int | None = 0,
                # folder with zero-shot/*.jsonl; None: FFP_DATA_DIR, or else the hub
                data: str | Path | None = None,
@@ -247,7 +247,7 @@ def load_tasks(tasks: str | list | tuple = SEVEN,  # see `find_tasks`
 class TaskLM(HFLM):
     "lm-eval's wrapper of a model in memory"
     def __init__(self, model, tokenizer, batch, bar):
-        # lm-eval may add a padding token: to a copy
+        # a copy, because lm-eval may add a padding token
         super().__init__(model, backend='causal', tokenizer=copy.deepcopy(tokenizer),
                          batch_size=batch, softmax_dtype='float32')
         self.embeddings, self.bar, self.tokens = model.get_input_embeddings().num_embeddings, bar, 0
@@ -273,7 +273,7 @@ class TaskLM(HFLM):
 
     def _model_call(self, inps, **kw):
         self.tokens += inps.numel()
-        # lm-eval counts positions from the end, where in a batch there may be padding
+        # lm-eval counts positions from the end, where a batch may have padding
         padding = inps.shape[1] - self.shortest if len(inps) > 1 else 0
         keep = self.answer + padding
         with torch.no_grad():
@@ -281,7 +281,7 @@ class TaskLM(HFLM):
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #795b574d
 def _check(model, tokenizer, batch, metric):
-    "Errors for what lm-eval would fail on later and less clearly"
+    "Raise clear errors now where lm-eval would fail later"
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f'model is a {type(model).__name__}; expected a transformers model, '
                          'such as ElasticModel(...).model')
@@ -314,7 +314,7 @@ def _rows(name, scores, metric):
 
 
 def _average(rows, scores, metric):
-    "The row of the average over those of `SEVEN` that are there, if there are two"
+    "The row of the average over the present tasks of `SEVEN`, if there are at least two"
     used = [r for r in rows
             if r['task'] in SEVEN
             and r['metric'] == (metric if metric in scores[r['task']] else 'acc')]
@@ -326,10 +326,10 @@ def _average(rows, scores, metric):
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #02d3d3a6
 def score_table(scores: dict,  # task → metric → a value a document
-                about: dict,  # what identifies the evaluation, with `chance` by task
+                about: dict,  # data that identify the evaluation, with `chance` by task
                 metric: str = 'acc_norm',  # 'acc_norm' (else acc), 'acc', or 'all' of them
                 ) -> pd.DataFrame:  # task, metric, value, stderr, chance, documents
-    "The table of an evaluation; the last row is the average over those of `SEVEN` that are in it"
+    "The table of an evaluation; the last row is the average over its tasks of `SEVEN`"
     rows = [row for name in scores for row in _rows(name, scores[name], metric)]
     for row in rows:
         row['chance'] = (about['chance'].get(row['task'], np.nan) if row['metric'] != 'perplexity'
@@ -353,7 +353,7 @@ def zero_shot(
     """Zero-shot accuracy of a model, see `load_tasks` for the options and `score_table` for the
     columns.
 
-    `attrs['about']` says what was evaluated (lm-eval's version, a hash of the requests and answers
+    `attrs['about']` describes the evaluation (lm-eval's version, a hash of the requests and answers
     of each task, limit, part, tokens read), `attrs['scores']` has the score of every document. NaN
     in a log-likelihood makes the task's value NaN."""
     _check(model, tokenizer, batch, metric)
@@ -387,7 +387,7 @@ def _score(lm, name, task, about):
                       'model reads: their start is cut')
     answered = [[o[0] for o in s['filtered_resps']] for s in samples]
     broken = [not np.isfinite(a).all() for a in answered]
-    # WinoGrande's contexts are the choices and its target is the continuation: its answer is
+    # In WinoGrande the contexts are the choices and the target is the continuation; the answer is
     # elsewhere
     gold = [task.doc_to_text(s['doc']) if task.multiple_input else s['target'] for s in samples]
     asked = json.dumps([[s['arguments'], g] for s, g in zip(samples, gold)])
@@ -403,8 +403,8 @@ def _score(lm, name, task, about):
 def paired(a: pd.DataFrame, b: pd.DataFrame,  # tables of `zero_shot` over the same documents
            metric: str = 'acc_norm',  # 'acc_norm' (else acc), or 'acc'
            ) -> pd.DataFrame:  # task, metric, difference, stderr, interval, documents
-    """What `b` has more than `a` by task and on average; of LAMBADA nats too. ValueError where they
-    were not asked the same"""
+    """`b` minus `a` by task and on average; for LAMBADA also in nats. ValueError if the requests
+    differ"""
     asked = [t.attrs['about']['data'] for t in (a, b)]
     if asked[0] != asked[1]:
         raise ValueError(f'the tables are not of the same documents ({asked[0]}, {asked[1]}). '

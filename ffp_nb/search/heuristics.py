@@ -64,9 +64,9 @@ def retention_scores(
     cost: Cost,  # cost model, for the full widths
     step=(1, 32),  # units that come and go together
     p_min=0.1,  # smallest retention as in `bounds`
-    eps: float = 1e-6,  # distance from the bounds that is kept
+    eps: float = 1e-6,  # minimum distance from the bounds
 ) -> np.ndarray:  # (L, 2) scores for `solve` with the same step and p_min
-    """Scores for which the budget solver keeps these shares, up to its common shift and to whole
+    """Scores for which the budget solver keeps these shares, up to a common shift and rounding to
     steps"""
     r = np.asarray(r, dtype=float)
     if r.shape != cost.full.shape or not ((0 <= r) & (r <= 1)).all():
@@ -90,7 +90,7 @@ def proportional_retention(
         raise ValueError('saliency: expected finite numbers >= 0, not all 0, of shape '
                          f'{cost.full.shape}; got shape {g.shape} with values from '
                          f'{g.min(initial=np.inf):g} to {g.max(initial=-np.inf):g}')
-    _room(cost, sparsity, step, p_min)  # an infeasible target is an error here too
+    _room(cost, sparsity, step, p_min)  # raises on an infeasible target
     least = bounds(cost, step, p_min)[0] / cost.full
     keep = lambda c: np.clip(c * g, least, 1)
     kinks = np.unique(np.concatenate([x[g > 0] / g[g > 0] for x in (least, np.ones_like(g))]
@@ -100,8 +100,7 @@ def proportional_retention(
 
 
 def _room(cost, sparsity, step, p_min):
-    """Bounds (lower, upper), whole unit costs, and what may be spent above `lower`; the budget is
-    that of `solve`"""
+    "Bounds (lower, upper), integer unit costs, and the budget left above `lower`, as in `solve`"
     if not 0 <= sparsity < 1: raise ValueError(f'sparsity is {sparsity}; it must be in [0, 1)')
     lower, upper = bounds(cost, step, p_min)
     return lower, upper, *spendable(cost, sparsity, lower, upper)
@@ -175,8 +174,8 @@ def _options(lower, upper, step):
 # %% ../../nbs/search/03_heuristics.ipynb #23c456ef
 @contextmanager
 def output_biases(elastic: ElasticModel):
-    """Zero biases on all output projections that have none, for the length of a with block; set
-    widths inside with `elastic.at`"""
+    """Inside a with block, give all output projections without bias a zero bias; set widths there
+    with `elastic.at`"""
     lent = [m.out for m in elastic.layout.modules.values() if m.out.bias is None]
     for lin in lent:
         W = elastic._full[lin][0]
@@ -190,8 +189,8 @@ def output_biases(elastic: ElasticModel):
 
 
 class BiasCompensation:
-    """FLAP's repair, to set an elastic model with: plain slices, with the mean of what was removed
-    in the bias"""
+    """FLAP's repair, as weights to set: plain slices, with the mean of the removed inputs in the
+    bias"""
     def __init__(self, elastic: ElasticModel,
                  stats: GramStats):  # in the elastic order
         self.elastic, self.stats = elastic, stats
@@ -227,8 +226,8 @@ def owl_retention(share: np.ndarray,  # (L,) outlier shares
                   sparsity: float,  # mean layer sparsity
                   lam: float = 0.08,  # largest distance of a layer's sparsity from the mean
                   ) -> np.ndarray:  # (L, 2) in [0, 1]
-    """Retention grows linearly with the outlier share; near 0 and 1 the distance shrinks so that
-    all shares stay in [0, 1]"""
+    """Retention grows linearly with the outlier share; near 0 and 1 `lam` shrinks, so all shares
+    stay in [0, 1]"""
     if not 0 <= sparsity <= 1 or not lam >= 0:
         raise ValueError(f'sparsity {sparsity}, lam {lam}: expected a share and a number >= 0')
     d = np.asarray(share, dtype=float) - np.mean(share)
@@ -241,7 +240,7 @@ def hill_exponent(values: torch.Tensor,  # (n,) eigenvalues >= 0, n >= 4, in any
                   ) -> float:
     "Exponent alpha of a density x^-alpha, Hill's estimator over the upper half"
     x = values.double().flatten().sort().values
-    x = x[x > 1e-12 * x[-1:]]  # a matrix without full rank has zeros
+    x = x[x > 1e-12 * x[-1:]]  # a rank-deficient matrix has zeros
     if len(x) < 4: raise ValueError(f'{len(x)} eigenvalues above 0; at least 4 are needed')
     k = len(x) // 2
     return float(1 + k / (x[-k:] / x[-k - 1]).log().sum())
@@ -267,14 +266,14 @@ def alpha_retention(alpha: np.ndarray,  # (L,) exponents
     return np.stack([r, r], 1)
 
 # %% ../../nbs/search/03_heuristics.ipynb #f720eb96
-_BROKEN = 100.0  # nats: what a model that gives NaN or infinity counts as
+_BROKEN = 100.0  # nats for a model that gives NaN or infinity
 
 def sensitivity_table(
     evaluator,  # an `Evaluator`: (widths, idx) -> nats per token of each block, and `dense(idx)`
     cost: Cost,  # cost model, for the full widths
     idx,  # blocks to measure on
     step=(1, 32), p_min=0.1,  # as in `bounds`
-    # widths of each module, evenly spaced from the smallest one up; the full width is not measured
+    # widths per module, evenly spaced from the smallest; the full width is not measured
     points: int = 3,
     progress: bool = False,
 ) -> pd.DataFrame:  # layer, kind, width, loss: nats per token above the dense model
@@ -308,8 +307,7 @@ def choose(
     costs: list[np.ndarray],  # of each module, the cost of every option, int >= 0
     capacity: int,  # what may be spent
 ) -> list[int]:  # the option of each module
-    """Multiple-choice knapsack: one option a module, the least summed loss within the capacity.
-    Exact"""
+    "Exact multiple-choice knapsack: one option per module, least summed loss within the capacity"
     best, picks = np.zeros(capacity + 1), np.zeros((len(losses), capacity + 1), np.int32)
     for pick, loss, cost in zip(picks, losses, costs):
         new = np.full(capacity + 1, np.inf)
@@ -350,14 +348,14 @@ def knapsack(
         grid = -(-room // cells)
     chosen = choose(losses, [-(-c // grid) for c in costs], room // grid)
     widths = np.array([options[n] for n, (_, options) in zip(chosen, modules)]).reshape(lower.shape)
-    # steps that still fit do no harm
+    # adds steps that still fit
     return solve(np.zeros(lower.shape), cost, sparsity, step, lower=widths, upper=upper)
 
 # %% ../../nbs/search/03_heuristics.ipynb #19fec68e
 def _gate(p: Problem, blocks: int = 16):  # of the calibration text
     "Gate scaling"
     text = p.calibration[:blocks]
-    _room(p.cost, p.sparsity, **p.settings)  # an infeasible target should not cost a pass
+    _room(p.cost, p.sparsity, **p.settings)  # raises on an infeasible target before any pass
     with p.dense():
         s = gate_saliency(p.elastic.model, p.elastic.layout, text)
     return p.keep(proportional_retention(s, p.cost, p.sparsity, **p.settings)), 3 * text.n_tokens
@@ -384,7 +382,7 @@ def _alpha(p: Problem, tau: float = 0.3):
 
 # %% ../../nbs/search/03_heuristics.ipynb #f31fbb85
 def _sensitivity(
-        # of the search text; None: as many as a reward has
+        # of the search text; None: as many as in a reward
         p: Problem, blocks: int | None = None,
                  points: int = 3):
     "Additive sensitivity, exact knapsack"

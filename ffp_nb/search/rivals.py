@@ -22,12 +22,12 @@ from torch import nn
 from .agent import PPOAgent, RandomSearch, Searcher
 
 # %% ../../nbs/search/02_rivals.ipynb #9b2b4e0d
-BOUND = 4.0  # scores stay within this: sigmoid(4) is 0.98, so a wider range would be flat
+BOUND = 4.0  # scores stay within ±4: sigmoid(4) is 0.98, beyond that it is nearly flat
 
 
 def _told(n_layers, scores, rewards):
-    """What was told, as new arrays (n, 2L) and (n,); raises `ValueError` for other shapes, NaN and
-    infinity"""
+    """Scores and rewards as new arrays (n, 2L) and (n,); raises `ValueError` for other shapes, NaN
+    or infinity"""
     x, r = np.array(scores, dtype=float), np.array(rewards, dtype=float)
     if r.ndim != 1 or x.shape != (r.size, n_layers, 2):
         raise ValueError(f'scores {x.shape} and rewards {r.shape}; expected (n, {n_layers}, 2) '
@@ -39,14 +39,14 @@ def _told(n_layers, scores, rewards):
 
 
 def _check_batch(name, n):
-    "Refuse a batch in which nothing can be compared"
+    "Refuse a batch too small for comparisons"
     if n < 2:
         raise ValueError(f'batch {n}: {name} compares the policies of one update; expected at '
                          'least 2')
 
 
 def _library(name, user):
-    "An optional package; imported when it is needed, for some take seconds"
+    "An optional package, imported only when needed because some take seconds"
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as e:
@@ -69,7 +69,7 @@ class EvolutionarySearch:
     load_state_dict: Callable[..., None]
 
     def __init__(self, n_layers: int, seed: int = 0,
-                 # best policies of an update that have children, at most half of it
+                 # best policies of an update that become parents, at most half of it
                  parents: int = 4,
                  keep: int = 2,  # of these, how many are asked again unchanged
                  crossover: float = 0.5,  # share of scores from the second parent
@@ -106,7 +106,7 @@ def ask(self: EvolutionarySearch, sparsity, n):
 def tell(self: EvolutionarySearch, sparsity, scores, rewards):
     x, r = _told(self.n_layers, scores, rewards)
     if len(self.elite) and np.ptp(r) == 0:
-        return  # all alike (all broken, say): nothing to select by
+        return  # all equal (or all broken): nothing to select
     self.elite = x[np.argsort(-r, kind='stable')[:max(1, min(self.parents, len(r) // 2))]]
 
 
@@ -152,7 +152,7 @@ class CMAES:
         self.n_layers, self.seed, self.sigma = n_layers, seed, sigma
         self.diagonal = 2 * n_layers > 20 if diagonal is None else diagonal
         self.make = lib.SepCMA if self.diagonal else lib.CMA
-        self.es: Any = None  # the first `ask` says how large a population is
+        self.es: Any = None  # the first `ask` sets the population size
 
     def _start(self, n):
         bounds = np.tile([-BOUND, BOUND], (2 * self.n_layers, 1))
@@ -182,7 +182,7 @@ def tell(self: CMAES, sparsity, scores, rewards):
     if self.es is None:
         self._start(len(r))
     if np.ptp(r):
-        # it minimises; equal rewards would be a random step
+        # it minimises; equal rewards give a random step
         self.es.tell([(a, -b) for a, b in zip(x, r)])
 
 
@@ -224,7 +224,7 @@ def load_state_dict(self: CMAES, state):
 # %% ../../nbs/search/02_rivals.ipynb #67511424
 @contextlib.contextmanager
 def _quiet(optuna):
-    "Optuna without its line for every study; a user's own setting comes back afterwards"
+    "Silence Optuna's line per study; the user's own setting is restored afterwards"
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -250,11 +250,11 @@ class TPE:
     def __init__(self, n_layers: int, seed: int = 0,
                  # policies at this target before the model is used; until then, normal scores
                  startup: int = 16,
-                 std: float = 1.0,  # of these
-                 # draws from the density of good policies, of which one is asked
+                 std: float = 1.0,  # standard deviation of these scores
+                 # draws from the density of good policies; the best one is asked
                  candidates: int = 24,
                  multivariate: bool = False,  # one density over all scores instead of one for each
-                 # policies of this update, still without reward, count as bad: it spreads the batch
+                 # this update's unrewarded policies count as bad, which spreads the batch
                  constant_liar: bool = True):
         if startup < 2 or candidates < 1:
             raise ValueError(f'startup {startup}, candidates {candidates}; expected at least 2 '
@@ -328,8 +328,8 @@ def load_state_dict(self: TPE, state):
 
 # %% ../../nbs/search/02_rivals.ipynb #4d56ea91
 def _net(n_in, hidden):
-    """ReLU layers; the last starts near zero (within 3e-3, as in DDPG), so that the first policy is
-    even"""
+    """ReLU layers; the last starts near zero (within 3e-3, as in DDPG), so the first policy is
+    uniform"""
     layers, sizes = [], (n_in, *hidden)
     for a, b in zip(sizes, sizes[1:]):
         layers += [nn.Linear(a, b), nn.ReLU()]
@@ -456,7 +456,7 @@ def state_dict(self: DDPG):
 
 @patch
 def load_state_dict(self: DDPG, state):
-    state = copy.deepcopy(state)  # an optimizer that loads a state would share its buffers
+    state = copy.deepcopy(state)  # otherwise the optimizer would share the state's buffers
     self.nets.load_state_dict(state['nets'])
     self.slow.load_state_dict(state['slow'])
     for k, o in self.opts.items():

@@ -20,7 +20,7 @@ from .cells import Cell, mean_interval, open_bench, read_cells, run_cells
 
 # %% ../../nbs/studies/06_allocation.ipynb #d61f347a
 def study_cells(models=('smollm2', *families.NAMES), sparsities=spine.SPARSITIES) -> list[Cell]:
-    "The cells of this study that the first studies don't have, model by model"
+    "The cells of this study that are not in the first studies, model by model"
     modes = lambda method: spine.MODES + ('bias',) * (method == 'flap')
     plan = [(h, 0) for h in HEURISTICS] + [('random', 1), ('random', 2)]
     return [Cell(m, s, method, seed, modes=modes(method)) for m in models for s in sparsities
@@ -30,13 +30,13 @@ def study_cells(models=('smollm2', *families.NAMES), sparsities=spine.SPARSITIES
 def run_study(records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/work',
               models: str | Path = 'runs/models', profile: str = 'cpu',
               cells: list[Cell] | None = None) -> None:
-    "All policies that have no record yet"
+    "Compute all policies that have no record yet"
     run_cells(cells or study_cells(), records, work, profile, models)
 
 # %% ../../nbs/studies/06_allocation.ipynb #155622ba
 def read_study(runs: str | Path = '../runs', profile: str = 'cpu') -> pd.DataFrame:
-    """Dense models, uniform, random and searched policies of the first studies, and the heuristics:
-    a row each policy and repair"""
+    """Dense models, uniform, random and searched policies of the first studies, and heuristics: a
+    row per policy and repair"""
     columns = ['model', 'sparsity', 'policy', 'seed', 'calibration', 'realised', 'nll', 'ppl']
     first = spine.read_study(Path(runs) / 'spine', profile)[0].assign(model='smollm2')
     trio = families.read_study(Path(runs) / 'families')[0].rename(columns=dict(family='model'))
@@ -64,7 +64,7 @@ def best_baseline(table: pd.DataFrame, calibration: str) -> pd.DataFrame:
 
 # %% ../../nbs/studies/06_allocation.ipynb #f25c8a0d
 def cost_of_policies(runs: str | Path) -> pd.DataFrame:
-    "Thousands of forward tokens by policy and model, of those that use any"
+    "Thousands of forward tokens by policy and model, for policies that use any"
     rows = []
     for f in [*Path(runs).glob('spine/spine-ffp-*.json'),
               *Path(runs).glob('families/*-ffp-*.json')]:
@@ -105,7 +105,7 @@ def findings(table: pd.DataFrame) -> list[str]:
 
 
 def conclusions(runs: str | Path = '../runs') -> list[str]:
-    "`findings` of the records there are"
+    "`findings` of the existing records"
     return findings(read_study(runs))
 
 # %% ../../nbs/studies/06_allocation.ipynb #1704432c
@@ -114,8 +114,8 @@ def zero_shot_record(
         bench: Bench, name: str, widths: np.ndarray, source: str,
                      # the record
                      records: str | Path, limit: int = 50, calibration: str = 'sequential') -> dict:
-    """Zero-shot scores of a policy after sequential repair or none (the dense model: none), kept as
-    a record"""
+    """Zero-shot scores of a policy after sequential repair or none (dense model: none), kept as a
+    record"""
     from ffp_nb.pipeline.tasks import TASKS, zero_shot
     key = dict(name=f'zero-shot-{name}', study='main', of=source, tasks=list(TASKS), limit=limit,
                seed=0, calibration=calibration)
@@ -131,7 +131,7 @@ def zero_shot_record(
 def run_zero_shot(runs: str | Path = 'nbs/runs', sparsities=spine.SPARSITIES,
                   policies=('ffp', 'uniform-ffn', 'sensitivity', 'flap', 'uniform'),
                   profile: str = 'cpu', calibration: str = 'sequential') -> None:
-    """Zero-shot records that are missing, of SmolLM2: the dense model, then policies (seed 0) by
+    """Compute missing zero-shot records of SmolLM2: the dense model, then policies (seed 0) by
     target"""
     bench = open_bench('smollm2', profile)
     zero_shot_record(bench, 'dense', bench.cost.full, 'dense', Path(runs) / 'main')
@@ -150,8 +150,8 @@ def run_zero_shot(runs: str | Path = 'nbs/runs', sparsities=spine.SPARSITIES,
 
 # %% ../../nbs/studies/06_allocation.ipynb #3ecd497e
 def read_zero_shot(records: str | Path = '../runs/main') -> pd.DataFrame:
-    """Average of the seven tasks and LAMBADA's log-likelihood of each policy, and what they differ
-    from the dense model in pairs"""
+    """Average of the seven tasks and LAMBADA's log-likelihood per policy, and paired differences to
+    the dense model"""
     from ffp_nb.pipeline.tasks import paired, score_table
     found = {(r['config']['name'].removeprefix('zero-shot-'),
               r['config']['calibration']): score_table(r['result']['scores'], r['result']['about'])

@@ -118,9 +118,9 @@ class Cell:
     method: str = 'ffp'  # one of `ffp_nb.pipeline.prune.METHODS`
     seed: int = 0
     variant: str = 'default'  # a key of `VARIANTS`
-    # forward tokens that a search may use; None: the episodes of the profile
+    # limit on a search's forward tokens; None: the episodes of the profile
     tokens: int | None = None
-    modes: tuple[str, ...] = MODES  # repairs that the test figures are taken with
+    modes: tuple[str, ...] = MODES  # repairs for the test figures
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
@@ -163,8 +163,8 @@ VARIANTS = dict(default={},
 # %% ../../nbs/studies/02_cells.ipynb #5e36684d
 def clip_in_order(scores, cost, sparsity: float, step=(1, 32),
                   p_min=0.1) -> np.ndarray:  # (n_layers, 2) widths
-    """Widths by clipping in order of the modules: a baseline for `budget.solve`. Never over the
-    budget, often below it"""
+    """Widths by clipping the modules in order: a baseline for `budget.solve`. Never over budget,
+    often under"""
     lower, upper = bounds(cost, step, p_min)
     lo, hi = feasible_range(cost, lower, upper)
     if not lo < sparsity < hi: raise InfeasibleBudget(sparsity, lo, hi, cost.name)
@@ -188,7 +188,7 @@ class ClippedSearch(Search):
 # %% ../../nbs/studies/02_cells.ipynb #8e880e92
 def planned_tokens(config: PruneConfig, pool: int) -> int:
     """Forward tokens of a search: balance, rewards, final, and the dense model on every block that
-    it can meet"""
+    may be drawn"""
     c = config.search_config()
     _, fidelity = c.schedules()
     drawn = [fidelity.n_blocks(u * c.batch, c.blocks) for u in range(c.updates)]
@@ -201,7 +201,7 @@ def planned_tokens(config: PruneConfig, pool: int) -> int:
 
 
 def fit_episodes(config: PruneConfig, tokens: int, pool: int) -> PruneConfig:
-    "The same search with as many updates as the tokens allow. ValueError where not even two fit"
+    "The same search with as many updates as the tokens allow. ValueError if fewer than two fit"
     make = lambda n: replace(config,
                              profile=replace(config.profile, episodes=n * config.profile.batch))
     n = 2
@@ -217,7 +217,7 @@ def cell_settings(cell: Cell, facts: Facts) -> PruneConfig:
     "The configuration of a cell"
     v, base = VARIANTS[cell.variant], facts.config
     p, agent = base.profile, v.get('agent', {})
-    if cell.method == 'ddpg':  # AMC knows costs
+    if cell.method == 'ddpg':  # AMC uses costs
         agent = agent | dict(share=(facts.cost().unit * facts.cost().full).tolist())
     search = v.get('search', {}) | (dict(agent=agent) if agent else {})
     if 'batch' in v:
@@ -245,11 +245,11 @@ def _searched(bench, cell, c, run):
     if v.get('warm'):
         widths, before = HEURISTICS['sensitivity'](bench.problem(c))
         mean = retention_scores(widths / bench.cost.full, bench.cost, c.step, c.p_min)
-        # a pinned module's score is out of the agent's reach
+        # a pinned module's score is outside the agent's range
         mean = np.clip(mean - np.median(mean), -3, 3)
-        # the table has settled the balance
+        # the table already sets the balance
         c = replace(c, search=c.search | dict(balance=(0,), agent=dict(mean=mean.tolist())))
-    if v.get('source'):  # an agent that has learned an easier target goes on at this one
+    if v.get('source'):  # an agent trained at an easier target continues at this one
         easy = replace(c, sparsity=v['source'])
         first = Search(evaluator, bench.cost, easy.search_config())
         while first.update < first.config.updates:
@@ -377,7 +377,7 @@ def read_cells(records: str | Path = '../runs/main') -> pd.DataFrame:
                  for m, v in found['nll'].items()]
     columns = ['model', 'sparsity', 'policy', 'seed', 'variant', 'tokens', 'calibration', 'nll', 'ppl']
     t = pd.DataFrame(rows, columns=None if rows else columns)
-    # the folder name of a trained model ends with the hash of its training
+    # a trained model's folder name ends with the hash of its training
     return t.assign(model=t.model.str.replace(r'-[0-9a-f]{10}$', '', regex=True))
 
 

@@ -19,9 +19,9 @@ from .families import NAMES
 
 # %% ../../nbs/studies/07_searchers.ipynb #d66b9576
 METHODS = ('ffp', 'random-search', 'eas', 'cma', 'tpe', 'ddpg')
-# run without the progressive schedule, too
+# also run without the progressive schedule
 UNSCHEDULED = ('ffp', 'random-search', 'eas', 'cma', 'tpe')
-# that run at the other targets, too
+# also run at the other targets
 EASIER = (('ffp', 'default'), ('eas', 'none'), ('cma', 'default'), ('random-search', 'none'))
 TOKENS = 200_000  # of one search on a trained model
 
@@ -45,12 +45,12 @@ def easier_cells(models=NAMES, sparsities=(0.3, 0.2), seeds=(0, 1, 2),
 def run_study(records: str | Path = 'nbs/runs/main', work: str | Path = 'runs/work',
               models: str | Path = 'runs/models', profile: str = 'cpu',
               cells: list[Cell] | None = None) -> None:
-    "All searches that have no record yet, with their traces"
+    "Run all searches without a record, with their traces"
     run_cells(cells or study_cells() + easier_cells(), records, work, profile, models, traced=True)
 
 # %% ../../nbs/studies/07_searchers.ipynb #478a82ce
 def read_traces(table: pd.DataFrame, records: str | Path = '../runs/main') -> pd.DataFrame:
-    "Traces of the cells in a table of `read_cells`, a row each point"
+    "Traces of the cells in a table of `read_cells`, one row per point"
     of = {r['config']['of']: r for f in sorted(Path(records).glob('trace-*.json'))
           for r in [read_json(f)]}
     rows = []
@@ -64,8 +64,8 @@ def read_traces(table: pd.DataFrame, records: str | Path = '../runs/main') -> pd
 
 
 def tokens_to_reach(trace: pd.DataFrame, level: float) -> float:
-    """Forward tokens after which a trace is at `level` (nats) or below for the first time, between
-    points on a line; infinity if it never is"""
+    """Forward tokens until a trace first reaches `level` (nats), interpolated linearly; infinity if
+    it never does"""
     t = trace.sort_values('forward_tokens')
     best, tokens = t.nll.cummin().to_numpy(), t.forward_tokens.to_numpy(float)
     if not (best <= level).any(): return float('inf')
@@ -77,8 +77,8 @@ def tokens_to_reach(trace: pd.DataFrame, level: float) -> float:
 # %% ../../nbs/studies/07_searchers.ipynb #51b11b04
 def cost_runs(traces: pd.DataFrame, rival: str = 'eas',
               rival_variant: str = 'none') -> pd.DataFrame:
-    """For each search: how many times fewer tokens it needs than the rival of its model, target and
-    seed to the rival's best (0: never gets there), and its distance from it in nats"""
+    """For each search: how many times fewer tokens than the rival (same model, target, seed) it
+    needs to the rival's best (0: never), and its distance in nats"""
     rows = []
     for key, d in traces.groupby(['model', 'sparsity', 'seed']):
         base = d[(d.policy == rival) & (d.variant == rival_variant)]
@@ -92,8 +92,8 @@ def cost_runs(traces: pd.DataFrame, rival: str = 'eas',
 
 
 def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of `cost_runs`, for each searcher: runs, how many reach the rival's best, times cheaper
-    (median, smallest, largest), mean distance"""
+    """`cost_runs` by searcher: runs, how many reach the rival's best, times cheaper (median,
+    smallest, largest), mean distance"""
     g = runs.groupby(['policy', 'variant'])
     return pd.DataFrame(dict(runs=g.size(), reached=g.times.agg(lambda r: int((r > 0).sum())),
                              times_cheaper=g.times.median(), low=g.times.min(), high=g.times.max(),
@@ -106,7 +106,7 @@ def label(policy: str, variant: str) -> str:
 
 
 def reached(row, what: str) -> str:  # a row with runs, reached, times_cheaper, low, high
-    "In how many runs a level was reached, and with how many times fewer tokens where it was"
+    "In how many runs a level was reached, and with how many times fewer tokens in those"
     if not row.reached: return f'never {what} in {int(row.runs)} runs.'
     times = (f'with {row.times_cheaper:.2g} times fewer forward tokens in the median'
              if row.times_cheaper else 'in the median never')
@@ -152,7 +152,7 @@ def method_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def read_study(runs: str | Path = '../runs') -> tuple[
     pd.DataFrame,
-    pd.DataFrame]:  # a row each search (static repair), a row each point of their traces
+    pd.DataFrame]:  # a row per search (static repair), a row per point of their traces
     "The searches of `study_cells` that have a record"
     table = read_cells(Path(runs) / 'main')
     mine = in_study(table[table.calibration == 'static'], study_cells())
@@ -160,5 +160,5 @@ def read_study(runs: str | Path = '../runs') -> tuple[
 
 
 def conclusions(runs: str | Path = '../runs') -> list[str]:
-    "`findings` of the records there are"
+    "`findings` of the existing records"
     return findings(read_study(runs)[1])

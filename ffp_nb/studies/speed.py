@@ -35,7 +35,7 @@ def read_speed(folder: str | Path = '../../benchmarks/results',
 
 # %% ../../nbs/studies/05_speed.ipynb #da23af6e
 def read_rounding(records: str | Path = '../runs/speed',
-                  # a row a sparsity and step; `cost` in nats a token
+                  # a row per sparsity and step; `cost` in nats per token
                   profile: str = 'cpu') -> pd.DataFrame:
     "All roundings of a profile, with the paired difference to widths that are not rounded (step 1)"
     plain = json.loads(json.dumps(asdict(PROFILES[profile])))
@@ -52,7 +52,8 @@ def read_rounding(records: str | Path = '../runs/speed',
 
 
 def with_speed(rounding: pd.DataFrame, speed: pd.DataFrame, record: dict) -> pd.DataFrame:
-    "The roundings with their prefill in PyTorch. ValueError if the benchmark measured other widths"
+    """The roundings with their prefill speed in PyTorch. ValueError if the benchmark measured other
+    widths"""
     for r in rounding.itertuples():
         measured = record['result']['rounded'][f'ffp {r.target}, step {r.step}']['widths']
         if measured != r.widths:
@@ -64,8 +65,8 @@ def with_speed(rounding: pd.DataFrame, speed: pd.DataFrame, record: dict) -> pd.
                           on=['target', 'step'])
 
 # %% ../../nbs/studies/05_speed.ipynb #fac5b462
-def summary(speed: pd.DataFrame) -> pd.DataFrame:  # a row a figure, a column a sparsity
-    "Dense / pruned, and what was promised where it was"
+def summary(speed: pd.DataFrame) -> pd.DataFrame:  # a row per figure, a column per sparsity
+    "Dense / pruned, with the promised factor where there is one"
     t = speed[speed.part.isin(list('abc'))].copy()
     goal = {True: ', goal met', False: ', goal missed'}
     of = lambda r: f' of {r.promised:.2f} ({r.reached:.0%}{goal.get(r.met, "")})'
@@ -89,7 +90,7 @@ def headline(speed: pd.DataFrame, engines=('PyTorch bf16', 'llama.cpp F16')) -> 
 
 # %% ../../nbs/studies/05_speed.ipynb #5ca0aa03
 def explain(speed: pd.DataFrame, record: dict | None) -> list[str]:
-    "Goal, and where the time of prefill in PyTorch goes, as Markdown lines"
+    "The goal, and where prefill in PyTorch spends its time, as Markdown lines"
     if record is None: return ['- no record yet']
     goals = speed[speed.met.notna()]
     lines = ['- Prefill reaches 95 % of the promise in '
@@ -111,7 +112,7 @@ def explain(speed: pd.DataFrame, record: dict | None) -> list[str]:
 
 
 def weigh(rounding: pd.DataFrame, both: pd.DataFrame | None = None) -> list[str]:
-    """For every step its cost in perplexity and its gain in speed, over all sparsities, as Markdown
+    """For every step its cost in perplexity and its gain in speed over all sparsities, as Markdown
     lines"""
     lines = []
     for step, t in rounding[rounding.step > 1].groupby('step'):
@@ -126,7 +127,7 @@ def weigh(rounding: pd.DataFrame, both: pd.DataFrame | None = None) -> list[str]
     return lines
 
 # %% ../../nbs/studies/05_speed.ipynb #1d97aa1c
-STEPS = (1, 8, 32, 64, 128, 256)  # FFN channels that come and go together
+STEPS = (1, 8, 32, 64, 128, 256)  # FFN channels that are kept or removed together
 
 
 def read_policy(sparsity: float, seed: int = 0,
@@ -141,7 +142,7 @@ def read_policy(sparsity: float, seed: int = 0,
 
 
 def round_policy(policy: dict, cost, step: int) -> np.ndarray:  # (n_layers, 2) widths
-    "The widths that a policy's scores give in FFN steps of this size"
+    "The widths that a policy's scores give with FFN steps of this size"
     return solve(policy['result']['search']['scores'], cost, policy['config']['sparsity'],
                  (1, step))
 

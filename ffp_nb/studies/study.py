@@ -131,7 +131,7 @@ def half_width(v) -> float:
 
 
 def mean_interval(v, digits: int = 2) -> str:
-    "Mean ± half of the 95 % interval, of one value the value"
+    "Mean ± half of the 95 % interval; a single value is given alone"
     h = half_width(v)
     return f'{np.mean(v):.{digits}f}' + (f' ± {h:.{digits}f}' if h == h else '')
 

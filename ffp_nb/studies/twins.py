@@ -44,8 +44,8 @@ def text_sha256(docs: dict[str, str]) -> str:
 
 def django_docs(folder: str | Path,  # keeps the archive
                 ) -> dict[str, str]:  # documents by path
-    """The manual of Django 5.2, out of its source distribution on PyPI. CorruptFile if it is not
-    the text that is expected"""
+    """The manual of Django 5.2, from its source distribution on PyPI. CorruptFile if it is not the
+    expected text"""
     archive = Path(folder) / 'django-5.2.tar.gz'
     if not archive.exists():
         _download('Django==5.2', archive)
@@ -79,9 +79,9 @@ def _download(package, path):
 def documents(
         # 'django', 'pydoc' (Python's help topics), or a UTF-8 text file
         text: str = 'django',
-              folder: str | Path = 'runs/models',  # keeps what is fetched
+              folder: str | Path = 'runs/models',  # keeps fetched files
               ) -> dict[str, str]:  # documents by name
-    "The text in documents, the unit of the split; a file is cut into runs of 20 paragraphs"
+    "The text as documents, the unit of the split; a file is cut into runs of 20 paragraphs"
     if text == 'django': return django_docs(folder)
     if text == 'pydoc':
         from pydoc_data.topics import topics
@@ -98,7 +98,7 @@ def documents(
 def split_documents(docs: dict[str, str], share: float = 0.12,  # of the characters, held out
                     seed: int = 0) -> tuple[dict[str, str],
                                             dict[str, str]]:  # training, held out; in random order
-    "Deal out documents"
+    "Split documents at random"
     if len(docs) < 20:
         raise ValueError(f'{len(docs)} documents; at least 20 are needed to hold some out. Give '
                          'more text.')
@@ -134,7 +134,7 @@ def make_tokenizer(texts: list[str], vocab: int = 4096) -> PreTrainedTokenizerFa
 
 
 def token_stream(tokenizer, texts: list[str]) -> torch.Tensor:  # (tokens,) int64
-    "All texts as one stream, each with an `END` behind it"
+    "All texts as one stream, each followed by `END`"
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)['input_ids']
     return torch.tensor([i for doc in ids for i in (*doc, tokenizer.eos_token_id)])
 
@@ -144,18 +144,18 @@ NAMES = ('opt', 'llama', 'mistral')
 
 @dataclass(frozen=True)
 class Training:
-    "All that a trained model depends on, besides the machine"
+    "Everything that a trained model depends on, besides the machine"
     family: str = 'opt'  # one of `NAMES`
     text: str = 'django'  # see `documents`
-    seed: int = 0  # of the weights at the start and of the order of the text
-    tokens: int = 3_400_000  # that training reads
+    seed: int = 0  # for the initial weights and the order of the text
+    tokens: int = 3_400_000  # read by training
     vocab: int = 4096
     hidden: int = 192  # a multiple of 6 and of `heads`
     layers: int = 6
     heads: int = 8
     block_len: int = 256
     batch: int = 4  # blocks of one step
-    lr: float = 2e-3  # highest learning rate: 100 steps up, then a cosine to zero
+    lr: float = 2e-3  # highest learning rate: 100 warm-up steps, then cosine decay to zero
     weight_decay: float = 0.1
     autocast: bool = True  # products in bfloat16; weights stay float32
 
@@ -186,17 +186,17 @@ def build_model(c: Training):
                             sliding_window=c.block_len // 2))
     with torch.random.fork_rng([]):
         torch.manual_seed(c.seed)
-        # eager: products of matrices, which bfloat16 makes faster on a CPU; the fused attention's
-        # backward pass is slow there
+        # eager: matrix products are faster in bfloat16 on a CPU, where fused attention has a slow
+        # backward pass
         config = AutoConfig.for_model(c.family, **common, **own[c.family])
         return AutoModelForCausalLM.from_config(config, attn_implementation='eager')
 
 # %% ../../nbs/studies/00_twins.ipynb #0144f0bf
 def train(c: Training, model, ids: torch.Tensor,  # (tokens,) the training text
           run: RunDir,  # its checkpoints
-          every: int = 200,  # steps between two of them
+          every: int = 200,  # steps between checkpoints
           progress: bool = True) -> dict:  # loss of every step, seconds
-    "Train a model in place, from the newest checkpoint on"
+    "Train a model in place, from the newest checkpoint"
     blocks = ids[:len(ids) // c.block_len * c.block_len].view(-1, c.block_len)
     if not len(blocks):
         raise ValueError(f'the training text has {len(ids)} tokens; at least {c.block_len} are '
@@ -259,7 +259,7 @@ def small_model(family: str = 'opt',  # one of `NAMES`
                   tokenizer_sha256=hashlib.sha256(
         tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16])
     done = run.path / 'model'
-    shutil.rmtree(done, ignore_errors=True)  # half of one, if the last attempt was killed here
+    shutil.rmtree(done, ignore_errors=True)  # a partial folder, if the last attempt was killed here
     model.save_pretrained(done)
     tokenizer.save_pretrained(done)
     save_record(done, key, found, c.steps * c.batch * c.block_len,
