@@ -132,7 +132,9 @@ def _pruned_copy(elastic, widths, weights):
         return elastic.sliced(), [n for n, _ in named], [n for n, lin in named if lin in outs]
 
 # %% ../../nbs/recover/00_train.ipynb #76e231f0
-def descend(loss_of: Callable[[int], torch.Tensor],  # step -> loss in nats per token, with gradients
+def descend(
+        # step -> loss in nats per token, with gradients
+        loss_of: Callable[[int], torch.Tensor],
             params: list[nn.Parameter], opt, schedule,  # a torch optimiser and its scheduler
             steps: int, clip: float,  # largest norm of the gradient
             losses: list[float],  # of the steps that are done; new ones are added

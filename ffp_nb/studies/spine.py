@@ -25,8 +25,8 @@ from .study import (Claim, Measurement, Plan, Study, only_one, read_records, spr
 # %% ../../nbs/studies/03_spine.ipynb #9e0598f7
 SPARSITIES, SEEDS = (0.2, 0.3, 0.5), (0, 1, 2)
 CELLS = [(s, m, seed) for s in SPARSITIES
-         for m, seeds in (('uniform', (0,)), ('uniform-ffn', (0,)), ('random', (0,)), ('ffp', SEEDS))
-         for seed in seeds]
+         for m, seeds in (('uniform', (0,)), ('uniform-ffn', (0,)), ('random', (0,)),
+                          ('ffp', SEEDS)) for seed in seeds]
 GRID = [('module', 1.0), ('residual', 1.0)]  # target and penalty of the sequential calibration
 
 

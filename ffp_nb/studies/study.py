@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -99,7 +98,8 @@ def count_records(study: Study, lab) -> tuple[int, int]:  # there are, there sho
         return int(bool(list(lab.benchmarks.glob(f'{study.benchmark}-*.json')))), 1
     folder = lab.runs / study.folder
     found = walk(study.plan(lab), lambda wanted: find_record(folder, wanted.config))
-    there = int(bool(list(lab.benchmarks.glob(f'{study.benchmark}-*.json')))) if study.benchmark else 0
+    there = (int(bool(list(lab.benchmarks.glob(f'{study.benchmark}-*.json')))) if study.benchmark
+             else 0)
     return sum(r is not None for r in found) + there, len(found) + bool(study.benchmark)
 
 # %% ../../nbs/studies/01_study.ipynb #203a26a8
