@@ -67,16 +67,20 @@ def ffp():
     """`ffp('prune', '--out', folder)`: the command, with a smaller smoke profile and, unless asked
     for, no pictures"""
     from typer.testing import CliRunner
-    from ffp_nb import cli, prune
+    from ffp_nb.core import runs
+    from ffp_nb.pipeline import cli, config, prune
+    from ffp_nb.search import diagnose
     def run(*args, pictures=False):
         with pytest.MonkeyPatch.context() as m:
-            m.setitem(prune.PROFILES, 'smoke', prune.Profile(32, 4, 2, 8, 4, 1, 2, 2))
+            m.setitem(config.PROFILES, 'smoke', config.Profile(32, 4, 2, 8, 4, 1, 2, 2))
             m.setenv('COLUMNS', '300')
             if not pictures:
-                for name in ('plot_retention', 'plot_search'):
-                    m.setattr(prune, name, lambda *a, **kw: None)
-                m.setattr(prune, 'save_figure',
-                          lambda fig, path: prune.atomic_write(path, b'picture'))
+                for module in (prune, diagnose):
+                    for name in ('plot_retention', 'plot_search'):
+                        m.setattr(module, name, lambda *a, **kw: None)
+                for module in (prune, runs):
+                    m.setattr(module, 'save_figure',
+                              lambda fig, path: runs.atomic_write(path, b'picture'))
             return CliRunner().invoke(cli.app, [str(a) for a in args])
     return run
 

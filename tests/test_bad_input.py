@@ -14,7 +14,10 @@ import torch
 from conftest import make_folder, worked
 from safetensors.torch import load_file, save_file
 
-from ffp_nb import evaluate, prune, runs, search
+from ffp_nb.core import perplexity, runs
+from ffp_nb.pipeline import bench
+from ffp_nb.pipeline.config import PruneConfig
+from ffp_nb.search import loop
 from ffp_nb.core.families import tiny_model, tiny_tokenizer
 
 COMMON = '--profile', 'smoke', '--dtype', 'float32'
@@ -135,7 +138,7 @@ def test_choices(world, searched, ffp, option, known):
                           ('dtype', 'int4'), ('sequential_target', 'nosuch')])
 def test_choices_in_python(name, value):
     with pytest.raises(ValueError, match=f'{name}.*{value}.*expected'):
-        prune.PruneConfig(**{name: value})
+        PruneConfig(**{name: value})
 
 
 def test_message_with_brackets_is_printed_whole(world, ffp, tmp_path):
@@ -383,7 +386,7 @@ def test_overwrite_that_fails_brings_the_old_model_back(world, ffp, tmp_path, mo
 @pytest.mark.parametrize('command', ['search', 'prune'])
 def test_out_cannot_be_made(world, ffp, tmp_path, command, monkeypatch):
     (tmp_path / 'file').write_text('mine')
-    monkeypatch.setattr(prune, 'load_model',
+    monkeypatch.setattr(bench, 'load_model',
                         lambda *a, **kw: pytest.fail('the model was loaded first'))
     for out in (tmp_path / 'file', tmp_path / 'file' / 'out'):
         refused(ffp(command, *world[1], '--out', out), str(out), 'a part of this path is a file')
@@ -547,18 +550,18 @@ def test_tokenizer_does_not_fit_on_the_disk(world, ffp, tmp_path, monkeypatch):
 def breaking(monkeypatch, which):
     """Pruned models break down on the measurements for which `which(number)` holds; the dense one
     is well"""
-    measure, calls = search.Evaluator.__call__, []
+    measure, calls = loop.Evaluator.__call__, []
     def broken(self, widths, idx):
         calls.append(1)
         out = measure(self, widths, idx)
         return np.full_like(out, np.nan) if which(len(calls)) else out
-    monkeypatch.setattr(search.Evaluator, '__call__', broken)
+    monkeypatch.setattr(loop.Evaluator, '__call__', broken)
 
 
 @pytest.mark.parametrize('method', ['ffp', 'random-search'])
 def test_nan_in_pruned_policies_is_counted_and_penalised(world, ffp, tmp_path, monkeypatch, method):
     # measurements before the first episode: head starts of the attention
-    start = len(search.SearchConfig(0.4).balance)
+    start = len(loop.SearchConfig(0.4).balance)
     breaking(monkeypatch, lambda n: n in (start + 2, start + 3, start + 7))
     worked(ffp('search', *changed(world[1], method=method), '--out', tmp_path / 'out'))
     rows = [json.loads(o)
@@ -586,8 +589,8 @@ def test_overflow_of_a_pruned_policy_is_a_broken_episode(family_folder):
     em.dense_out((2, 'ffn'))[0][:, :48] *= 1e30
     em.dense_out((2, 'ffn'))[0][:, 48:] = 0
     pool = Blocks(torch.randint(0, 211, (2, 16), generator=torch.Generator().manual_seed(0)), 15)
-    ev = search.Evaluator(em, pool)
+    ev = loop.Evaluator(em, pool)
     ev._dense[:] = 5.0
     em.dense_out((2, 'ffn'))[0][:, :48] *= 1e30
     assert ev.reward(em.layout.full, [0, 1]) == 0.0
-    assert evaluate.perplexity(em.model, pool).ppl == float('inf')
+    assert perplexity.perplexity(em.model, pool).ppl == float('inf')

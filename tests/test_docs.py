@@ -61,7 +61,8 @@ def test_pages_of_one_folder_cannot_get_the_same_name(tmp_path):
 
 def measured(folder, styles):
     "(exit status, output) of tools/overflow.py on `PAGES`"
-    if not overflow.find_browser(): pytest.skip('there is no Chromium here')
+    if not overflow.find_browser():
+        pytest.skip('there is no Chromium here')
     for name, body in PAGES.items():
         page = f'<style>{styles}</style><main class="content"><p>Text</p>{body}</main>'
         (folder / f'{name}.html').write_text(page)

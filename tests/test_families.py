@@ -12,10 +12,12 @@ import torch
 from ffp_nb.core.families import load_model
 from ffp_nb.pipeline.config import Profile
 from ffp_nb.core.runs import CorruptFile, RunDir
-from ffp_nb.studies import families
-from ffp_nb.studies.families import (NAMES, Setup, django_docs, documents, make_tokenizer,
-                                     read_study, run_study, small_model, split_documents,
-                                     study_corpus, token_stream)
+from ffp_nb.studies import families, twins
+from ffp_nb.studies.cells import Lab
+from ffp_nb.studies.families import STUDY
+from ffp_nb.studies.study import run_study
+from ffp_nb.studies.twins import (NAMES, Setup, django_docs, documents, make_tokenizer, small_model,
+                                  split_documents, study_corpus, token_stream)
 
 TOY = dict(text='pydoc', tokens=60_000, batch=8, lr=6e-3, vocab=400, hidden=48, layers=2,
            block_len=32)
@@ -27,10 +29,14 @@ def study(tmp_path_factory):
     "A folder with toy models of all families, their records and the runs of their searches"
     folder = tmp_path_factory.mktemp('families')
     with pytest.MonkeyPatch.context() as m:
-        m.setitem(families.SETUPS, 'smoke',
+        m.setitem(twins.SETUPS, 'smoke',
                   Setup(TOY, Profile(32, 16, 8, 8, 4, 1, 2, 8, 2), (1, 8)))
-        run_study('smoke', folder / 'records', folder / 'models', folder / 'work', cells=CELLS)
+        run_study(STUDY, lab_in(folder), cells=CELLS)
         yield folder
+
+
+def lab_in(folder, records=None):
+    return Lab(folder, 'smoke', runs=records or folder, work=folder)
 
 
 def archive(folder, files):
@@ -57,7 +63,7 @@ def test_only_the_expected_manual_is_read(tmp_path, monkeypatch):
     archive(tmp_path, files)
     with pytest.raises(CorruptFile, match='Delete it'):
         django_docs(tmp_path)
-    monkeypatch.setattr(families, 'DJANGO_SHA256', families.text_sha256({'a': 'one', 'b': 'two'}))
+    monkeypatch.setattr(twins, 'DJANGO_SHA256', twins.text_sha256({'a': 'one', 'b': 'two'}))
     assert django_docs(tmp_path) == {'docs/b.txt': 'two', 'docs/a/a.txt': 'one'}
     whole = (tmp_path / 'django-5.2.tar.gz').read_bytes()
     for n in (0, 20, len(whole) // 2):
@@ -101,7 +107,7 @@ def test_nothing_of_a_training_document_is_tested():
 def test_a_killed_training_ends_with_the_same_weights(family, tmp_path, monkeypatch):
     settings = TOY | dict(tokens=12_800)
     # a checkpoint every 20 of 50 steps
-    monkeypatch.setattr(families.train, '__defaults__', (20, True))
+    monkeypatch.setattr(twins.train, '__defaults__', (20, True))
     whole = small_model(family, tmp_path / 'a', progress=False, **settings)
     with monkeypatch.context() as m:
         m.setattr(RunDir, 'save_checkpoint', killed_after(1))
@@ -110,7 +116,7 @@ def test_a_killed_training_ends_with_the_same_weights(family, tmp_path, monkeypa
     assert not (tmp_path / 'b' / whole.name).exists()
     # and again, when the model is on the disk and its record is not
     with monkeypatch.context() as m:
-        m.setattr(families, 'save_record', lambda *a: 1 / 0)
+        m.setattr(twins, 'save_record', lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             small_model(family, tmp_path / 'b', progress=False, **settings)
     assert not (tmp_path / 'b' / whole.name).exists()
@@ -138,7 +144,7 @@ def test_a_text_file_is_known_by_its_content(tmp_path):
 
 @pytest.mark.parametrize('family', NAMES)
 def test_pipeline(study, family):
-    table, by_name = read_study(study / 'records')
+    table, by_name = STUDY.read(study)
     dense, table = by_name[f'{family}-dense']['result'], table[table.family == family]
     # it learned more than frequencies
     assert np.mean(dense['nll']['none']) < np.mean(dense['unigram']) - 0.1
@@ -168,34 +174,38 @@ def test_nothing_held_out_is_trained_on(study):
 
 
 def test_records_name_no_folder_of_this_machine(study):
-    for f in (study / 'records').glob('*.json'):
+    for f in (study / 'families').glob('*.json'):
         assert str(study) not in f.read_text()
 
 
 def test_a_second_run_computes_nothing(study, monkeypatch):
-    before = {f: f.stat().st_mtime_ns for f in (study / 'records').glob('*.json')
+    before = {f: f.stat().st_mtime_ns for f in (study / 'families').glob('*.json')
               if not f.name.startswith('train-')}
-    for name in ('train', 'find_widths', 'save_pruned'):
+    monkeypatch.setattr(twins, 'train', lambda *a, **kw: 1 / 0)
+    for name in ('find_widths', 'save_pruned'):
         monkeypatch.setattr(families, name, lambda *a, **kw: 1 / 0)
-    run_study('smoke', study / 'records', study / 'models', study / 'work', cells=CELLS)
+    run_study(STUDY, lab_in(study), cells=CELLS)
     assert ({f: f.stat().st_mtime_ns for f in before} == before
             and len(before) == len(NAMES) * (len(CELLS) + 2))
 
 
 def test_two_records_of_one_name_are_refused(study, tmp_path):
-    f = next((study / 'records').glob('opt-uniform-0.3-0-*.json'))
-    (tmp_path / f.name).write_bytes(f.read_bytes())
-    read_study(tmp_path)
-    (tmp_path / 'opt-uniform-0.3-0-0000000000.json').write_bytes(f.read_bytes())
+    f = next((study / 'families').glob('opt-uniform-0.3-0-*.json'))
+    (tmp_path / 'families').mkdir()
+    (tmp_path / 'families' / f.name).write_bytes(f.read_bytes())
+    STUDY.read(tmp_path)
+    (tmp_path / 'families/opt-uniform-0.3-0-0000000000.json').write_bytes(f.read_bytes())
     with pytest.raises(ValueError, match='opt-uniform-0.3-0'):
-        read_study(tmp_path)
+        STUDY.read(tmp_path)
 
 
 def test_records_of_another_training_are_refused(study, tmp_path):
-    f = next((study / 'records').glob('opt-dense-*.json'))
+    f = next((study / 'families').glob('opt-dense-*.json'))
     record = json.loads(f.read_text())
     record['result']['weights'] = '0' * 16
-    (tmp_path / f.name).write_text(json.dumps(record))
+    (tmp_path / 'families').mkdir()
+    (tmp_path / 'families' / f.name).write_text(json.dumps(record))
     with pytest.raises(ValueError, match='another opt'):
-        run_study('smoke', tmp_path, study / 'models', tmp_path / 'work', cells=CELLS)
-    assert [p.name for p in tmp_path.iterdir()] == [f.name]
+        run_study(STUDY, lab_in(study, tmp_path), cells=CELLS)
+    found = sorted(p.name[:9] for p in (tmp_path / 'families').iterdir())
+    assert found == ['opt-dense', 'train-opt']

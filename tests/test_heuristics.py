@@ -15,7 +15,7 @@ from ffp_nb.core.criteria import unit_order
 from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Blocks
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.search.heuristics import (HEURISTICS, BiasCompensation, choose, flap_widths,
+from ffp_nb.search.heuristics import (HEURISTICS, BiasCompensation, Problem, choose, flap_widths,
                                       gate_saliency, knapsack, output_biases, owl_retention,
                                       alpha_retention, proportional_retention, retention_scores,
                                       sensitivity_table)
@@ -33,11 +33,12 @@ def make_bench(family='llama', step=(1, 8), p_min=0.1, criterion='wanda', dtype=
     elastic = ElasticModel(model, unit_order(Layout(model), stats, criterion))
     stats = stats.permute(elastic.columns)
     static = Calibrator(elastic, stats, 0.1)
-    return SimpleNamespace(elastic=elastic, stats=stats, cost=param_cost(elastic.layout),
-                           static=static, calibration=calibration, search=search,
-                           evaluator=lambda: Evaluator(elastic, search, static),
-                           config=SimpleNamespace(step=step, p_min=p_min,
-                                                  profile=SimpleNamespace(blocks=2)))
+    cost, evaluator = param_cost(elastic.layout), lambda: Evaluator(elastic, search, static)
+    def problem(sparsity, **kw):
+        own = dict(step=step, p_min=p_min) | kw
+        return Problem(elastic, stats, cost, calibration, evaluator, sparsity, **own)
+    return SimpleNamespace(elastic=elastic, stats=stats, cost=cost, static=static, search=search,
+                           calibration=calibration, evaluator=evaluator, problem=problem)
 
 
 @pytest.fixture(scope='module')
@@ -71,9 +72,9 @@ def test_on_budget_and_nothing_left_behind(family, name, benches):
     with torch.inference_mode():
         before = b.elastic.model(b.search.ids).logits.clone()
     for sigma in (0.2, 0.5):
-        widths, tokens = HEURISTICS[name](b, sigma)
+        widths, tokens = HEURISTICS[name](b.problem(sigma))
         assert on_budget(b.cost, widths, sigma, (1, 8), 0.1) and isinstance(tokens, int)
-        again = HEURISTICS[name](b, sigma)
+        again = HEURISTICS[name](b.problem(sigma))
         assert (again[0] == widths).all() and again[1] == tokens
     assert (np.ptp(widths / b.cost.full, axis=0) > 0).any()  # it has an opinion
     with torch.inference_mode():
@@ -87,32 +88,33 @@ def test_on_budget_and_nothing_left_behind(family, name, benches):
 @pytest.mark.parametrize('step, p_min, sigma', [
     ((2, 32), 0.1, 0.3), ((1, 1), 0, 0.6), ((1, 7), (0.5, 0), 0.4), ((4, 96), 0, 0.5)])
 def test_steps_and_bounds_of_the_bench_are_kept(name, step, p_min, sigma, benches):
-    config = SimpleNamespace(step=step, p_min=p_min, profile=SimpleNamespace(blocks=1))
-    b = SimpleNamespace(**vars(benches('opt')) | dict(config=config))
-    assert on_budget(b.cost, HEURISTICS[name](b, sigma)[0], sigma, step, p_min)
+    b = benches('opt')
+    problem = b.problem(sigma, step=step, p_min=p_min, blocks=1)
+    assert on_budget(b.cost, HEURISTICS[name](problem)[0], sigma, step, p_min)
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_impossible_targets(name, benches):
     b = benches('llama')
     with pytest.raises(InfeasibleBudget, match='infeasible'):
-        HEURISTICS[name](b, 0.97)
+        HEURISTICS[name](b.problem(0.97))
     for bad in (-0.1, 1.0, float('nan')):
         with pytest.raises(ValueError, match=r'sparsity'):
-            HEURISTICS[name](b, bad)
+            HEURISTICS[name](b.problem(bad))
     assert (b.elastic.widths == b.cost.full).all()
 
 
 def test_forward_tokens_are_counted(benches, monkeypatch):
     b = benches('llama')
-    assert [HEURISTICS[n](b, 0.3)[1] for n in ('flap', 'owl', 'alpha')] == [0, 0, 0]
+    assert [HEURISTICS[n](b.problem(0.3))[1] for n in ('flap', 'owl', 'alpha')] == [0, 0, 0]
     seen = []
     hook = b.elastic.model.base_model.register_forward_pre_hook(
         lambda m, args: seen.append(args[0].numel()))
     try:
-        assert HEURISTICS['gate'](b, 0.3, blocks=2)[1] == 3 * sum(seen) == 3 * 48
+        assert HEURISTICS['gate'](b.problem(0.3), blocks=2)[1] == 3 * sum(seen) == 3 * 48
         seen.clear()
-        assert HEURISTICS['sensitivity'](b, 0.3, points=2)[1] == sum(seen) == (1 + 6 * 2) * 2 * 24
+        assert (HEURISTICS['sensitivity'](b.problem(0.3), points=2)[1] == sum(seen) == (1 + 6 * 2)
+                * 2 * 24)
     finally:
         hook.remove()
 
@@ -121,7 +123,7 @@ def test_forward_tokens_are_counted(benches, monkeypatch):
 def test_bfloat16(family):
     b = make_bench(family, dtype=torch.bfloat16)
     for name in NAMES:
-        assert on_budget(b.cost, HEURISTICS[name](b, 0.3)[0], 0.3, (1, 8), 0.1)
+        assert on_budget(b.cost, HEURISTICS[name](b.problem(0.3))[0], 0.3, (1, 8), 0.1)
     with output_biases(b.elastic), b.elastic.at(b.cost.full // 2,
                                                 BiasCompensation(b.elastic,
                                                                  b.stats)), torch.inference_mode():

@@ -191,7 +191,8 @@ def test_workflow_runs_every_part_of_make_test():
 def test_constraints_are_versions_of_everything_that_is_asked_for():
     lines = (ROOT / 'constraints.txt').read_text(encoding='utf-8').splitlines()
     lines = [x for x in lines if not x.startswith('#')]
-    assert all(re.fullmatch(r'[\w.-]+==[\w.]+', x) for x in lines)  # no address, no path, no local build
+    # no address, no path, no local build
+    assert all(re.fullmatch(r'[\w.-]+==[\w.]+', x) for x in lines)
     pinned = {canonicalize_name(n): v for n, _, v in (x.partition('==') for x in lines)}
     wanted = [CFG['requirements'].split(), *EXTRAS.values()]
     asked = {canonicalize_name(r.name): r for rs in wanted for r in map(Requirement, rs)}

@@ -9,7 +9,10 @@ import pytest
 import torch
 from conftest import make_folder, worked
 
-from ffp_nb import agent, calibrate, prune, search
+from ffp_nb.core import ridge
+from ffp_nb.pipeline import bench as benches
+from ffp_nb.pipeline import prune
+from ffp_nb.search import loop, rivals
 from ffp_nb.core.budget import bounds, param_cost
 from ffp_nb.core.criteria import taylor_scores
 from ffp_nb.core.text import Convention, load_corpus, token_blocks
@@ -132,16 +135,16 @@ def test_dense_folder_evaluates_as_the_table_says(family_folder, ffp, tmp_path):
 def test_opt_is_calibrated_with_intercept(family_folder, tmp_path, monkeypatch):
     "Biases of the saved OPT are the regression's, not the dense ones; static and sequential"
     folder, fits = family_folder('opt'), []
-    refit = calibrate._refit
-    monkeypatch.setattr(calibrate, '_refit', lambda *a: fits.append(a[3] is not None) or refit(*a))
+    refit = ridge._refit
+    monkeypatch.setattr(ridge, '_refit', lambda *a: fits.append(a[3] is not None) or refit(*a))
     dense = Layout(load_model(str(folder / 'dense'), 'float32')[0])
     for calibration in ('none', 'static', 'sequential'):
         config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), method='uniform',
                              calibration=calibration, **SMALL_UNITS)
         prune.prune(config, tmp_path / calibration, progress=False)
         model, _ = load_pruned(tmp_path / calibration / 'model')
-        bench = prune.Bench.load(config, progress=False)
-        widths = prune.find_widths(bench)[0]
+        bench = benches.Bench.load(config, progress=False)
+        widths = benches.find_widths(bench)[0]
         for i, layer in enumerate(model.model.decoder.layers):
             for lin, kind, j in ((layer.self_attn.out_proj, 'attn', 0), (layer.fc2, 'ffn', 1)):
                 was, same = dense.modules[i, kind].out.bias, calibration == 'none'
@@ -155,7 +158,7 @@ def test_opt_is_calibrated_with_intercept(family_folder, tmp_path, monkeypatch):
 def test_static_intercept_keeps_the_mean_output(family_folder):
     "Ridge with intercept leaves no bias on the text that it was fitted on"
     folder = family_folder('opt')
-    bench = prune.Bench.load(PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'),
+    bench = benches.Bench.load(PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'),
                                          method='uniform', **SMALL_UNITS), progress=False)
     for (i, kind), m in bench.elastic.layout.modules.items():
         W, b = bench.elastic.dense_out((i, kind))
@@ -167,14 +170,14 @@ def test_static_intercept_keeps_the_mean_output(family_folder):
 def test_taylor_order_comes_from_gradients(family_folder, ffp, tmp_path):
     "The bench sorts by gradients of the dense model, and the command line has the criterion"
     folder = family_folder('llama')
-    load = lambda criterion: prune.Bench.load(PruneConfig(str(folder / 'dense'),
+    load = lambda criterion: benches.Bench.load(PruneConfig(str(folder / 'dense'),
                                                           str(folder / 'text.txt'),
                                                           method='uniform', criterion=criterion,
                                                           **SMALL_UNITS), progress=False)
     bench, other = load('taylor'), load('wanda')
     model = load_model(str(folder / 'dense'), 'float32')[0]
-    scores = taylor_scores(model, layout := Layout(model), bench.calibration[:prune.TAYLOR_BLOCKS],
-                           progress=False)
+    scores = taylor_scores(model, layout := Layout(model),
+                           bench.text.calibration[:benches.TAYLOR_BLOCKS], progress=False)
     for key, m in layout.modules.items():
         sorted_units = bench.elastic.columns[key][::m.cols] // m.cols
         assert torch.equal(sorted_units, scores[key].argsort(descending=True, stable=True))
@@ -192,8 +195,8 @@ def test_seeds(family_folder, tmp_path, method):
     for i, seed in enumerate((3, 3, 4)):
         config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), method=method,
                              seed=seed, **SMALL_UNITS)
-        bench = prune.Bench.load(config, progress=False)
-        widths, result = prune.find_widths(bench, prune.open_run(tmp_path / str(i), bench),
+        bench = benches.Bench.load(config, progress=False)
+        widths, result = benches.find_widths(bench, run=benches.open_run(tmp_path / str(i), bench),
                                            progress=False)
         assert (on_budget(bench.cost, widths, SIGMA, config.step)
                 and abs(bench.cost.sparsity(widths) - SIGMA) < 0.01)
@@ -220,8 +223,8 @@ def test_same_command_same_files(family_folder, ffp, tmp_path):
 @pytest.fixture
 def steps(monkeypatch):
     "Counts the updates that searches do"
-    step, done = search.Search.step, []
-    monkeypatch.setattr(search.Search, 'step', lambda self: done.append(self.update) or step(self))
+    step, done = loop.Search.step, []
+    monkeypatch.setattr(loop.Search, 'step', lambda self: done.append(self.update) or step(self))
     return done
 
 

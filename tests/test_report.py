@@ -10,7 +10,7 @@ from conftest import make_folder, worked
 from test_bad_input import COMMON, changed, files, flip, refused
 from test_tasks import line, write
 
-from ffp_nb import prune, report
+from ffp_nb.pipeline import bench as benches
 from ffp_nb.core.runs import read_json
 from ffp_nb.search.report import findings, log_cost, read_run, reward_frame
 from ffp_nb.pipeline.tasks import load_tasks
@@ -101,13 +101,14 @@ def test_measured(world, pruned, ffp, monkeypatch):
             and [t['update'] for t in m['trace']] == [0, 1] and len(m['gain']) == 6)
     # the bench is that of the run: the winner gets there what it got in the search
     run = read_run(pruned)
-    bench = report.load_bench(run, progress=False)
-    idx = sorted(int(i) for i in np.random.default_rng([0, 2]).permutation(len(bench.search))[:2])
+    bench = benches.load_bench(run, progress=False)
+    idx = sorted(int(i)
+                 for i in np.random.default_rng([0, 2]).permutation(len(bench.text.search))[:2])
     assert np.isclose(bench.evaluator().reward(np.array(run.result['widths']), idx),
                       run.result['reward'])
     assert m['cost']['full'] == bench.cost.full.tolist() and log_cost(run.log) is None
     # kept for a report without the model
-    monkeypatch.setattr(prune, 'load_model', lambda *a, **kw: pytest.fail('the model was loaded'))
+    monkeypatch.setattr(benches, 'load_model', lambda *a, **kw: pytest.fail('the model was loaded'))
     worked(ffp('report', pruned))
     assert ('uniform-ffn gets' in (pruned / 'report' / 'report.md').read_text()
             and files(pruned / 'report') == now)

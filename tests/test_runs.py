@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ffp_nb import runs
+from ffp_nb.core import runs
 from ffp_nb.core.runs import (Checkpoints, ConfigMismatch, CorruptFile, PolicyLog, RunDir,
                               atomic_write, cached, config_id, environment, find_record,
                               load_records, read_json, save_record, write_json)

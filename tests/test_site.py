@@ -51,7 +51,8 @@ def test_sidebar_has_every_page_once_in_reading_order():
 
 def test_navigation_bar_leads_to_the_first_page_of_a_section():
     "Where an entry of the bar and a section of the sidebar have one name"
-    def first(x): return x if isinstance(x, str) else first(x['contents'][0])
+    def first(x):
+        return x if isinstance(x, str) else first(x['contents'][0])
     site = yaml.safe_load((ROOT / '_quarto.yml').read_text())['website']
     pages = {x['section']: first(x) for x in site['sidebar']['contents'] if isinstance(x, dict)}
     leads = {x['text']: x['href'] for x in site['navbar']['left'] if x['text'] in pages}

@@ -1,13 +1,16 @@
 "`ffp study`: a made study is listed, run, and reported; what a user can mend is told in one line"
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 
 import ffp_nb
-from ffp_nb import study
-from ffp_nb.studies.registry import Study, count_records
+from ffp_nb.studies import registry
+from ffp_nb.studies.cells import Lab
+from ffp_nb.studies.study import Claim, Measurement, Study, count_records, run_study
 
 
 def notebook(title, *codes):
@@ -16,22 +19,40 @@ def notebook(title, *codes):
     return nbformat.writes(nbformat.v4.new_notebook(cells=cells))
 
 
+def made_plan(lab):
+    for name in ('one', 'two'):
+        yield Measurement(dict(name=name), lambda _: dict(name=name))
+
+
+def made_study(**changed):
+    own = dict(plan=made_plan, tidy=lambda runs: (len([*(runs / 'made').glob('*.json')]),),
+               findings=lambda n: ['- it works'],
+               claims=(Claim(1, 'FFP', 'made', lambda n: ('in part', '3 of 5')),))
+    return Study('made', 'made', **own | changed)
+
+
+def measured(nbs, *names):
+    "Records of the made study with these names; the others are taken away"
+    for f in (nbs / 'runs/made').glob('*.json'):
+        f.unlink()
+    def plan(lab):
+        for m in made_plan(lab):
+            if m.config['name'] in names:
+                yield m
+    run_study(made_study(plan=plan), Lab(nbs))
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A folder of notebooks with one study that has one of its two records, and the command that
     only knows this study"""
     nbs = tmp_path / 'nbs'
     (nbs / 'studies').mkdir(parents=True)
-    (nbs / 'runs/made').mkdir(parents=True)
-    (nbs / 'studies/made.ipynb').write_text(
+    (nbs / 'studies/07_made.ipynb').write_text(
         notebook('A made study', 'import os',
                  "print('profile', os.environ['FFP_PROFILE'], os.path.basename(os.getcwd()))"))
-    (nbs / 'runs/made/one-0123456789.json').write_text('{}')
-    monkeypatch.setattr(study, 'STUDIES',
-                        {'made': Study('made', 'runs/made', lambda: ['one', 'two'])})
-    monkeypatch.setattr(study, 'CONCLUSIONS', {'made': lambda nbs: ['- it works']})
-    monkeypatch.setattr(study, 'CLAIMS',
-                        (('FFP', 'made', 'made', lambda nbs: ('in part', '3 of 5')),))
+    measured(nbs, 'one')
+    monkeypatch.setattr(registry, 'STUDIES', {'made': made_study()})
     monkeypatch.chdir(tmp_path)
     return nbs
 
@@ -39,22 +60,24 @@ def project(tmp_path, monkeypatch):
 def test_list_says_what_is_whole(project, ffp):
     done = ffp('study', 'list', '--nbs', project)
     assert (done.exit_code == 0
-            and all(x in done.output for x in ('A made study', '1 of 2', 'nbs/studies/made.ipynb')))
-    (project / 'runs/made/two-0123456789.json').write_text('{}')
+            and all(x in done.output
+                    for x in ('A made study', '1 of 2', 'nbs/studies/07_made.ipynb')))
+    measured(project, 'one', 'two')
     assert 'whole' in ffp('study', 'list', '--nbs', project).output
-    for f in (project / 'runs/made').iterdir():
-        f.unlink()
+    # a record of other settings does not count, whatever its file is called
+    for f in (project / 'runs/made').glob('*.json'):
+        f.rename(f.with_name(f.stem[:-10] + '0123456789.json'))
     assert 'none yet' in ffp('study', 'list', '--nbs', project).output
 
 
 def test_run_executes_a_copy_with_the_profile(project, ffp, tmp_path):
-    page = (project / 'studies/made.ipynb').read_bytes()
+    page = (project / 'studies/07_made.ipynb').read_bytes()
     done = ffp('study', 'run', 'made', '--nbs', project, '--profile', 'demo', '--out',
                tmp_path / 'out')
     assert done.exit_code == 0, done.output
     copy = nbformat.read(tmp_path / 'out/made.ipynb', 4)
     assert copy.cells[2].outputs[0].text == 'profile demo studies\n'
-    assert ((project / 'studies/made.ipynb').read_bytes() == page
+    assert ((project / 'studies/07_made.ipynb').read_bytes() == page
             and [f.name for f in (tmp_path / 'out').iterdir()] == ['made.ipynb'])
 
 
@@ -62,42 +85,33 @@ def test_a_cell_that_fails_is_named_and_the_old_copy_stays(project, ffp, tmp_pat
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out/made.ipynb').write_text('old')
     (project
-     / 'studies/made.ipynb').write_text(notebook('Broken', 'x = 1',
+     / 'studies/07_made.ipynb').write_text(notebook('Broken', 'x = 1',
                                                  "#| hide\nopen('no such file')"))
     done = ffp('study', 'run', 'made', '--nbs', project, '--out', tmp_path / 'out')
     assert done.exit_code == 1 and 'Traceback' not in done.output
-    assert "made.ipynb, cell 2 (`open('no such file')`): FileNotFoundError" in done.output
+    assert "07_made.ipynb, cell 2 (`open('no such file')`): FileNotFoundError" in done.output
     assert ((tmp_path / 'out/made.ipynb').read_text() == 'old'
             and len(list((tmp_path / 'out').iterdir())) == 1)
 
 
 def test_records_are_made_first_and_in_the_project(project, ffp, tmp_path, monkeypatch):
-    """Every folder that a maker may ask for lies in the project of the notebooks, wherever the
-    command is run"""
+    "Folders lie in the project of the notebooks, wherever the command is run"
     seen = []
-    def run_study(records='x', work='x', models='x', profile='cpu', seeds=(0,)):
-        seen.append((records, work, models, profile, seeds))
-
-    def run_more(runs, policies='x'):
-        seen.append((runs, policies))
-    fake = type('module', (),
-                dict(run_study=staticmethod(run_study), run_more=staticmethod(run_more)))
-    monkeypatch.setattr(study, 'import_module',
-                        lambda name: fake if name == 'ffp_nb.studies.made' else None)
-    monkeypatch.setattr(study, 'STUDIES',
-                        {'made': Study('made', 'runs/made', lambda: ['one'],
-                                       ('run_study', 'run_more'), dict(policies='runs/spine'))})
+    def plan(lab):
+        seen.append((lab.runs, lab.work, lab.profile))
+        yield Measurement(dict(name='new'), lambda to: dict(folder=to.name))
+    monkeypatch.setattr(registry, 'STUDIES', {'made': made_study(plan=plan)})
     (tmp_path / 'elsewhere').mkdir()
     monkeypatch.chdir(tmp_path / 'elsewhere')
     # only when asked
     assert ffp('study', 'run', 'made', '--nbs', project).exit_code == 0 and not seen
     done = ffp('study', 'run', 'made', '--nbs', project, '--records', '--profile', 'gpu')
     assert done.exit_code == 0, done.output
-    assert (seen
-            == [(project / 'runs/made', tmp_path / 'runs/work', tmp_path / 'runs/models', 'gpu',
-                 (0,)), (project / 'runs', project / 'runs/spine')])
+    assert seen == [(project / 'runs', tmp_path / 'runs', 'gpu')]
+    (new,) = (project / 'runs/made').glob('new-*.json')
+    assert json.loads(new.read_text())['result'] == dict(folder='made')
     done = ffp('study', 'run', 'made', '--nbs', project, '--records', '--profile', 'smoke')
-    assert done.exit_code == 1 and 'not kept' in done.output and len(seen) == 2
+    assert done.exit_code == 1 and 'not kept' in done.output and len(seen) == 1
 
 
 def test_report(project, ffp, tmp_path):
@@ -105,23 +119,26 @@ def test_report(project, ffp, tmp_path):
     text = (tmp_path / 'all.md').read_text()
     assert done.exit_code == 0 and ('## A made study\n\n- *1 of 2 records are there.*\n- it '
                                     'works\n') in text
-    assert '| FFP: [made](nbs/studies/made.ipynb) | **in part** | 3 of 5 (1 of 2 records) |' in text
+    assert (
+        '| FFP: [made](nbs/studies/07_made.ipynb) | **in part** | 3 of 5 (1 of 2 records) |' in text)
     assert 'it works' in ffp('study', 'report', '--nbs', project).output
 
 
 @pytest.mark.parametrize('error', [KeyError, IndexError, ValueError, AttributeError])
 def test_half_made_records_give_no_conclusion_and_whole_ones_must(project, monkeypatch, error):
-    def breaks(nbs):
+    def breaks(n):
         raise error('half')
-    monkeypatch.setattr(study, 'CONCLUSIONS', {'made': breaks})
-    assert study.conclusions('made', project) == ['- 1 of 2 records are there: no conclusion yet.']
-    (project / 'runs/made/two-0123456789.json').write_text('{}')
+    monkeypatch.setattr(registry, 'STUDIES', {'made': made_study(findings=breaks)})
+    half = ['- 1 of 2 records are there: no conclusion yet.']
+    assert registry.conclusions('made', project) == half
+    measured(project, 'one', 'two')
     with pytest.raises(error):
-        study.conclusions('made', project)
+        registry.conclusions('made', project)
 
 
 def test_from_a_wheel_the_notebooks_are_asked_for(project, ffp, tmp_path, monkeypatch):
-    monkeypatch.setattr(ffp_nb, '__file__', str(tmp_path / 'site-packages/ffp_nb/__init__.py'))
+    installed = str(tmp_path / 'site-packages/ffp_nb/__init__.py')
+    monkeypatch.setattr(registry, 'find_spec', lambda name: SimpleNamespace(origin=installed))
     assert ffp('study', 'list').exit_code == 0  # nbs is here
     (tmp_path / 'empty').mkdir()
     monkeypatch.chdir(tmp_path / 'empty')
@@ -137,13 +154,17 @@ def test_without_jupyter_the_extra_is_named(project, ffp, monkeypatch):
     assert done.exit_code == 1 and "ffp_nb[study]" in done.output
 
 
+def test_without_the_studies_the_command_says_so(ffp, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'ffp_nb.studies.registry', None)
+    done = ffp('study', 'list')
+    assert done.exit_code == 1 and 'not in this installation' in done.output
+
+
 def test_the_records_of_this_project_are_those_that_studies_want():
-    """Names in the registry are names that the studies write: every study has a record that is
-    wanted, or none at all"""
+    """Every study finds its records by their configurations, and no record of a study is one that
+    nothing wants"""
     nbs = Path(ffp_nb.__file__).parents[1] / 'nbs'
-    for s in study.STUDIES.values():
-        have, of = count_records(s, nbs)
-        assert 0 <= have <= of and of
-        if s.folder != 'runs/main' and (nbs / s.folder).is_dir():
-            assert have or not any(json.loads(f.read_text())['config'].get('study') == s.name
-                                   for f in (nbs / s.folder).glob('*.json')), s.name
+    lab = Lab(nbs, dry=True)
+    for s in registry.STUDIES.values():
+        have, of = count_records(s, lab)
+        assert have == of > 0, s.name

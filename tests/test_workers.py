@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from ffp_nb import models, prune
+from ffp_nb.core import families
+from ffp_nb.pipeline import bench as benches
+from ffp_nb.pipeline import prune
 from ffp_nb.core.ridge import Calibrator, sequential_calibrate
 from ffp_nb.core.criteria import taylor_scores, unit_order
 from ffp_nb.core.stats import collect_stats
@@ -24,7 +26,7 @@ from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.perplexity import block_nll
 from ffp_nb.core.families import FAMILIES, Layout, is_on_disk, load_model, on_disk
 from ffp_nb.pipeline.config import Profile, PruneConfig
-from ffp_nb.search.workers import Replica
+from ffp_nb.search.workers import replica_of
 from ffp_nb.search.loop import Search
 from ffp_nb.search.workers import WorkerEvaluator, Workers
 
@@ -83,16 +85,22 @@ def dying(make, folder, at):
     return remake
 
 
+def replica(bench):
+    "What makes the evaluator of a bench in a worker"
+    c = bench.config
+    return replica_of(bench.evaluator(), c.model, c.dtype, bench.how, bench.fingerprint)
+
+
 def test_a_replica_is_the_evaluator(bench):
     """Without Ray: what a worker makes from a pickle measures what the bench measures; other
     weights are refused"""
-    replica = pickle.loads(pickle.dumps(Replica.of(bench)))
-    far, near = replica(), bench.evaluator()
+    made = pickle.loads(pickle.dumps(replica(bench)))
+    far, near = made(), bench.evaluator()
     policies = [np.maximum(bench.elastic.layout.full * k // 10, 1) for k in (3, 6, 9, 10)]
     assert np.array_equal(far.rewards(policies, [0, 2, 5]), near.rewards(policies, [0, 2, 5]))
     assert far.forward_tokens == near.forward_tokens and len(far.pool) == len(near.pool)
     with pytest.raises(ValueError, match='other weights .*fingerprint.*Copy the same model'):
-        replace(replica, fingerprint='0' * 16)()
+        replace(made, fingerprint='0' * 16)()
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason='two workers of one CPU each')
@@ -119,7 +127,7 @@ def test_a_search_loses_nothing_with_a_worker(bench, cluster, tmp_path):
     c = replace(bench.config, sparsity=0.4).search_config()
     want = Search(bench.evaluator(), bench.cost, c).run(progress=False)
     local = bench.evaluator()
-    spread = WorkerEvaluator(bench.evaluator(), dying(Replica.of(bench), tmp_path, 9), 2)
+    spread = WorkerEvaluator(bench.evaluator(), dying(replica(bench), tmp_path, 9), 2)
     try:
         got = Search(spread, bench.cost, c).run(progress=False)
     finally:
@@ -172,7 +180,7 @@ def test_retries_end(cluster, tmp_path):
 
 def test_without_ray(monkeypatch, family_folder, ffp, tmp_path):
     monkeypatch.setitem(sys.modules, 'ray', None)
-    monkeypatch.setattr(prune, 'load_model', lambda *a, **kw: 1 / 0)
+    monkeypatch.setattr(benches, 'load_model', lambda *a, **kw: 1 / 0)
     folder = family_folder('llama')
     for command in ('search', 'prune'):
         result = ffp(command, '--model', folder / 'dense', '--text', folder / 'text.txt',
@@ -262,11 +270,11 @@ def test_tied_embeddings_stay_tied(tmp_path, word_tokenizer):
 
 def test_device_auto_and_both(family_folder, monkeypatch):
     folder, asked = str(family_folder('llama') / 'dense'), []
-    load = models.AutoModelForCausalLM.from_pretrained
+    load = families.AutoModelForCausalLM.from_pretrained
     def spy(*a, **kw):
         asked.append(kw['device_map'])
         return load(*a, **kw)
-    monkeypatch.setattr(models.AutoModelForCausalLM, 'from_pretrained', spy)
+    monkeypatch.setattr(families.AutoModelForCausalLM, 'from_pretrained', spy)
     auto = load_model(folder, 'float32', device='auto')[0]
     cpu = load_model(folder, 'float32', 'cpu')[0]
     assert asked == ['auto', None]
@@ -285,6 +293,6 @@ def test_weights_on_disk(monkeypatch):
     assert not os.path.exists(stored.untyped_storage().filename), 'the file has no name any more'
     def full(*a):
         raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(models.os, 'posix_fallocate', full)
+    monkeypatch.setattr(families.os, 'posix_fallocate', full)
     with pytest.raises(OSError, match='do not fit in .*TMPDIR'):
         on_disk(t)

@@ -136,11 +136,11 @@ class CMAES:
 
     Source: Hansen, arXiv 1604.00772; diagonal: Ros and Hansen, PPSN 2008. Raises `ImportError`
     without the package."""
-    ask: Callable[..., Any]  # these are given below
+    ask: Callable[..., np.ndarray]  # these are given below
     tell: Callable[..., None]
-    recommend: Callable[..., Any]
-    stats: Callable[..., Any]
-    state_dict: Callable[..., Any]
+    recommend: Callable[..., np.ndarray]
+    stats: Callable[..., dict]
+    state_dict: Callable[..., dict]
     load_state_dict: Callable[..., None]
 
     def __init__(self, n_layers: int, seed: int = 0,
@@ -152,35 +152,36 @@ class CMAES:
         self.n_layers, self.seed, self.sigma = n_layers, seed, sigma
         self.diagonal = 2 * n_layers > 20 if diagonal is None else diagonal
         self.make = lib.SepCMA if self.diagonal else lib.CMA
-        self.es: Any = None  # the first `ask` sets the population size
+        self.es: Any = None  # the first batch sets the population size
+        self.asked = np.empty((0, 2 * n_layers))  # the last batch
+        self.told: list[tuple[int, np.ndarray, np.ndarray]] = []  # draws before it, scores, rewards
+        self.draws = 0  # since the last `tell`
 
-    def _start(self, n):
-        bounds = np.tile([-BOUND, BOUND], (2 * self.n_layers, 1))
-        self.es = self.make(np.zeros(2 * self.n_layers), self.sigma, bounds=bounds,
-                            n_max_resampling=10, seed=self.seed, population_size=n)
-
-    def _check_size(self, n):
-        if self.es is not None and n != self.es.population_size:
+    def _batch(self, n):
+        "Start with the first batch; all others must be as large"
+        _check_batch('CMA-ES', n)
+        if self.es is None:
+            bounds = np.tile([-BOUND, BOUND], (2 * self.n_layers, 1))
+            self.es = self.make(np.zeros(2 * self.n_layers), self.sigma, bounds=bounds,
+                                n_max_resampling=10, seed=self.seed, population_size=n)
+        if n != self.es.population_size:
             raise ValueError(f'CMA-ES was started with a batch of {self.es.population_size} and '
                              f'got {n}; keep the batch constant')
 
 # %% ../../nbs/search/02_rivals.ipynb #102970cd
 @patch
 def ask(self: CMAES, sparsity, n):
-    _check_batch('CMA-ES', n)
-    self._check_size(n)
-    if self.es is None:
-        self._start(n)
-    return np.array([self.es.ask() for _ in range(n)]).reshape(n, self.n_layers, 2)
+    self._batch(n)
+    self.asked, self.draws = np.array([self.es.ask() for _ in range(n)]), self.draws + n
+    return self.asked.reshape(n, self.n_layers, 2).copy()
 
 
 @patch
 def tell(self: CMAES, sparsity, scores, rewards):
     x, r = _told(self.n_layers, scores, rewards)
-    _check_batch('CMA-ES', len(r))
-    self._check_size(len(r))
-    if self.es is None:
-        self._start(len(r))
+    self._batch(len(r))
+    self.told.append((self.draws, x, r))
+    self.draws = 0
     if np.ptp(r):
         # it minimises; equal rewards give a random step
         self.es.tell([(a, -b) for a, b in zip(x, r)])
@@ -194,32 +195,38 @@ def recommend(self: CMAES, sparsity):
 
 @patch
 def stats(self: CMAES):
-    if self.es is None: return {}
-    var = self.es._C if self.diagonal else np.diag(self.es._C)
-    return dict(std=float(self.es._sigma * np.sqrt(var).mean()), sigma=float(self.es._sigma))
+    "`std`: how far the policies of the last batch lie apart"
+    return dict(std=float(self.asked.std(0).mean())) if len(self.asked) else {}
 
 # %% ../../nbs/search/02_rivals.ipynb #b9f39d5b
 @patch
 def state_dict(self: CMAES):
-    "The library's own attributes, which are numbers and arrays, and its random stream"
-    if self.es is None: return dict(es=None)
-    es = dict(vars(self.es))
-    rng = es.pop('_rng').get_state(legacy=False)
-    return copy.deepcopy(dict(es=es, rng=rng, diagonal=self.diagonal))
+    "What was told; loading it replays the library, whose own state is private"
+    draws, x, r = (np.array(v) for v in zip(*self.told)) if self.told else (np.empty(0),) * 3
+    return dict(draws=draws, scores=x, rewards=r, pending=self.draws, asked=self.asked.copy(),
+                n_scores=2 * self.n_layers, diagonal=self.diagonal, seed=self.seed,
+                sigma=self.sigma)
 
 
 @patch
 def load_state_dict(self: CMAES, state):
-    if state['es'] is None:
-        self.es = None
-        return
-    if state['diagonal'] != self.diagonal or state['es']['_n_dim'] != 2 * self.n_layers:
-        raise ValueError(f"this state has {state['es']['_n_dim']} scores and "
-                         f"diagonal={state['diagonal']}; "
-                         f'expected {2 * self.n_layers} and {self.diagonal}')
-    self._start(state['es']['_popsize'])
-    vars(self.es).update(copy.deepcopy(state['es']))
-    self.es._rng.set_state(state['rng'])
+    if 'es' in state:
+        raise ValueError('this state of CMA-ES was saved by ffp_nb 0.1.0 and cannot be read any '
+                         'more. Start the search over (--no-resume).')
+    if (state['diagonal'], state['n_scores']) != (self.diagonal, 2 * self.n_layers):
+        raise ValueError(f"this state has {state['n_scores']} scores and diagonal="
+                         f"{state['diagonal']}; expected {2 * self.n_layers} and {self.diagonal}")
+    self.es, self.told, self.draws = None, [], 0
+    self.seed, self.sigma = state['seed'], state['sigma']
+    for draws, x, r in zip(state['draws'], state['scores'], state['rewards']):
+        self._batch(len(r))
+        for _ in range(int(draws)):
+            self.es.ask()  # moves its random stream
+        self.draws = int(draws)
+        self.tell(0.0, x.reshape(len(r), -1, 2), r)
+    self.asked = np.array(state['asked'])
+    for _ in range(state['pending'] // max(len(self.asked), 1)):
+        self.ask(0.0, len(self.asked))  # asked, and not told yet
 
 # %% ../../nbs/search/02_rivals.ipynb #67511424
 @contextlib.contextmanager
@@ -501,6 +508,5 @@ def _learn(self: DDPG, steps: int) -> None:
 
 # %% ../../nbs/search/02_rivals.ipynb #6ecadddc
 SEARCHERS: dict[str, Callable[..., Searcher]] = {  # name -> class; `--method` takes these names
-                                                 'ffp': PPOAgent, 'random-search': RandomSearch,
-                                                 'eas': EvolutionarySearch, 'cma': CMAES,
-                                                 'tpe': TPE, 'ddpg': DDPG}
+    'ffp': PPOAgent, 'random-search': RandomSearch, 'eas': EvolutionarySearch, 'cma': CMAES,
+    'tpe': TPE, 'ddpg': DDPG}
