@@ -23,7 +23,7 @@ NOTE = @printf '\n== %s\n'
 help:
 	@echo 'make demo     prune SmolLM2-135M by 20 %: searched policy, repair, perplexity, plots (in runs/demo)'
 	@echo 'make test     all checks: make lint sync notebooks docs pytest'
-	@echo 'make lint     unused names and types; make sync: modules, notebooks and README agree'
+	@echo 'make lint     names, style, floors, types; make sync: modules, notebooks and README agree'
 	@echo 'make prep     after editing notebooks: export modules, clean notebooks, make README.md'
 	@echo 'make docs     render the site to _site/; make quarto does it with Quarto, to _docs/'
 	@echo 'make package  sdist and wheel in dist/'
@@ -38,8 +38,10 @@ demo: $(VENV)/.user
 test: lint sync notebooks docs pytest
 
 lint: $(VENV)/.dev
-	$(NOTE) 'unused names, types'
+	$(NOTE) 'names, lines, floors, types'
 	@$(BIN)/ruff check -q
+	@$(BIN)/python tools/style.py
+	@$(BIN)/lint-imports --no-logo --cache-dir .cache/import-linter
 	@$(BIN)/mypy
 
 sync: $(VENV)/.dev

@@ -182,7 +182,7 @@ def part_a(size, out, bench, widths):
     agent = PPOAgent(len(widths))
     budget = take_turns(dict(solve=lambda: solve(scores, bench.cost, size.sparsity, size.step),
                              answer=lambda: agent.recommend(size.sparsity)), size.turns, size.inner)
-    blocks = bench.search[:size.blocks]
+    blocks = bench.text.search[:size.blocks]
     with e.at(widths, cached):
         forward = take_turns(dict(forward=lambda: block_nll(e.model, blocks)), size.turns)
     out.add('a', 'set + restore, views', 1e3 * quick.views, 'ms')
@@ -341,7 +341,7 @@ def leading(layout, widths) -> dict:
 
 
 def part_c(size, out, bench, widths, uncached):
-    e16, e32, blocks = bench.elastic, fp32_twin(size, bench), bench.search[:size.blocks]
+    e16, e32, blocks = bench.elastic, fp32_twin(size, bench), bench.text.search[:size.blocks]
     cached, kept, nll = Calibrator(e16, bench.stats, size.alpha), leading(e16.layout, widths), {}
     cached._factors = uncached._factors  # made once is enough for this comparison
     with tempfile.TemporaryDirectory() as folder:
@@ -446,7 +446,7 @@ def _search_memory(size, fill: bool) -> list[dict]:
     marks = size.episodes[:1] if fill else size.episodes
     config = SearchConfig(size.sparsity, episodes=marks[-1], batch=marks[0], blocks=1,
                           step=size.step)
-    search = Search(Evaluator(bench.elastic, bench.search, weights), bench.cost, config)
+    search = Search(Evaluator(bench.elastic, bench.text.search, weights), bench.cost, config)
     while search.update < config.updates:
         search.step()
         if len(search.log) in marks:

@@ -6,12 +6,13 @@ import pytest
 
 from ffp_nb.core.budget import InfeasibleBudget
 from ffp_nb.search.heuristics import HEURISTICS
-from ffp_nb.core.runs import RunDir
+from ffp_nb.core.runs import RunDir, cached
 from ffp_nb.studies import cells
-from ffp_nb.studies.cells import (VARIANTS, Cell, cell_settings, clip_in_order, fit_episodes,
-                                  planned_tokens, read_cells, run_cell, run_cells, selection_nll,
-                                  trace_cell)
-from ffp_nb.studies.searchers import cost_runs, cost_table, read_traces, study_cells
+from ffp_nb.studies.cells import (VARIANTS, Cell, Facts, Lab, against, cell_settings, clip_in_order,
+                                  cost_table, fit_episodes, plan_cells, plan_selection,
+                                  planned_tokens, read_cells, read_traces, run_cell, trace_cell)
+from ffp_nb.studies.searchers import study_cells
+from ffp_nb.studies.study import walk
 
 
 def run(bench, folder, *a, **kw):
@@ -72,16 +73,14 @@ def test_a_cell_is_measured_once(bench, tmp_path, monkeypatch):
 
 
 def test_equal_tokens(bench):
-    pool = len(bench.search)
+    pool = len(bench.text.search)
     for variant in ('default', 'none', 'batch8'):
-        c = cell_settings(Cell('toy', 0.4, variant=variant, tokens=20_000), bench)
+        c = cell_settings(Cell('toy', 0.4, variant=variant, tokens=20_000), Facts.of(bench))
         assert 0.8 * 20_000 < planned_tokens(c, pool) <= 20_000
     # what is planned is an upper bound: blocks that come twice have their dense reference once
-    bench_config, bench.config = bench.config, c
     from ffp_nb.search.loop import Search
     used = Search(bench.evaluator(), bench.cost,
                   c.search_config()).run(progress=False).forward_tokens
-    bench.config = bench_config
     assert 0.9 * planned_tokens(c, pool) < used <= planned_tokens(c, pool)
     with pytest.raises(ValueError, match='10 forward tokens; two updates need'):
         fit_episodes(bench.config, 10, pool)
@@ -97,16 +96,20 @@ def test_traces_and_selection(bench, tmp_path):
         assert t.forward_tokens.is_monotonic_increasing and np.isfinite(t.nll).all() and len(t)
     # the last guess of the agent, measured by hand
     guess = np.array(found[0]['result']['search']['updates'][-1]['guess'])
-    by_hand = bench.perplexity(guess, bench.selection[:2], bench.static).mean_nll
+    by_hand = bench.perplexity(guess, bench.text.selection[:2], bench.static).mean_nll
     assert (trace_cell(bench, found[0], records, points=3, blocks=2).nll.iloc[-1]
             == pytest.approx(by_hand))
     table = read_cells(records)
     assert len(table) == len(found) and set(table.policy) == {'ffp', 'random-search', 'eas'}
-    cost = cost_table(cost_runs(read_traces(table, records)))
+    cost = cost_table(against(read_traces(table, records), 'eas', 'none'))
     own = cost.set_index(['policy', 'variant']).loc[('eas', 'none')]
     assert own.times_cheaper == own.low == own.high == 1 and own.behind == 0
-    s = selection_nll(bench, found, records)
-    by_hand = bench.perplexity(np.array(found[1]['result']['widths']), bench.selection[:3],
+    lab = Lab(profile='smoke')  # 2 final blocks
+    lab.bench = lambda model: bench
+    [r] = walk(plan_selection(lab, 'toy', found),
+               lambda wanted: cached(records, wanted.config, lambda _: wanted.measure(records)))
+    s = {k: np.mean(v) for k, v in r['result'].items()}
+    by_hand = bench.perplexity(np.array(found[1]['result']['widths']), bench.text.selection[:2],
                                bench.static).mean_nll
     assert (s[found[1]['config_id']] == pytest.approx(by_hand, abs=1e-4)
             and len(s) == len({r['config_id'] for r in found}))
@@ -132,4 +135,4 @@ def test_bad_cells():
         Cell('m', 0.3, modes=('lora',))
     assert len({c.name for c in study_cells()}) == len(study_cells())
     with pytest.raises(KeyError):
-        run_cells([Cell('opt', 0.3)], profile='huge')
+        next(plan_cells(Lab(profile='huge'), [Cell('opt', 0.3)]))

@@ -133,15 +133,15 @@ def use(module, name):
 
 
 @pytest.mark.parametrize('package,extra,call',
-                         [('cmaes', 'search', lambda: use('searchers', 'CMAES')(2)),
-                          ('optuna', 'search', lambda: use('searchers', 'TPE')(2)),
+                         [('cmaes', 'search', lambda: use('search.rivals', 'CMAES')(2)),
+                          ('optuna', 'search', lambda: use('search.rivals', 'TPE')(2)),
                           ('xllamacpp', 'gguf',
-                           lambda: use('gguf_export', 'LlamaCpp')('model.gguf')),
-                          ('ray', 'ray', lambda: use('workers', 'import_ray')()),
+                           lambda: use('export.gguf', 'LlamaCpp')('model.gguf')),
+                          ('ray', 'ray', lambda: use('search.workers', 'import_ray')()),
                           ('peft', 'recover',
-                           lambda: use('recover', '_lora')(None, [], [],
-                                                           use('recover', 'Recipe')())),
-                          ('nbclient', 'study', lambda: use('study', '_clients')())])
+                           lambda: use('recover.train', '_lora')(None, [], [],
+                                                           use('recover.train', 'Recipe')())),
+                          ('nbclient', 'study', lambda: use('studies.registry', '_clients')())])
 def test_what_is_optional_says_how_to_get_it(package, extra, call, monkeypatch):
     assert package in names(EXTRAS[extra])
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed

@@ -196,7 +196,7 @@ def test_data_is_measured_once_and_is_what_it_says(bench, data):
     assert data['calls'] == len(
         different) + 2, 'the dense model, and the one that died, come on top'
     assert data['record']['result']['forward_tokens'] == (len(different) + 1) * 4 * 32
-    blocks = bench.search[np.linspace(0, len(bench.search) - 1, 4).round().astype(int)]
+    blocks = bench.text.search[np.linspace(0, len(bench.text.search) - 1, 4).round().astype(int)]
     for i in (0, 5, 39):
         w = np.array(rows[i]['widths'])
         assert (data['widths'][i] == w).all()

@@ -46,7 +46,8 @@ def test_sidebar_has_every_page_once_in_reading_order():
                       if '.ipynb_checkpoints' not in f.parts))
     assert len(set(pages)) == len(pages)
     assert pages[:2] == ['index.ipynb', 'results.ipynb'] and pages[-1] == 'references.ipynb'
-    assert sections == ['Components', 'Studies', 'Open questions', 'Reference']
+    assert sections == ['Core', 'Search', 'Export', 'Recovery', 'Pipeline', 'Studies',
+                        'Open questions', 'Reference']
 
 
 def test_navigation_bar_leads_to_the_first_page_of_a_section():
@@ -59,11 +60,27 @@ def test_navigation_bar_leads_to_the_first_page_of_a_section():
     assert leads and leads == {name: pages[name] for name in leads}
 
 
+def test_pages_are_numbered_in_reading_order():
+    "From 00 in each folder; and what a page exports uses no page of its folder that comes later"
+    for folder in {f.parent for f in NBS.rglob('[0-9][0-9]_*.ipynb')} - {NBS}:
+        files = sorted(folder.glob('*.ipynb'))
+        assert [f.name[:2] for f in files] == [f'{i:02}' for i in range(len(files))], folder
+        names = [f.stem[3:] for f in files]
+        for i, f in enumerate(files):
+            exported = '\n'.join(''.join(c['source']) for c in cells(f.relative_to(NBS))
+                                 if ''.join(c['source']).startswith('#| export'))
+            used = re.findall(rf'from ffp_nb\.{folder.name}(?:\.(\w+))? import ([^\n(]+|\([^)]+\))',
+                              exported)
+            own = [m or n for m, many in used for n in (re.findall(r'\w+', many) if not m else [m])]
+            late = [n for n in own if n in names and names.index(n) >= i]
+            assert not late, f'{f.relative_to(NBS)} uses {late}'
+
+
 def test_reading_order_of_the_first_page():
     "Its table names every page but itself, in the order of the sidebar"
     table = source('index.ipynb')
     table = table[table.index('## Reading order'):]
-    linked = re.findall(r'^\| \[[^]]+\]\(([\w/]+\.ipynb)\)', table, re.M)
+    linked = re.findall(r'^\|[^|\n]*\| \[[^]]+\]\(([\w/]+\.ipynb)\)', table, re.M)
     assert linked == [p for p in sidebar()[0] if p != 'index.ipynb']
 
 
@@ -80,13 +97,12 @@ def test_readme_has_what_a_newcomer_looks_for():
 def test_every_study_is_among_the_results():
     from ffp_nb.studies.registry import STUDIES
     pages = [p for p in sidebar()[0] if p.startswith('studies/')]
-    assert (pages
-            == [f'studies/{s}.ipynb'
-                # cells: the unit, no study
-                for s in ('spine', 'families', 'speed', 'cells', *list(STUDIES)[3:])])
+    numbered = [f'studies/{i:02}_{s}.ipynb'
+                for i, s in enumerate(['twins', 'study', 'cells', *STUDIES, 'registry'])]
+    assert pages == numbered
     heads = re.findall(r'^## \[[^]]+\]\((studies/\w+\.ipynb)\)$',
                        source('results.ipynb', ['markdown']), re.M)
-    assert heads == [f'studies/{s}.ipynb' for s in STUDIES]
+    assert heads == numbered[3:-1]
     code = source('results.ipynb', ['code'])
     assert all(f"said('{s}')" in code for s in STUDIES)
 

@@ -14,10 +14,12 @@ from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 from smalldocs.check import scan
 
-def join(s): return s if isinstance(s, str) else ''.join(s)
+def join(s):
+    return s if isinstance(s, str) else ''.join(s)
 
 def plain_names(src):
-    "Rename pages as Quarto's `output-file` does (00_core.ipynb to core.ipynb); returns {old path: new path}"
+    """Rename pages as Quarto's `output-file` does (00_core.ipynb to core.ipynb); returns {old path:
+    new path}"""
     names = {}
     for f in sorted(src.rglob('*.ipynb')):
         new = f.with_name(re.sub(r'^\d+[a-z0-9]*_', '', f.name.lower()))
@@ -39,23 +41,30 @@ def relink(
     def page(m):
         old = posixpath.normpath(posixpath.join(here, m[0]))
         return posixpath.relpath(names[old], here) if old in names else m[0]
-    def fix(s): return re.sub(r'(?<=[("])[\w./-]+\.ipynb', page, join(s)).replace(site, up)
+
+    def fix(s):
+        return re.sub(r'(?<=[("])[\w./-]+\.ipynb', page, join(s)).replace(site, up)
     nb = json.loads(f.read_text(encoding='utf-8'))
     for c in nb['cells']:
-        if c['cell_type'] == 'markdown': c['source'] = fix(c['source'])
-        if c['cell_type'] == 'raw': c['source'] = re.sub(r'^output-file:.*\n', '', join(c['source']), flags=re.M)
+        if c['cell_type'] == 'markdown':
+            c['source'] = fix(c['source'])
+        if c['cell_type'] == 'raw':
+            c['source'] = re.sub(r'^output-file:.*\n', '', join(c['source']), flags=re.M)
         for o in c.get('outputs', []):
-            if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = fix(o['data']['text/markdown'])
+            if 'text/markdown' in o.get('data', {}):
+                o['data']['text/markdown'] = fix(o['data']['text/markdown'])
     f.write_text(json.dumps(nb), encoding='utf-8')
 
 def quarto_only(f):
     "What smalldocs would print literally in a notebook: @fig- references, citations, grid tables"
     cells = json.loads(f.read_text(encoding='utf-8'))['cells']
-    return [f'{f.name}: {msg}' for c in cells if c['cell_type'] == 'markdown' for _, msg in scan(join(c['source']))]
+    return [f'{f.name}: {msg}' for c in cells if c['cell_type'] == 'markdown'
+            for _, msg in scan(join(c['source']))]
 
 def site_config(root, names):
     "The top-level _quarto.yml with the renamed pages, HTML only, without what only pandoc reads"
-    text = re.sub(r'[\w./-]+\.ipynb', lambda m: names.get(m[0], m[0]), (root/'_quarto.yml').read_text(encoding='utf-8'))
+    text = re.sub(r'[\w./-]+\.ipynb', lambda m: names.get(m[0], m[0]),
+                  (root/'_quarto.yml').read_text(encoding='utf-8'))
     cfg = yaml.safe_load(text)
     cfg['project']['output-dir'], cfg['format'] = '_site', {'html': cfg['format']['html']}
     cfg['format']['html'].pop('columns', None)
@@ -67,10 +76,13 @@ class Page(HTMLParser):
         super().__init__()
         self.ids, self.links = set(), set()
         self.feed(text)
+
     def handle_starttag(self, tag, attrs):
         for k, v in attrs:
-            if k in ('id', 'name') and v: self.ids.add(v)
-            if (tag, k) in (('a', 'href'), ('img', 'src')) and v: self.links.add(v)
+            if k in ('id', 'name') and v:
+                self.ids.add(v)
+            if (tag, k) in (('a', 'href'), ('img', 'src')) and v:
+                self.links.add(v)
 
 def broken(
     out:Path, # rendered site
@@ -85,9 +97,12 @@ def broken(
             if re.match(r'\w+:|//', url): continue                      # another site, mailto, data
             base = out if url.startswith('/') else f.parent
             to = (base/unquote(url.split('?')[0]).lstrip('/')).resolve() if url else f
-            if to.is_dir(): to = to/'index.html'
-            if not to.exists(): bad[f].add(f'{link} (no such file)')
-            elif anchor and to in pages and unquote(anchor) not in pages[to].ids: bad[f].add(f'{link} (no such anchor)')
+            if to.is_dir():
+                to = to/'index.html'
+            if not to.exists():
+                bad[f].add(f'{link} (no such file)')
+            elif anchor and to in pages and unquote(anchor) not in pages[to].ids:
+                bad[f].add(f'{link} (no such anchor)')
     return [f'{f.relative_to(out)}: {b}' for f in sorted(bad) for b in sorted(bad[f])]
 
 @call_parse
@@ -98,21 +113,29 @@ def main(
     cfg = get_config()
     root, site = cfg.config_path, (cfg.doc_host + cfg.doc_baseurl).rstrip('/') + '/'
     src, out = root/'_proc_smalldocs', (root/out).resolve()
-    for d in (src, out): shutil.rmtree(d, ignore_errors=True)
+    for d in (src, out):
+        shutil.rmtree(d, ignore_errors=True)
     proc = proc_nbs(force=True, n_workers=2)
     shutil.copytree(proc, src, ignore=shutil.ignore_patterns('_docs', '.quarto', '*.yml', '_site'))
     names = plain_names(src)
-    for f in src.rglob('*.ipynb'): relink(f, src, names, site)
+    for f in src.rglob('*.ipynb'):
+        relink(f, src, names, site)
     (src/'_quarto.yml').write_text(site_config(root, names), encoding='utf-8')
     smalldocs = Path(sys.executable).with_name('smalldocs')
     subprocess.run([smalldocs, 'render', src], check=True, capture_output=True)
     odd = subprocess.run([smalldocs, 'check', src]).returncode
     literal = [m for f in sorted(src.rglob('*.ipynb')) for m in quarto_only(f)]
     shutil.move(src/'_site', out)
-    for d in (src, proc): shutil.rmtree(d)
+    for d in (src, proc):
+        shutil.rmtree(d)
     pages = {Path(p).with_suffix('.html') for p in names.values()}
-    bad = [f'{p}: was not rendered' for p in sorted(pages) if not (out/p).exists()] + literal + broken(out, site)
-    if odd: bad.append('smalldocs check complained: see above')
-    if not pages: bad.append('there are no pages')
-    if bad: sys.exit('\n'.join(['The site has problems:', *bad, f'{len(pages)} pages, {len(bad)} problems']))
+    bad = ([f'{p}: was not rendered' for p in sorted(pages) if not (out/p).exists()] + literal
+           + broken(out, site))
+    if odd:
+        bad.append('smalldocs check complained: see above')
+    if not pages:
+        bad.append('there are no pages')
+    if bad:
+        sys.exit('\n'.join(['The site has problems:', *bad,
+                            f'{len(pages)} pages, {len(bad)} problems']))
     print(f'{len(pages)} pages in {out.name}/, all links and anchors lead somewhere', flush=True)

@@ -84,13 +84,15 @@ def main(
     site = (get_config().config_path/site).resolve()
     pages, widths = sorted(site.rglob('*.html')), [int(w) for w in widths.split(',')]
     browser = browser or find_browser()
-    if not pages: sys.exit(f'there are no pages in {site.name}/')
+    if not pages:
+        sys.exit(f'there are no pages in {site.name}/')
     if not browser:
         looked = ', '.join(BROWSERS)
         print(f'SKIPPED, no page was measured: no Chromium here (looked for {looked})', flush=True)
         return
     bad = [f'{f.relative_to(site)} at {w} px: {s}' for f, w, s in look(pages, widths, browser)]
-    if bad: sys.exit('\n'.join([*bad, f'{len(pages)} pages, {len(bad)} things are too wide']))
+    if bad:
+        sys.exit('\n'.join([*bad, f'{len(pages)} pages, {len(bad)} things are too wide']))
     shown = ' and '.join(map(str, widths))
     said = f'{len(pages)} pages at {shown} px: none scrolls sideways, nothing is cut off'
     print(said, flush=True)

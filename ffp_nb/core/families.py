@@ -287,6 +287,30 @@ def _trim():
         pass  # another C library
 
 # %% ../../nbs/core/01_families.ipynb #e08285f6
+def _load_folder(name, dtype, device_map):
+    "Model and tokenizer of a folder or a hub id"
+    looks_local = name.startswith(('.', '/', '~')) or Path(name).exists()
+    path = str(Path(name).expanduser()) if looks_local else name
+    if looks_local and not (Path(path) / 'config.json').exists():
+        raise FileNotFoundError(f'{name}: no model folder there (it needs a config.json). Give a '
+                                'folder saved with save_pretrained, a hub id, or one of '
+                                f'{", ".join(SMOLLM2)}.')
+    try:
+        # before gigabytes of weights
+        check_config(SimpleNamespace(**PretrainedConfig.get_config_dict(path)[0]))
+        with _split_quietly() as spare:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map,
+                                                         offload_folder=spare)
+            _bring_home(model)
+        return model, load_tokenizer(path)
+    except SafetensorError as e:
+        raise OSError(f'{name}: its weights cannot be read ({e}). Download or convert the model '
+                      'again.') from e
+    except (OSError, KeyError) as e:
+        raise OSError(f'{name}: could not be loaded ({e}). If there is no hub here, give a local '
+                      f'folder or one of {", ".join(SMOLLM2)}.') from e
+
+# %% ../../nbs/core/01_families.ipynb #041f512d
 def load_model(name: str = 'smollm2',  # 'smollm2', 'smollm2-mistral', a local folder, or a hub id
                dtype: str | torch.dtype = 'bfloat16',  # type of weights and activations
                # default: CUDA where there is one, else CPU; 'auto' is `device_map='auto'`
@@ -303,27 +327,7 @@ def load_model(name: str = 'smollm2',  # 'smollm2', 'smollm2-mistral', a local f
     if name in SMOLLM2:
         model, tokenizer = _load_smollm2('mistral' if name.endswith('mistral') else 'llama', dtype)
     else:
-        looks_local = name.startswith(('.', '/', '~')) or Path(name).exists()
-        path = str(Path(name).expanduser()) if looks_local else name
-        if looks_local and not (Path(path) / 'config.json').exists():
-            raise FileNotFoundError(f'{name}: no model folder there (it needs a config.json). '
-                                    'Give a folder saved with save_pretrained, a hub id, or one '
-                                    f'of {", ".join(SMOLLM2)}.')
-        try:
-            # before gigabytes are loaded
-            check_config(SimpleNamespace(**PretrainedConfig.get_config_dict(path)[0]))
-            with _split_quietly() as spare:
-                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype,
-                                                             device_map=device_map,
-                                                             offload_folder=spare)
-                _bring_home(model)
-            tokenizer = load_tokenizer(path)
-        except SafetensorError as e:
-            raise OSError(f'{name}: its weights cannot be read ({e}). Download or convert the '
-                          'model again.') from e
-        except (OSError, KeyError) as e:
-            raise OSError(f'{name}: could not be loaded ({e}). If there is no hub here, give a '
-                          f'local folder or one of {", ".join(SMOLLM2)}.') from e
+        model, tokenizer = _load_folder(name, dtype, device_map)
     find_family(model)
     if device_map is not None and name in SMOLLM2:
         model = _spread(model, device_map)

@@ -212,8 +212,7 @@ def sequential_calibrate(elastic: ElasticModel,
     model.
 
     Costs one dense and about two pruned passes over `blocks`; holds two copies of their hidden
-    states. Modules at full
-    width are refitted too, because after a pruned prefix their inputs have changed.
+    states. Modules at full width are refitted too: after a pruned prefix their inputs differ.
     """
     check_alpha(alpha)
     if target not in ('module', 'residual'):

@@ -408,10 +408,8 @@ def _differences(old: dict, new: dict) -> list[str]:
 class RunDir:
     """The folder of one run: its configuration, a log of evaluated policies, and checkpoints.
 
-    Creates the folder, or opens that of an earlier run with the same configuration.
-    Raises `ConfigMismatch` if the folder belongs to another configuration, `CorruptFile` if its
-    configuration is unreadable, `OSError` if it cannot be written. One process writes a folder; any
-    number may read it."""
+    Creates the folder, or opens that of an earlier run with the same configuration. Errors:
+    `ConfigMismatch`, `CorruptFile`, `OSError`. One process writes a folder; any number read it."""
     log: Callable[..., None]  # these are given below
     rows: Callable[..., list[dict]]
     truncate: Callable[..., None]

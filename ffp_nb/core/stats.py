@@ -37,6 +37,15 @@ class GramStats:
                          {k: t[index[k]] for k, t in self.total.items()}, self.tokens)
 
 # %% ../../nbs/core/04_stats.ipynb #5ac456f5
+def _check_activations(total):
+    for key, t in total.items():
+        if not torch.isfinite(t).all():
+            raise ValueError(f'layer {key[0]} {key[1]}: its activations hold NaN or infinity on '
+                             'the calibration text. Check the weights with '
+                             'ffp_nb.core.families.check_finite, or load the model in another '
+                             'dtype.')
+
+# %% ../../nbs/core/04_stats.ipynb #4b35c44e
 @torch.inference_mode()
 def collect_stats(model: PreTrainedModel, layout: Layout, blocks: Blocks,
                   batch: int = 1,  # blocks of one forward pass
@@ -71,12 +80,7 @@ def collect_stats(model: PreTrainedModel, layout: Layout, blocks: Blocks,
     finally:
         for h in hooks:
             h.remove()
-    for key, t in total.items():
-        if not torch.isfinite(t).all():
-            raise ValueError(f'layer {key[0]} {key[1]}: its activations hold NaN or infinity on '
-                             'the calibration text. Check the weights with '
-                             'ffp_nb.core.families.check_finite, or load the model in another '
-                             'dtype.')
+    _check_activations(total)
     return GramStats({k: g.cpu() for k, g in gram.items()}, {k: t.cpu() for k, t in total.items()},
                      blocks.n_tokens)
 

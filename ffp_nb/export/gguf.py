@@ -325,6 +325,25 @@ def _write(writer: GGUFWriter, tensors: list[tuple], quant: str, path: Path):
         os.fsync(f.fileno())
 
 # %% ../../nbs/export/02_gguf.ipynb #6eeff2dc
+def _unwritten(e: OSError, out: Path) -> OSError:
+    "What a failed write says; NumPy reports a full disk without an errno"
+    why = e.strerror or 'the disk took only a part of the data'
+    return OSError(e.errno or errno.ENOSPC,
+                   f'cannot write {out}: {why}; an earlier file is untouched. Free some space, or '
+                   'choose a folder that you may write to.')
+
+
+def _check_target(out, quant, overwrite):
+    "What can be refused before anything is read"
+    if quant not in QUANTS:
+        raise ValueError(f'quant {quant!r}; expected one of {", ".join(QUANTS)}')
+    if out.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f'{out} is a folder. Name a file, such as '
+                                              f'{out}/model-{quant}.gguf.')
+    if out.exists() and not overwrite:
+        raise FileExistsError(f'{out} exists. Name another file, or overwrite=True (--overwrite).')
+
+# %% ../../nbs/export/02_gguf.ipynb #a1f43302
 def export_gguf(folder: str | Path,  # written by `save_pruned`, or a dense folder of transformers
                 out: str | Path,  # the file
                 quant: str = 'f16',  # number format of the matrices: f32, f16, q8_0
@@ -335,13 +354,7 @@ def export_gguf(folder: str | Path,  # written by `save_pruned`, or a dense fold
     inconsistent folder, ValueError for values out of range, OSError if the file cannot be written;
     an earlier file then stays unchanged."""
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
-    if quant not in QUANTS:
-        raise ValueError(f'quant {quant!r}; expected one of {", ".join(QUANTS)}')
-    if out.is_dir():
-        raise IsADirectoryError(errno.EISDIR, f'{out} is a folder. Name a file, such as '
-                                              f'{out}/model-{quant}.gguf.')
-    if out.exists() and not overwrite:
-        raise FileExistsError(f'{out} exists. Name another file, or overwrite=True (--overwrite).')
+    _check_target(out, quant, overwrite)
     config, weights, tokenizer = _open_folder(folder)
     dense = dict(heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
                  ffn=config.intermediate_size)
@@ -361,11 +374,8 @@ def export_gguf(folder: str | Path,  # written by `save_pruned`, or a dense fold
         _write(writer, tensors, quant, temp)
         writer.close()
         os.replace(temp, out)
-    except OSError as e:  # NumPy reports a full disk without an errno
-        why = e.strerror or 'the disk took only a part of the data'
-        raise OSError(e.errno or errno.ENOSPC, f'cannot write {out}: {why}; an earlier file is '
-                                               'untouched. Free some space, or choose a folder '
-                                               'that you may write to.') from e
+    except OSError as e:
+        raise _unwritten(e, out) from e
     finally:
         with suppress(OSError):
             writer.close()  # closing tries again to write what did not fit

@@ -123,20 +123,25 @@ def _token_list(tokenizer, size: int) -> tuple[list[str], list[TokenType]]:
     return [text.get(i, f'[PAD{i}]') for i in range(size)], [kind(i) for i in range(size)]
 
 # %% ../../nbs/export/01_gguf_tokenizer.ipynb #f8eaab1d
+def _bpe(tokenizer) -> dict:
+    "The tokenizer's own description. UnsupportedModel unless it is plain BPE"
+    if not tokenizer.is_fast:
+        raise UnsupportedModel('the tokenizer is not of the tokenizers library (no tokenizer.json)')
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, odd = core['model'], ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix')
+    if model['type'] != 'BPE' or any(model.get(o) for o in odd):
+        raise UnsupportedModel(f'a tokenizer of type {model["type"]!r} cannot be exported; plain '
+                               'BPE is what works')
+    return core
+
+# %% ../../nbs/export/01_gguf_tokenizer.ipynb #343917f6
 def add_tokenizer(writer: GGUFWriter, tokenizer,  # of the class that `AutoTokenizer` gives
                   size: int,  # rows of the embeddings
                   ) -> None:
     """Write the tokenizer's part of a file. UnsupportedModel for a tokenizer that llama.cpp would
     not follow, CorruptFile for one that is too large"""
-    if not tokenizer.is_fast:
-        raise UnsupportedModel('the tokenizer is not of the tokenizers library (no tokenizer.json)')
-    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core = _bpe(tokenizer)
     model = core['model']
-    if model['type'] != 'BPE' or any(model.get(o)
-                                     for o in ('dropout', 'continuing_subword_prefix',
-                                               'end_of_word_suffix')):
-        raise UnsupportedModel(f'a tokenizer of type {model["type"]!r} cannot be exported; plain '
-                               'BPE is what works')
     tokens, types = _token_list(tokenizer, size)
     merges = [(a, b)
               for a, b in (m.split(' ', 1) if isinstance(m, str) else m for m in model['merges'])]

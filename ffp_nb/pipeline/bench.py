@@ -39,6 +39,14 @@ from ..search.workers import WorkerEvaluator, gpus_of, replica_of
 TAYLOR_BLOCKS = 16
 
 # %% ../../nbs/pipeline/01_bench.ipynb #5b1ae402
+def _order(model, layout, stats, config, calibration, progress):
+    "The order of the units under the configured criterion"
+    scores = None
+    if config.criterion == 'taylor':
+        scores = taylor_scores(model, layout, calibration[:TAYLOR_BLOCKS], progress)
+    return unit_order(layout, stats, config.criterion, config.seed, scores)
+
+# %% ../../nbs/pipeline/01_bench.ipynb #5aeab3a7
 class Bench:
     "A model made elastic, its calibrator and its text. Errors as in `Splits` and `collect_stats`"
     evaluator: Callable[..., Evaluator]  # these are given below
@@ -58,12 +66,8 @@ class Bench:
         calibration, _, _ = self.text.calibration, self.text.search, self.text.selection
         layout, self.fingerprint = Layout(model), fingerprint(model)
         stats = cached_stats(model, layout, calibration, p.forward_batch, cache, progress)
-        scores = None
-        if config.criterion == 'taylor':
-            scores = taylor_scores(model, layout, calibration[:TAYLOR_BLOCKS], progress)
-        self.elastic = ElasticModel(model,
-                                    unit_order(layout, stats, config.criterion, config.seed,
-                                               scores))
+        self.elastic = ElasticModel(model, _order(model, layout, stats, config, calibration,
+                                                  progress))
         self.stats, self.cost = stats.permute(self.elastic.columns), param_cost(self.elastic.layout)
         self.static = Calibrator(self.elastic, self.stats, config.alpha)
 
@@ -78,8 +82,7 @@ class Bench:
 
     @cached_property
     def goals(self) -> list:
-        """The dense half of sequential calibration, kept for many policies: two hidden states a
-        layer stay in memory"""
+        "The dense half of sequential calibration for many policies: two hidden states a layer"
         c, p = self.config, self.config.profile
         return dense_goals(self.elastic, self.text.calibration[:p.sequential_blocks],
                            c.sequential_target, p.forward_batch)

@@ -99,13 +99,18 @@ def _mlp(sizes, gain):
     return nn.Sequential(*layers[:-1])
 
 # %% ../../nbs/search/01_agent.ipynb #6c465125
-class PPOAgent:
-    """Single-step PPO (arXiv 1707.06347) with a Gaussian policy over 2L scores, conditioned on the
-    target sparsity.
+def _nets(n_layers, hidden, seed):
+    "Networks of the policy's mean and of the expected reward; the caller's stream is left alone"
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return nn.ModuleDict(dict(mean=_mlp((1, *hidden, 2 * n_layers), 0.01),
+                                  value=_mlp((1, *hidden, 1), 1.0)))
 
-    Source: FastForward Pruning, arXiv 2511.18977, section on the search policy; see the notebook
-    for the differences.
-    """
+# %% ../../nbs/search/01_agent.ipynb #9384b470
+class PPOAgent:
+    """Single-step PPO (arXiv 1707.06347): a Gaussian policy over 2L scores that sees the target.
+
+    Source: FastForward Pruning, arXiv 2511.18977; see the notebook for the differences."""
     _policy: Callable[..., Any]  # these are given below
     ask: Callable[..., Any]
     recommend: Callable[..., Any]
@@ -131,10 +136,7 @@ class PPOAgent:
         self.entropy, self.advantage = entropy, advantage
         self.antithetic, self.condition = antithetic, condition
         self.rng = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            self.net = nn.ModuleDict(dict(mean=_mlp((1, *hidden, 2 * n_layers), 0.01),
-                                          value=_mlp((1, *hidden, 1), 1.0)))
+        self.net = _nets(n_layers, hidden, seed)
         *_, bias = self.net['mean'].parameters()  # of the last layer
         if mean is not None:
             bias.data += torch.tensor(_check_mean(mean, n_layers), dtype=torch.float32).flatten()

@@ -346,14 +346,27 @@ def _net(n_in, hidden):
     return nn.Sequential(*layers, last)
 
 # %% ../../nbs/search/02_rivals.ipynb #87858719
-class DDPG:
-    """AMC's multi-step agent (arXiv 1802.03494): an episode walks over the 2L modules, the reward
-    comes at its end.
+def _shares(share, n_layers):  # (2L,), summing to 1
+    "The share of each module in the cost"
+    s = np.ones((n_layers, 2)) if share is None else np.asarray(share, dtype=float)
+    if s.size != 2 * n_layers or not np.isfinite(s).all() or (s < 0).any() or not s.any():
+        raise ValueError(f'share has shape {s.shape}; expected ({n_layers}, 2), finite, not '
+                         'negative, not all 0')
+    return s.ravel() / s.sum()
 
-    Deep deterministic policy gradient (arXiv 1509.02971); see the notebook for the differences from
-    AMC."""
-    _learn: Callable[..., None]  # gradient steps, given below
-    width: float  # these are given below
+
+def _nets(hidden, seed):
+    "Actor and critic; the caller's stream is left alone"
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return nn.ModuleDict(dict(actor=_net(7, hidden), critic=_net(8, hidden)))
+
+# %% ../../nbs/search/02_rivals.ipynb #b8ee4c5c
+class DDPG:
+    """AMC's multi-step agent (arXiv 1802.03494): an episode walks over the 2L modules, and the
+    reward comes at its end. Deep deterministic policy gradient (arXiv 1509.02971)."""
+    _learn: Callable[..., None]  # these are given below
+    width: float
     _states: Callable[..., Any]
     _walk: Callable[..., Any]
     ask: Callable[..., Any]
@@ -374,19 +387,12 @@ class DDPG:
                  replay: int = 500,  # episodes remembered
                  batch: int = 64,  # transitions of a gradient step
                  steps: int = 8):  # gradient steps for each told episode
-        share = np.ones((n_layers, 2)) if share is None else np.asarray(share, dtype=float)
-        if share.size != 2 * n_layers or not np.isfinite(share).all() or (
-            share < 0).any() or not share.any():
-            raise ValueError(f'share has shape {share.shape}; expected ({n_layers}, 2), finite, '
-                             'not negative, not all 0')
-        self.n_layers, self.share, self.tau = n_layers, share.ravel() / share.sum(), tau
+        self.n_layers, self.share, self.tau = n_layers, _shares(share, n_layers), tau
         self.batch, self.steps = batch, steps
         self.noise, self.decay, self.floor = noise, decay, floor
         self.warmup, self.memory = warmup, replay
         self.rng = np.random.default_rng(seed)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            self.nets = nn.ModuleDict(dict(actor=_net(7, hidden), critic=_net(8, hidden)))
+        self.nets = _nets(hidden, seed)
         self.slow = copy.deepcopy(self.nets).requires_grad_(False)
         self.opts = {k: torch.optim.Adam(self.nets[k].parameters(), lr)
                      for k, lr in (('actor', lr_actor), ('critic', lr_critic))}

@@ -64,28 +64,33 @@ class Schedule:
     n_blocks: ClassVar[Callable[..., Any]]
 
     def __post_init__(self):
-        def check(ok, name, expected):
-            if not ok: raise ValueError(f"{name} is {getattr(self, name)!r}; {expected}")
-        check(self.episodes >= 1 and self.episodes == int(self.episodes), 'episodes',
-              'give a whole number >= 1')
-        check(0 <= self.sparsity_end < 1, 'sparsity_end', 'it must be in [0, 1)')
-        start = min(0.05, self.sparsity_end) if self.sparsity_start is None else self.sparsity_start
-        object.__setattr__(self, 'sparsity_start', start)
-        check(0 <= start <= self.sparsity_end, 'sparsity_start',
-              f'it must be between 0 and the target {self.sparsity_end}')
-        check(0 < self.fidelity_end <= 1, 'fidelity_end', 'it must be in (0, 1]')
-        check(0 < self.fidelity_start <= self.fidelity_end, 'fidelity_start',
-              f'it must be above 0 and at most fidelity_end {self.fidelity_end}')
-        for name in ('sparsity_shape', 'fidelity_shape'):
-            check(getattr(self, name) in SHAPES, name, f"use one of {', '.join(SHAPES)}")
-        check(self.steps >= 1, 'steps', 'a staircase has at least 1')
-        check(0 <= self.t0 < self.episodes, 't0',
-              f'it must be in [0, {self.episodes}), the episodes')
-        t1 = self.t0 + (self.episodes - self.t0)//5 if self.t1 is None else self.t1
-        object.__setattr__(self, 't1', t1)
-        check(self.t0 <= t1 < self.episodes, 't1', f'it must be from t0 {self.t0} to '
-                                                   f'{self.episodes - 1}, or the search would '
-                                                   'end before it reaches its target')
+        start, t1 = self.sparsity_start, self.t1
+        if start is None:
+            start = min(0.05, self.sparsity_end)
+        if t1 is None:
+            t1 = self.t0 + (self.episodes - self.t0)//5
+        for name, value in dict(sparsity_start=start, t1=t1).items():
+            object.__setattr__(self, name, value)
+        _check(self)
+
+# %% ../../nbs/search/00_schedule.ipynb #aeb7bb34
+def _check(s: Any) -> None:  # a `Schedule`
+    "ValueError that names the first value out of range"
+    def check(ok, name, expected):
+        if not ok: raise ValueError(f'{name} is {getattr(s, name)!r}; {expected}')
+    check(s.episodes >= 1 and s.episodes == int(s.episodes), 'episodes', 'give a whole number >= 1')
+    check(0 <= s.sparsity_end < 1, 'sparsity_end', 'it must be in [0, 1)')
+    check(0 <= s.sparsity_start <= s.sparsity_end, 'sparsity_start',
+          f'it must be between 0 and the target {s.sparsity_end}')
+    check(0 < s.fidelity_end <= 1, 'fidelity_end', 'it must be in (0, 1]')
+    check(0 < s.fidelity_start <= s.fidelity_end, 'fidelity_start',
+          f'it must be above 0 and at most fidelity_end {s.fidelity_end}')
+    for name in ('sparsity_shape', 'fidelity_shape'):
+        check(getattr(s, name) in SHAPES, name, f"use one of {', '.join(SHAPES)}")
+    check(s.steps >= 1, 'steps', 'a staircase has at least 1')
+    check(0 <= s.t0 < s.episodes, 't0', f'it must be in [0, {s.episodes}), the episodes')
+    check(s.t0 <= s.t1 < s.episodes, 't1', f'it must be from t0 {s.t0} to {s.episodes - 1}, or '
+                                           'the search would end before it reaches its target')
 
 # %% ../../nbs/search/00_schedule.ipynb #c393650e
 @patch

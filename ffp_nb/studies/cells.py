@@ -58,6 +58,17 @@ def base_config(model: str,  # 'smollm2', a twin of `NAMES`, a local folder or a
     if model in NAMES: return twin_config(model, SETUPS[profile], criterion=criterion)
     return PruneConfig(model, text, 0.3, criterion=criterion, profile=PROFILES[profile])
 
+# %% ../../nbs/studies/02_cells.ipynb #705175a9
+def _hashes(runs: Path) -> dict[str, tuple[dict, str]]:
+    "Hashes of text and weights of every model, as its records name them"
+    found: dict[str, tuple[dict, str]] = {}
+    for r in (r for d in ('main', 'families', 'spine') for r in read_records(runs / d)):
+        c, w = r['config'], r['result'].get('weights') if isinstance(r['result'], dict) else ''
+        if 'text_sha256' in c and isinstance(c.get('model'), str):
+            old = found.get(c['model'], ({}, ''))
+            found[c['model']] = c['text_sha256'], w or old[1]
+    return found
+
 # %% ../../nbs/studies/02_cells.ipynb #3a8ad3c0
 class Lab:
     "Where the models, the text and the records of all studies are"
@@ -95,17 +106,10 @@ class Lab:
         return Facts(config, sha, weights, lambda: param_cost(Layout(_untrained(model))), np.inf)
 
     @cached_property
-    def _recorded(self) -> dict[str, tuple[dict, str]]:
-        "Hashes of text and weights of every model, as its records name them"
-        found: dict[str, tuple[dict, str]] = {}
-        for r in (r for d in ('main', 'families', 'spine') for r in read_records(self.runs / d)):
-            c, w = r['config'], r['result'].get('weights') if isinstance(r['result'], dict) else ''
-            if 'text_sha256' in c and isinstance(c.get('model'), str):
-                old = found.get(c['model'], ({}, ''))
-                found[c['model']] = c['text_sha256'], w or old[1]
-        return found
+    def _recorded(self):
+        return _hashes(self.runs)
 
-
+# %% ../../nbs/studies/02_cells.ipynb #275b9955
 def _untrained(model):
     "A model with the shapes of this one"
     if model in NAMES: return build_model(Training(model))
@@ -400,7 +404,7 @@ def searched(runs: Path, cells: list[Cell]) -> tuple[pd.DataFrame, pd.DataFrame]
     mine = in_study(table[table.calibration == 'static'], cells)
     return mine, read_traces(mine, runs / 'main')
 
-
+# %% ../../nbs/studies/02_cells.ipynb #1880043d
 def read_traces(table: pd.DataFrame, records: str | Path = '../runs/main') -> pd.DataFrame:
     "Traces of the cells in a table of `read_cells`, a row each point"
     of = {r['config']['of']: r for r in read_records(records, 'trace-')}
@@ -451,7 +455,7 @@ def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
                           behind=g.behind.mean(), interval=g.behind.agg(half_width)))
     return t.reset_index().sort_values('behind', ignore_index=True)
 
-
+# %% ../../nbs/studies/02_cells.ipynb #f772aac9
 def reached(row, what: str) -> str:  # a row of `cost_table`
     "In how many runs a level was reached, and with how many times fewer tokens where it was"
     if not row.reached: return f'never {what} in {int(row.runs)} runs.'

@@ -237,7 +237,7 @@ def twin_name(c: Training, text_sha256: str) -> str:
     "The name of a trained model's folder"
     return f'{c.family}-{config_id(training_key(c, text_sha256))}'
 
-
+# %% ../../nbs/studies/00_twins.ipynb #24e79d0e
 def small_model(family: str = 'opt',  # one of `NAMES`
                 folder: str | Path = 'runs/models',  # keeps models and text
                 # settings of `Training`; returns `<folder>/<family>-<configuration>`
@@ -291,7 +291,7 @@ def twin_config(family: str, setup: Setup = SETUPS['cpu'], sha: str = DJANGO_SHA
     return PruneConfig(twin_name(c, sha), Path(c.text).name, 0.3, dtype='float32',
                        criterion=criterion, step=setup.step, profile=setup.profile)
 
-
+# %% ../../nbs/studies/00_twins.ipynb #aad47e91
 @dataclass
 class Twin:
     "A trained model with its text; `bench` makes it elastic"
