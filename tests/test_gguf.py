@@ -281,8 +281,8 @@ def test_values_out_of_range(pruned, tmp_path, quant, value):
 def texts():
     "Prose, oddities, and noise"
     words, rng = load_corpus('pydoc')['selection'], random.Random(0)
-    odd = ["naïve 東京 🙂 don't DON'T  x\t\ty\n\n\n zz   1998 12345 ½ ٣٤ Ⅷ", ' leading', 'trailing ',
-           '\n', '  ', 'a\r\nb\r\n\r\n  c', 'x  5']
+    odd = ["naïve 東京 🙂 don't DON'T  x\t\ty\n\n\n zz   1998 12345 ½ ٣٤ Ⅷ", ' leading',
+           'trailing ', '\n', '  ', 'a\r\nb\r\n\r\n  c', 'x  5']
     noise = [''.join(rng.choice(' \n\tabcdeABC0123.,!é東🙂-\'"½') for _ in range(40))
              for _ in range(100)]
     return [words[i:i + 300] for i in range(0, 15_000, 300)] + odd + noise

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -12,9 +13,10 @@ from ffp_nb.core.text import Blocks
 from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.families import tiny_model
 from ffp_nb.search.predict import PREDICTORS, Folds, GridCNN, PredictedSearch, Prediction, features
-from ffp_nb.core.runs import RunDir
+from ffp_nb.core.runs import RunDir, cached
 from ffp_nb.search.loop import Evaluator, Search, SearchConfig
 from ffp_nb.studies import cells, prediction
+from ffp_nb.studies.study import run_study
 
 CONFIG = SearchConfig(0.4, episodes=24, batch=6, step=(1, 4), final_blocks=6)
 SMALL = Prediction('ridge', warmup=2, inner=2, batch=8, pool=16)
@@ -150,7 +152,7 @@ def test_what_is_measured_promises_most_or_is_known_least(monkeypatch):
 
 
 def test_other_searchers_can_learn_on_predictions():
-    for method in ('eas', 'random'):
+    for method in ('eas', 'random-search'):
         r = search(config=SearchConfig(0.4, method, episodes=18, batch=6, step=(1, 4),
                                        final_blocks=6)).run(progress=False)
         assert len(r.log) == 18 and r.reward > 0
@@ -162,16 +164,32 @@ def test_other_searchers_can_learn_on_predictions():
 
 DESIGN = dict(targets=[0.2, 0.3, 0.5, 0.6], each=10, head_starts=[0, 2], scale=1.5, seed=0)
 CHOSEN = dict(methods=['ffp'], sparsity=0.5, seeds=[0], each=6, tokens=None)
+SMALLER = dict(MODEL='toy', DESIGN=DESIGN, VISITED=CHOSEN, BLOCKS=4, SEEDS=(0, 1),
+               GROWTH=(10, None), NOISE=prediction.NOISE | dict(seeds=()),
+               PREDICTORS=dict(ridge=PREDICTORS['ridge']), TOKENS=6_000, MEASURED=3, SELECTION=4,
+               KINDS=dict(model=None, predicted=Prediction('ridge', 1, 2, 8, pool=16)))
 
 
 @pytest.fixture(scope='module')
-def data(bench, tmp_path_factory):
-    "The study's data set on a tiny model; `folder` holds its records"
-    folder, args = tmp_path_factory.mktemp('data'), (DESIGN, CHOSEN, 4)
+def lab(bench, tmp_path_factory):
+    "The study at a tiny size, and a lab whose only model is the tiny one"
+    folder = tmp_path_factory.mktemp('data')
+    tiny = cells.Lab(folder, runs=folder, work=folder)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(prediction, 'MODEL', 'toy')
-        cells.run_cell(bench, cells.Cell('toy', 0.5, 'ffp', 0, modes=('static',)), folder / 'main',
-                       folder / 'work')
+        m.setattr(tiny, 'bench', lambda *a: bench)
+        for name, value in SMALLER.items():
+            m.setattr(prediction, name, value)
+        yield tiny
+
+
+@pytest.fixture(scope='module')
+def data(bench, lab):
+    "The study's data set, and its `record`"
+    records, wanted = lab.runs / 'prediction', next(prediction.plan(lab))
+    measure = lambda: cached(records, wanted.config, lambda _: wanted.measure(records))
+    with pytest.MonkeyPatch.context() as m:
+        cells.run_cell(bench, cells.Cell('toy', 0.5, 'ffp', 0, modes=('static',)),
+                       lab.runs / 'main', lab.work)
         calls, perplexity = [], bench.perplexity
         def dies(*a):
             calls.append(a)
@@ -179,13 +197,10 @@ def data(bench, tmp_path_factory):
             return perplexity(*a)
         m.setattr(bench, 'perplexity', dies)
         with pytest.raises(KeyboardInterrupt):
-            prediction.measure_data(bench, folder / 'records', folder / 'work', folder / 'main',
-                                    *args)
-        assert not (folder / 'records').exists()
-        record = prediction.measure_data(bench, folder / 'records', folder / 'work',
-                                         folder / 'main', *args)
-    return (prediction.read_data(folder / 'records', *args)
-            | dict(folder=folder, calls=len(calls), record=record))
+            measure()
+        assert not records.exists()
+        record = measure()
+    return prediction.load_data(record, records) | dict(calls=len(calls), record=record)
 
 
 def test_data_is_measured_once_and_is_what_it_says(bench, data):
@@ -196,7 +211,8 @@ def test_data_is_measured_once_and_is_what_it_says(bench, data):
     assert data['calls'] == len(
         different) + 2, 'the dense model, and the one that died, come on top'
     assert data['record']['result']['forward_tokens'] == (len(different) + 1) * 4 * 32
-    blocks = bench.text.search[np.linspace(0, len(bench.text.search) - 1, 4).round().astype(int)]
+    text = bench.text.search
+    blocks = text[np.linspace(0, len(text) - 1, 4).round().astype(int)]
     for i in (0, 5, 39):
         w = np.array(rows[i]['widths'])
         assert (data['widths'][i] == w).all()
@@ -211,32 +227,34 @@ def test_data_is_measured_once_and_is_what_it_says(bench, data):
     assert np.allclose(data['X'][:, -2], bench.cost.sparsity(data['widths']), atol=1e-6)
 
 
-def test_study_records(bench, data, monkeypatch):
-    records = data['folder'] / 'records'
-    prediction.judge_predictor(data, 'ridge', records, seeds=(0, 1), growth=(10, None))
-    prediction.measure_timing(bench, data, records, 3, 4)
+def test_a_search_without_a_record_is_an_error(lab, data):
+    with pytest.raises(ValueError, match='1 of the 2 searches'):
+        prediction.visited(CHOSEN | dict(seeds=[0, 1]), lab.runs / 'main')
+
+
+def test_study_records(lab, data, monkeypatch):
+    found = run_study(prediction.STUDY, lab)
+    assert found[0] == data['record']
+    assert run_study(prediction.STUDY, lab) == found
     line = data | dict(y=data['X'][:, 1], source=np.array(['ffp'] * 46), target=np.full(46, 0.5))
-    noisy = prediction.judge_noisy(line, records, ('ridge',), (0, 1), 4, 0.1, 0.0)
+    noisy = pd.DataFrame(prediction.measure_noisy(line, ('ridge',), (0, 1), 4, 0.1, 0.0)['rows'])
     assert len(noisy) == 4 and (noisy.spearman > 0.7).all(), ('one column decides, and a line '
                                                               'follows it through the noise')
-    monkeypatch.setattr(prediction, 'read_data', lambda *a, **kw: data)
-    judged = prediction.read_judged(records)
+    judged, timing, searches = prediction.STUDY.read(lab.runs)
     assert (set(judged.split) == {'random', 'middle', 'highest', 'visited', 'final'}
             and len(judged) == 12)
     assert (sorted(judged[judged.split == 'random'].train) == [10, 10, 32, 32]
             and np.isfinite(judged.mse).all() and (judged.us > 0).all())
-    kinds = dict(model=None, predicted=Prediction('ridge', 1, 2, 8, pool=16))
-    monkeypatch.setattr(prediction, 'KINDS', kinds)
-    monkeypatch.setattr(prediction, 'MEASURED', 3)
-    for kind in kinds:
-        run = lambda: prediction.run_search(bench, kind, 0, records, data["folder"] / "work", 0.4,
-                                            6_000, kinds, 4)
-        r = run()
-        assert (0.8 * 6_000 < r["result"]["forward_tokens"] <= 6_000
-                and r['config']['search']['agent'] == prediction.AGENT)
-        assert run() == r
-    found = prediction.read_searches(records)
-    assert sorted(found.kind) == ['model', 'predicted'] and (found.measured > 0).all()
-    monkeypatch.setattr(prediction, 'KINDS', kinds | dict(predicted=Prediction('gp')))
-    assert list(prediction.read_searches(records).kind) == [
-        'model'], 'searches with other settings are not shown'
+    assert timing['model_s'] > 0 and timing['blocks'] == 4
+    assert sorted(searches.kind) == ['model', 'model', 'predicted', 'predicted']
+    assert (searches.measured > 0).all()
+    for r in found[-4:]:
+        assert 0.8 * 6_000 < r['result']['forward_tokens'] <= 6_000
+        assert r['config']['search']['agent'] == dict(std=0.5)
+    others = dict(model=None, predicted=Prediction('gp'))
+    monkeypatch.setattr(prediction, 'KINDS', others)
+    assert list(prediction.STUDY.read(lab.runs)[2].kind) == [
+        'model', 'model'], 'searches with other settings are not shown'
+    monkeypatch.setattr(prediction, 'read_records', lambda *a: [
+        r | dict(config_id='another') if r is found[0] else r for r in found])
+    assert prediction.STUDY.read(lab.runs)[0].empty, 'nor what was learned from other data'

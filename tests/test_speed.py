@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.families import tiny_model
 from ffp_nb.core.runs import load_records, read_json, save_record, write_json
-from ffp_nb.studies.speed import explain, read_policy, read_speed, summary, weigh, with_speed
+from ffp_nb.studies.speed import findings, read_policy, read_speed, summary, weigh, with_speed
 
 FOLDER = Path(__file__).resolve().parent.parent / 'benchmarks'
 sys.path.insert(0, str(FOLDER))
@@ -90,7 +90,7 @@ def test_promises_of_the_dense_model(quick):
 @pytest.mark.skipif(not HAS_LLAMA, reason='the record has not all parts')
 def test_study_reads_the_record(quick):
     table, record = read_speed(quick[1], model='tiny')
-    assert 'of 1 cases with PyTorch' in '\n'.join(explain(table, record))
+    assert 'of 1 cases with PyTorch' in '\n'.join(findings(table, record))
     s = summary(table)
     assert (s.columns.tolist() == [0.3] and s.shape[0] == 6 + 12
             and ('decode', 'llama.cpp Q8_0') in s.index)

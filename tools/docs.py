@@ -1,7 +1,8 @@
 """Render the site to _site/ without Quarto, and check its links.
 
-nbdev processes the notebooks (API docs, cross-links), smalldocs renders them. Every link and picture of the result must
-lead to a file of the site, and every anchor to an id on that page; links to other sites are not followed.
+nbdev processes the notebooks (API docs, cross-links), smalldocs renders them. Every link and
+picture of the result must lead to a file of the site, and every anchor to an id on that page;
+links to other sites are not followed.
 Usage: python tools/docs.py [--out _site], anywhere in the project, with the project installed."""
 import json, posixpath, re, shutil, subprocess, sys
 from collections import defaultdict

@@ -1,8 +1,8 @@
 """Check what ruff cannot tell: the length of exported cells, and statements that share a line.
 
-An exported cell has at most 40 lines, so that a page shows it at once. A compound statement has its
-body on lines of its own; only a guard clause (`if x: return y`, or raise, continue, break) may share
-the line. Usage: python tools/style.py, anywhere in the project."""
+An exported cell has at most 40 lines, so that a page shows it at once. A compound statement has
+its body on lines of its own; only a guard clause (`if x: return y`, or raise, continue, break) may
+share the line. Usage: python tools/style.py, anywhere in the project."""
 import ast
 import json
 import sys

@@ -10,7 +10,7 @@ __all__ = ['Cost', 'param_cost', 'mac_cost', 'memory_cost', 'bounds', 'Infeasibl
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Any
+from typing import Any, ClassVar
 
 import numpy as np
 from fastcore.basics import patch

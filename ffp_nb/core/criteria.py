@@ -19,26 +19,35 @@ from .stats import GramStats
 from .text import Blocks
 
 # %% ../../nbs/core/05_criteria.ipynb #673f71df
-def wanda(W, gram, mean, n, generator=None):
+# Of an output projection: W (D, n) its weights, gram (n, n) and mean (n,) those of its inputs over
+# N tokens. Each gives (n,) scores, one per column: larger is more important.
+def wanda(W, gram, mean, N, generator=None):
+    "Mean absolute weight times the norm of the input. Source: Wanda, arXiv 2306.11695"
     return W.abs().mean(0) * gram.diagonal().clamp_min(0).sqrt()
 
 
-def magnitude(W, gram, mean, n, generator=None):
+def magnitude(W, gram, mean, N, generator=None):
+    "Norm of the column"
     return W.norm(dim=0)
 
 
-def fluctuation(W, gram, mean, n, generator=None):
-    return (gram.diagonal() / n - mean**2).clamp_min(0) * W.square().sum(0)
+def fluctuation(W, gram, mean, N, generator=None):
+    "Variance of the input times the squared norm of the column. Source: FLAP, arXiv 2312.11983"
+    return (gram.diagonal() / N - mean**2).clamp_min(0) * W.square().sum(0)
 
 
-def random(W, gram, mean, n, generator=None):
+def random(W, gram, mean, N, generator=None):
+    "Seeded uniform numbers"
     return torch.rand(W.shape[1], generator=generator)
 
-def obs(W, gram, mean, n, generator=None, damp=0.01):
+
+def obs(W, gram, mean, N, generator=None, damp=0.01):
+    "Loss of removing a column if the others make up for it. Source: SparseGPT, arXiv 2301.00774"
     H = gram.double()
     H.diagonal().add_(damp * H.diagonal().mean().clamp_min(1e-12))
     return (W.double().square().sum(0)
             / torch.cholesky_inverse(torch.linalg.cholesky(H)).diagonal()).float()
+
 
 CRITERIA: dict[str, Callable] = dict(wanda=wanda, magnitude=magnitude, fluctuation=fluctuation,
                                      obs=obs, random=random)
@@ -78,8 +87,9 @@ def unit_order(layout: Layout, stats: GramStats, criterion: str = 'wanda', seed:
 def taylor_scores(model: PreTrainedModel,  # a dense causal LM
                   layout: Layout,  # of this model
                   blocks: Blocks,  # calibration text; each block is a forward and a backward pass
-                  progress: bool = True) -> dict[tuple[int, str],
-                                                 torch.Tensor]:  # (layer, kind) -> (units,) float32
+                  progress: bool = True,
+                  # (layer, kind) -> (units,) float32
+                  ) -> dict[tuple[int, str], torch.Tensor]:
     """Mean over blocks of |dL/dg| for a gate g = 1 on every unit. ValueError where a gradient is
     NaN or infinite"""
     gates = {k: torch.ones(m.units, requires_grad=True, device=m.out.weight.device)

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from accelerate.hooks import remove_hook_from_module
+from fastcore.basics import patch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .modeling import set_heads
 from .families import KINDS, Layout, is_on_disk, on_disk
+from .modeling import set_heads
 
 # %% ../../nbs/core/06_elastic.ipynb #d75c51c9
 # (layer, kind, width) -> (W, bias); None: slices

@@ -8,13 +8,13 @@ __all__ = ['KINDS', 'SMOLLM2', 'DTYPES', 'UnsupportedModel', 'Module', 'Layout',
            'load_model', 'on_disk', 'is_on_disk']
 
 # %% ../../nbs/core/01_families.ipynb #293ad099
-from collections.abc import Callable
 import ctypes
 import hashlib
 import importlib.util
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastcore.basics import patch
-from torch import nn
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from accelerate.utils import find_device, send_to_device
+from fastcore.basics import patch
 from safetensors import SafetensorError
-from transformers import (AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel,
-                          PreTrainedTokenizerBase)
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
 
 from .modeling import FAMILIES, Family
 
@@ -182,9 +182,9 @@ def tiny_model(family: str = 'llama',  # a key of `FAMILIES`
 
 # %% ../../nbs/core/01_families.ipynb #ae07ef07
 def tiny_tokenizer(
-        # tokens w0, w1, ...; 0: every byte is a token, 259 in all
-        words: int = 211,
-                   ) -> PreTrainedTokenizerBase:
+    # tokens w0, w1, ...; 0: every byte is a token, 259 in all
+    words: int = 211,
+) -> PreTrainedTokenizerBase:
     "A tokenizer that needs no training; without `words` it reads any text"
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

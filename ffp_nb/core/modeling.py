@@ -10,8 +10,9 @@ __all__ = ['GATED', 'OPT', 'FAMILIES', 'PRUNED', 'Family', 'NoHeads', 'set_heads
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import (Cache, LlamaForCausalLM, MistralForCausalLM, OPTForCausalLM,
-                          PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM)
+from transformers import (
+    Cache, LlamaForCausalLM, MistralForCausalLM, OPTForCausalLM, PreTrainedModel, Qwen2ForCausalLM,
+    Qwen3ForCausalLM)
 
 # %% ../../nbs/core/00_modeling.ipynb #23b14ac5
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ def set_heads(layer: nn.Module,  # decoder layer
 
 # %% ../../nbs/core/00_modeling.ipynb #efac97f5
 def shrink(
-        # a dense model of a family in `FAMILIES`, its weights not loaded yet
-        model: PreTrainedModel,
-           widths: list[dict]) -> None:  # of each layer: heads, kv_heads, ffn
+    # a dense model of a family in `FAMILIES`, its weights not loaded yet
+    model: PreTrainedModel,
+    widths: list[dict]) -> None:  # of each layer: heads, kv_heads, ffn
     "Give every projection the shape of these widths; the new memory is uninitialised"
     names, config = FAMILIES[model.config.model_type], model.config
     layers = model.base_model.get_submodule(names.layers)

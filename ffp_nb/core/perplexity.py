@@ -21,8 +21,9 @@ from .text import Blocks
 def block_nll(model: PreTrainedModel, blocks: Blocks,
               batch: int = 1,  # blocks of one forward pass
               head_chunk: int = 64,  # positions of one product with the head
+              progress: bool = False,
               # (n,) float64: nats, summed over the scored tokens of each block
-              progress: bool = False) -> np.ndarray:
+              ) -> np.ndarray:
     "Negative log-likelihood of each block; NaN or infinity where the model gives it"
     head, out = model.get_output_embeddings(), []
     for ids in tqdm(blocks.ids.split(batch), desc='perplexity', disable=not progress):
@@ -36,8 +37,9 @@ def block_nll(model: PreTrainedModel, blocks: Blocks,
     return torch.cat(out).numpy()
 
 # %% ../../nbs/core/03_perplexity.ipynb #19a53161
-def block_loss(model: PreTrainedModel, ids: torch.Tensor,
-               scored: int) -> torch.Tensor:  # ids (blocks, block_len) -> scalar
+def block_loss(model: PreTrainedModel,
+               ids: torch.Tensor,  # (blocks, block_len)
+               scored: int) -> torch.Tensor:  # tokens of a block that count -> scalar
     "Mean nats per scored token, as `block_nll` counts them, with gradients"
     hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, -scored - 1:-1]
     logits = model.get_output_embeddings()(hidden)

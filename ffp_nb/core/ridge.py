@@ -6,8 +6,8 @@
 __all__ = ['ridge_factors', 'check_alpha', 'Calibrator', 'sequential_calibrate', 'dense_goals']
 
 # %% ../../nbs/core/08_ridge.ipynb #782af54d
-from collections.abc import Callable
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,17 @@ import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from .stats import GramStats
-from .text import Blocks
 from .elastic import ElasticModel, Weights
 from .families import KINDS
+from .stats import GramStats
+from .text import Blocks
 
 # %% ../../nbs/core/08_ridge.ipynb #dfb913da
 def ridge_factors(W: torch.Tensor,  # (D, n) output projection
                   gram: torch.Tensor,  # (n, n), centred where there is an intercept
-                  alpha: float,) -> tuple[
-    torch.Tensor, torch.Tensor]:  # M (D, n) and P (n, n) lower triangular, float32
+                  alpha: float,  # penalty, a share of the diagonal
+                  # M (D, n) and P (n, n) lower triangular, float32
+                  ) -> tuple[torch.Tensor, torch.Tensor]:
     "M = W L and P = L^-1 with L L^T = gram + alpha diag(gram)"
     A = gram.double()
     diag = A.diagonal().clone()

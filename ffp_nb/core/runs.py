@@ -8,7 +8,6 @@ __all__ = ['atomic_write', 'save_figure', 'check_writable', 'CorruptFile', 'writ
            'load_records', 'cached']
 
 # %% ../../nbs/core/09_runs.ipynb #ac902808
-from collections.abc import Callable
 import dataclasses
 import errno
 import hashlib
@@ -20,6 +19,7 @@ import secrets
 import subprocess
 import time
 import warnings
+from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib import metadata

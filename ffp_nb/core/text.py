@@ -111,9 +111,9 @@ def _dataset(name):
 
 # %% ../../nbs/core/02_text.ipynb #cbbe1da6
 def load_corpus(
-        # 'wikitext2', 'pydoc', 'auto', a text file, or a hub data set 'owner/name[:config]'
-        name: str = 'auto',
-                ) -> Corpus:
+    # 'wikitext2', 'pydoc', 'auto', a text file, or a hub data set 'owner/name[:config]'
+    name: str = 'auto',
+) -> Corpus:
     """Load a corpus in four splits.
 
     'auto' is WikiText-2 where `FFP_DATA_DIR` names its folder, else 'pydoc': Python's own help

@@ -29,10 +29,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .gguf_tokenizer import add_tokenizer
-from ..core.modeling import FAMILIES, PRUNED
 from ..core.families import UnsupportedModel, load_tokenizer
+from ..core.modeling import FAMILIES, PRUNED
 from ..core.runs import CorruptFile, read_json
+from .gguf_tokenizer import add_tokenizer
 
 # %% ../../nbs/export/02_gguf.ipynb #a9308910
 ARCHS = dict(llama=MODEL_ARCH.LLAMA, mistral=MODEL_ARCH.LLAMA, qwen2=MODEL_ARCH.QWEN2,

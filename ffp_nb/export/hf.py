@@ -19,9 +19,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
+from ..core.families import (
+    SMOLLM2, Layout, check_finite, find_dtype, load_model, load_tokenizer, smollm2_path)
 from ..core.modeling import PRUNED
-from ..core.families import (SMOLLM2, Layout, check_finite, find_dtype, load_model,
-                                  load_tokenizer, smollm2_path)
 from ..core.runs import CorruptFile, atomic_write, read_json
 
 # %% ../../nbs/export/00_hf.ipynb #dcd09c13

@@ -21,8 +21,7 @@ from ..core.budget import param_cost, solve
 from ..core.criteria import taylor_scores, unit_order
 from ..core.elastic import ElasticModel, Weights
 from ..core.families import Layout, fingerprint, load_model
-from ..core.perplexity import Perplexity
-from ..core.perplexity import perplexity as measure_perplexity
+from ..core.perplexity import Perplexity, perplexity as measure_perplexity
 from ..core.ridge import Calibrator, dense_goals, sequential_calibrate
 from ..core.runs import ConfigMismatch, RunDir, config_id
 from ..core.stats import cached_stats

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..core.criteria import CRITERION_NAMES
+from ..core.families import KINDS
+from ..core.runs import atomic_write
 from ..core.text import Convention, load_corpus, token_blocks
 from ..export.gguf import QUANTS
-from ..core.families import KINDS
 from .config import METHODS, PROFILES, PruneConfig
-from ..core.runs import atomic_write
 
 # %% ../../nbs/pipeline/04_cli.ipynb #72f10b84
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,

@@ -45,9 +45,9 @@ _FOLDERS = dict(boolq='super_glue/boolq', arc_easy='arc', arc_challenge='arc',
 
 
 def find_tasks(
-        # 'seven', 'all', names with commas between, or a list of names
-        names: str | list | tuple,
-               ) -> list[str]:
+    # 'seven', 'all', names with commas between, or a list of names
+    names: str | list | tuple,
+) -> list[str]:
     "Names of tasks, without duplicates. ValueError for names not in `TASKS`"
     if isinstance(names, str):
         names = dict(seven=SEVEN, all=TASKS).get(names) or [n.strip() for n in names.split(',')]
@@ -343,13 +343,13 @@ def score_table(scores: dict,  # task → metric → a value a document
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #d5008000
 def zero_shot(
-              # a causal LM of transformers, pruned or not, such as `ElasticModel.model` at any
-              # widths
-              model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-              # names, or tasks that `load_tasks` loaded with the options below
-              tasks: str | list | tuple | TaskSet = SEVEN, limit: int | None = None, batch: int = 1,
-              data: str | Path | None = None, progress: bool = True, part: str | None = None,
-              seed: int | None = 0, metric: str = 'acc_norm') -> pd.DataFrame:
+    # a causal LM of transformers, pruned or not, such as `ElasticModel.model` at any
+    # widths
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+    # names, or tasks that `load_tasks` loaded with the options below
+    tasks: str | list | tuple | TaskSet = SEVEN, limit: int | None = None, batch: int = 1,
+    data: str | Path | None = None, progress: bool = True, part: str | None = None,
+    seed: int | None = 0, metric: str = 'acc_norm') -> pd.DataFrame:
     """Zero-shot accuracy of a model, see `load_tasks` for the options and `score_table` for the
     columns.
 

@@ -6,11 +6,11 @@
 __all__ = ['LR', 'Recipe', 'Adapted', 'descend', 'shuffled', 'Recovered', 'recover', 'save_recovered']
 
 # %% ../../nbs/recover/00_train.ipynb #0feb8c80
-from collections.abc import Callable
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,13 +20,12 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from ..core.perplexity import block_loss
-from ..core.text import Blocks
 from ..core.elastic import ElasticModel, Weights
-from ..export.hf import save_pruned
 from ..core.families import Layout
-from ..core.text import check_blocks
+from ..core.perplexity import block_loss
 from ..core.runs import RunDir
+from ..core.text import Blocks, check_blocks
+from ..export.hf import save_pruned
 
 # %% ../../nbs/recover/00_train.ipynb #d00628ce
 # chosen on a small model, see the study on recovery
@@ -133,14 +132,14 @@ def _pruned_copy(elastic, widths, weights):
 
 # %% ../../nbs/recover/00_train.ipynb #76e231f0
 def descend(
-        # step -> loss in nats per token, with gradients
-        loss_of: Callable[[int], torch.Tensor],
-            params: list[nn.Parameter], opt, schedule,  # a torch optimiser and its scheduler
-            steps: int, clip: float,  # largest norm of the gradient
-            losses: list[float],  # of the steps that are done; new ones are added
-            check: Callable[[int, float, float], None],  # (step, loss, norm): raises to stop
-            save: Callable[[], None] | None = None, every: int = 50,  # steps between two saves
-            desc: str = 'train', progress: bool = True) -> None:
+    # step -> loss in nats per token, with gradients
+    loss_of: Callable[[int], torch.Tensor],
+    params: list[nn.Parameter], opt, schedule,  # a torch optimiser and its scheduler
+    steps: int, clip: float,  # largest norm of the gradient
+    losses: list[float],  # of the steps that are done; new ones are added
+    check: Callable[[int, float, float], None],  # (step, loss, norm): raises to stop
+    save: Callable[[], None] | None = None, every: int = 50,  # steps between two saves
+    desc: str = 'train', progress: bool = True) -> None:
     "Gradient descent from the step after the last loss on: the one training loop of this package"
     bar = tqdm(range(len(losses), steps), initial=len(losses), total=steps, desc=desc,
                disable=not progress)

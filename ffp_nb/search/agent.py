@@ -6,8 +6,8 @@
 __all__ = ['PUBLISHED', 'ADVANTAGES', 'Searcher', 'RandomSearch', 'PPOAgent']
 
 # %% ../../nbs/search/01_agent.ipynb #95d39455
-from collections.abc import Callable
 import copy
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np

@@ -27,8 +27,8 @@ from ..core.elastic import ElasticModel, Weights
 from ..core.families import KINDS, Layout, tiny_model
 from ..core.perplexity import Perplexity, paired_interval
 from ..core.ridge import Calibrator
-from ..core.runs import (Checkpoints, CorruptFile, PolicyLog, RunDir, _read_checkpoint,
-                              read_json)
+from ..core.runs import (
+    Checkpoints, CorruptFile, PolicyLog, RunDir, _read_checkpoint, read_json)
 from ..core.stats import collect_stats
 from ..core.text import Blocks
 from .heuristics import BASELINES, Problem
@@ -211,8 +211,8 @@ def recorded_run(folder: str | Path, name: str) -> RunLog:
                   dict(widths=record['result']['widths'], reward=s['reward'], source=s['source']))
 
 # %% ../../nbs/search/07_diagnose.ipynb #35978f49
-def log_cost(
-    log: list[dict]) -> Cost | None:  # in shares of the dense cost; None if undetermined
+def log_cost(log: list[dict],  # rows of a search
+             ) -> Cost | None:  # in shares of the dense cost; None if undetermined
     "The cost model implied by a log, for models with equal layers, as in all supported families"
     w, kept = np.array([r['widths'] for r in log]), 1 - np.array([r['sparsity'] for r in log])
     L, full = w.shape[1], w.max((0, 1))
@@ -243,8 +243,8 @@ def reward_frame(run: RunLog) -> pd.DataFrame:
 
 
 def uniform_rewards(p: Problem,
-                    final_blocks: int) -> dict[
-    str, float]:  # name -> reward; infeasible ones are left out
+                    final_blocks: int,  # of the search text
+                    ) -> dict[str, float]:  # name -> reward; infeasible ones are left out
     """Rewards of the two uniform policies at the final target, on the blocks on which a search
     chooses its winner"""
     evaluator, out = p.evaluator(), {}
@@ -321,9 +321,9 @@ def exploration_frame(run: RunLog) -> pd.DataFrame:
 
 
 def plot_exploration(
-        # from `exploration_frame`; for several runs with a column `run`
-        frame: pd.DataFrame,
-                     title: str = ''):
+    # from `exploration_frame`; for several runs with a column `run`
+    frame: pd.DataFrame,
+    title: str = ''):
     "One panel per statistic, against episodes"
     grid = sns.relplot(frame, x='episode', y='value', col='statistic',
                        hue='run' if 'run' in frame else None, kind='line', col_wrap=3, height=2.3,
@@ -472,12 +472,12 @@ def plot_seeds(widths_list, full: np.ndarray, title: str = ''):
 
 # %% ../../nbs/search/07_diagnose.ipynb #acb4c7fc
 def calibration_gain(
-        # of widths and weights, on held-out text
-        measure: Callable[[np.ndarray, Weights], Perplexity],
-                     widths: np.ndarray,  # (L, 2)
-                     full: np.ndarray,  # (L, 2) widths of the dense model
-                     static: Weights,  # the repair
-                     ) -> pd.DataFrame:  # layer, kind, width, gain, interval (both nats per token)
+    # of widths and weights, on held-out text
+    measure: Callable[[np.ndarray, Weights], Perplexity],
+    widths: np.ndarray,  # (L, 2)
+    full: np.ndarray,  # (L, 2) widths of the dense model
+    static: Weights,  # the repair
+) -> pd.DataFrame:  # layer, kind, width, gain, interval (both nats per token)
     """Gain of each module's static repair, leaving one out; `interval`: 95 % half-width over
     blocks, NaN for one"""
     rows, repaired = [], measure(widths, static).nll

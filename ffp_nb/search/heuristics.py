@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 
 from ..core.budget import Cost, bounds, fill, random_scores, solve, spendable, uniform
 from ..core.criteria import fluctuation
+from ..core.elastic import ElasticModel
+from ..core.families import KINDS, Layout, Module
 from ..core.perplexity import block_loss
 from ..core.stats import GramStats
 from ..core.text import Blocks
-from ..core.elastic import ElasticModel
-from ..core.families import KINDS, Layout, Module
 
 # %% ../../nbs/search/03_heuristics.ipynb #928e918c
 @dataclass(frozen=True)
@@ -382,9 +382,9 @@ def _alpha(p: Problem, tau: float = 0.3):
 
 # %% ../../nbs/search/03_heuristics.ipynb #f31fbb85
 def _sensitivity(
-        # of the search text; None: as many as in a reward
-        p: Problem, blocks: int | None = None,
-                 points: int = 3):
+    # of the search text; None: as many as in a reward
+    p: Problem, blocks: int | None = None,
+    points: int = 3):
     "Additive sensitivity, exact knapsack"
     evaluator, n = p.evaluator(), blocks or p.blocks
     _room(p.cost, p.sparsity, **p.settings)

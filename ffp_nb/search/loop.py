@@ -11,25 +11,29 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Any
+from typing import Any, ClassVar
 
 import numpy as np
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from .agent import Searcher
-from ..core.budget import Cost, bounds, feasible_range, InfeasibleBudget, solve
-from ..core.text import Blocks
+from ..core.budget import Cost, InfeasibleBudget, bounds, feasible_range, solve
 from ..core.elastic import ElasticModel, Weights
 from ..core.perplexity import block_nll
 from ..core.runs import RunDir, atomic_write
-from .schedule import Schedule, Shape
+from ..core.text import Blocks
+from .agent import Searcher
 from .rivals import SEARCHERS
+from .schedule import Schedule, Shape
 
 # %% ../../nbs/search/04_loop.ipynb #80ae6a06
 class Evaluator:
-    "Measures policies of one elastic model on blocks of the search text"
-    _measure_dense: Callable[..., Any]  # these are given below
+    """Measures policies of one elastic model on blocks of the search text.
+
+    Widths are (n_layers, 2) units kept, results nats per scored token. `forward_tokens` counts the
+    tokens that were read. ValueError if the dense model itself breaks down."""
+    _unseen: Callable[..., list]  # these are given below
+    _measure_dense: Callable[..., Any]
     _keep_dense: Callable[..., None]
     rewards: Callable[..., np.ndarray]
     _compare: Callable[..., Any]
@@ -50,22 +54,25 @@ class Evaluator:
         self.forward_tokens += len(idx) * self.pool.ids.shape[1]
         return block_nll(self.elastic.model, self.pool[idx], self.batch) / self.pool.scored
 
-    def dense(self, idx) -> np.ndarray:  # (len(idx),) mean nats per token of each block
+    def dense(self, idx) -> np.ndarray:  # (k,) blocks of the pool -> (k,) nats per token
         "The dense model on these blocks; each is measured once"
         if new := self._unseen(idx):
             self._keep_dense(new, self._measure_dense(new))
         return self._dense[idx]
 
-    def _unseen(self, idx):
-        return [i for i in idx if np.isnan(self._dense[i])]
-
-    def __call__(self, widths: np.ndarray,
-                 idx) -> np.ndarray:  # (len(idx),) mean nats per token of each block
+    def __call__(self, widths: np.ndarray,  # (n_layers, 2)
+                 idx,  # (k,) blocks of the pool
+                 ) -> np.ndarray:  # (k,) mean nats per token of each block
         "A pruned model on these blocks"
         with self.elastic.at(widths, self.weights):
             return self._measure(idx)
 
 # %% ../../nbs/search/04_loop.ipynb #f27a6473
+@patch
+def _unseen(self: Evaluator, idx):
+    return [i for i in idx if np.isnan(self._dense[i])]
+
+
 @patch
 def _measure_dense(self: Evaluator, idx):
     with self.elastic.at(self.elastic.layout.full):
@@ -80,10 +87,13 @@ def _keep_dense(self: Evaluator, idx, nats):
                          'its weights with ffp_nb.core.families.check_finite, or load it in '
                          'another dtype.')
 
-
+# %% ../../nbs/search/04_loop.ipynb #467ce209
 @patch
-def rewards(self: Evaluator, policies: list[np.ndarray], idx) -> np.ndarray:  # (len(policies),)
-    "PPL_dense / PPL of each policy on these blocks; 0 where the model broke down"
+def rewards(self: Evaluator, policies: list[np.ndarray],  # n widths, each (n_layers, 2)
+            idx,  # (k,) blocks of the pool, the same for all policies
+            ) -> np.ndarray:  # (n,)
+    """PPL_dense / PPL of each policy on these blocks, so 1 is as good as dense; 0 where the model
+    broke down. Source: FastForward Pruning, arXiv 2511.18977"""
     dense, nats = self._compare(policies, idx)
     gaps = [float(np.mean(n - dense)) for n in nats]
     return np.array([float(np.exp(-gap)) if np.isfinite(gap) else 0.0 for gap in gaps])
@@ -96,8 +106,9 @@ def _compare(self: Evaluator, policies, idx):
 
 
 @patch
-def reward(self: Evaluator, widths, idx) -> float:
-    "The reward of one policy"
+def reward(self: Evaluator, widths,  # (n_layers, 2)
+           idx) -> float:  # (k,) blocks of the pool
+    "The reward of one policy, see `rewards`"
     return float(self.rewards([widths], idx)[0])
 
 
@@ -191,7 +202,7 @@ class TextSampler:
 # %% ../../nbs/search/04_loop.ipynb #b03effc2
 @dataclass
 class SearchResult:
-    "What a search found"
+    "What a search found; widths are (n_layers, 2) units kept"
     widths: np.ndarray  # (n_layers, 2)
     scores: np.ndarray  # (n_layers, 2)
     reward: float  # on the final blocks
@@ -237,8 +248,9 @@ class Search:
         elif run is not None:
             run.truncate(0)  # killed between the first log and the first checkpoint
 
-    def solve(self, scores, sparsity) -> np.ndarray:
-        "Widths of a policy at a target"
+    def solve(self, scores,  # (n_layers, 2)
+              sparsity) -> np.ndarray:  # target -> widths, int64 (n_layers, 2)
+        "Widths of a policy at a target. InfeasibleBudget where there are none"
         return solve(scores, self.cost, sparsity, self.config.step, self.config.p_min)
 
 # %% ../../nbs/search/04_loop.ipynb #cde5b7c6

@@ -27,9 +27,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, SplineTransformer, StandardScaler
 from torch import nn
 
-from .agent import Searcher
 from ..core.budget import Cost, retention
 from ..core.runs import RunDir
+from .agent import Searcher
 from .loop import Evaluator, Search, SearchConfig
 from .rivals import SEARCHERS
 
@@ -61,7 +61,10 @@ class Predictor(Protocol):
 
 class Probabilistic:
     """A scikit-learn model with standard deviations, on standardised columns, for the log of the
-    target above a floor"""
+    target above a floor.
+
+    X is (n, k) as from `features`, y (n,) nats per token; `predict` gives a mean and a standard
+    deviation for each row, both in nats per token."""
     def __init__(self, make: Callable,  # (columns) -> model
                  *before,  # transformers applied to the columns first
                  log: bool = True):  # False: the target as it is
@@ -85,12 +88,12 @@ class Probabilistic:
         # the median, and the spread of small errors around it
         return self.floor + scale, scale * std
 
-
+# %% ../../nbs/search/05_predict.ipynb #807e2705
 def _process(columns):
     smooth = ConstantKernel(10.0, (1e-2, 1e5)) * Matern(np.full(columns, 5.0), (0.3, 1e3), nu=2.5)
     return GaussianProcessRegressor(smooth + WhiteKernel(1e-2, (1e-5, 1.0)), normalize_y=True)
 
-# %% ../../nbs/search/05_predict.ipynb #807e2705
+
 def _bayes(columns):
     return BayesianRidge()
 
@@ -106,22 +109,26 @@ def _splines(X):
     B.fit(np.zeros((2, X.shape[1] - 1)))  # the knots are given, so nothing is fitted to data
     return _by_calibration(np.column_stack([B.transform(X[:, :-1]), X[:, -1]]))
 
+# %% ../../nbs/search/05_predict.ipynb #2a40ff8b
+def _grid(X):  # (n, 4, n_layers)
+    t = torch.tensor(X, dtype=torch.float32)
+    grid = t[:, :-2].unflatten(1, (-1, 2)).mT
+    return torch.cat([grid, t[:, -2:, None].expand(-1, -1, grid.shape[2])], 1)
+
 # %% ../../nbs/search/05_predict.ipynb #b9cb04f3
 class GridCNN:
-    "Two convolutions over the layers and two dense layers"
+    """Two convolutions over the layers and two dense layers; `predict` gives means alone, and
+    `Folds` adds standard deviations.
+
+    X is (n, 2 * n_layers + 2) as from `features`, y (n,) nats per token. Source: the CNN predictor
+    of PPF, arXiv 2508.02381."""
     def __init__(self, seed: int = 0, channels: int = 16, epochs: int = 200, batch: int = 64,
                  lr: float = 4e-3):
         self.seed, self.channels, self.epochs = seed, channels, epochs
         self.batch, self.lr = batch, lr
 
-    @staticmethod
-    def _grid(X):  # (n, 4, n_layers)
-        t = torch.tensor(X, dtype=torch.float32)
-        grid = t[:, :-2].unflatten(1, (-1, 2)).mT
-        return torch.cat([grid, t[:, -2:, None].expand(-1, -1, grid.shape[2])], 1)
-
     def fit(self, X, y):
-        x, c, rng = self._grid(X), self.channels, np.random.default_rng(self.seed)
+        x, c, rng = _grid(X), self.channels, np.random.default_rng(self.seed)
         self.mean, self.scale = float(np.mean(y)), float(np.std(y)) or 1.0
         t = torch.tensor((y - self.mean) / self.scale, dtype=torch.float32)
         parts = -(-len(x) // self.batch)
@@ -145,14 +152,14 @@ class GridCNN:
 
     @torch.no_grad()
     def predict(self, X):
-        return self.net(self._grid(X)).double().numpy() * self.scale + self.mean
+        return self.net(_grid(X)).double().numpy() * self.scale + self.mean
 
 # %% ../../nbs/search/05_predict.ipynb #88ac0e96
 class Folds:
-    "Several models, each trained on all but one part of the data"
-    def __init__(
-            # (seed) -> model with `fit` and a `predict` that gives the mean
-            self, make: Callable,
+    """Several models, each trained on all but one part of the data: X (n, k), y (n,) nats per
+    token"""
+    def __init__(self,
+                 make: Callable,  # (seed) -> model with `fit` and a `predict` that gives the mean
                  seed: int = 0, k: int = 5):
         self.make, self.seed, self.k = make, seed, k
 
@@ -162,8 +169,8 @@ class Folds:
             raise ValueError(f'{len(y)} policies; at least {self.k} are needed to train as many '
                              'models on different parts')
         self.models, error = [], np.zeros(len(y))
-        for i, (train,
-                out) in enumerate(KFold(self.k, shuffle=True, random_state=self.seed).split(X)):
+        folds = KFold(self.k, shuffle=True, random_state=self.seed)
+        for i, (train, out) in enumerate(folds.split(X)):
             self.models.append(self.make(self.seed + i).fit(X[train], y[train]))
             error[out] = self.models[-1].predict(X[out]) - y[out]
         self.noise = float(np.mean(error**2))
@@ -189,7 +196,7 @@ PREDICTORS: dict[str, Callable[..., Predictor]] = dict(  # name -> predictor for
 def judge(y,  # (n,) truth
           mean, std,  # (n,) prediction
           ) -> dict[str, float]:
-    "Error, ranking and calibration of predictions"
+    """Error (`mse`, nats²), ranking and calibration of predictions"""
     error, n = np.asarray(mean) - y, len(y)
     if n < 3: raise ValueError(f'{n} policies; at least 3 are needed to judge')
     varied = np.ptp(mean) > 0 and np.ptp(y) > 0
@@ -257,9 +264,8 @@ class Predicted:
         model = self.fit()
         for _ in range(self.config.inner):
             tried = self.agent.ask(sparsity, self.config.batch)
-            self.agent.tell(sparsity, tried,
-                            np.exp(-model.predict(self.describe(tried,
-                                                                sparsity))[0].clip(max=WORST)))
+            gaps = model.predict(self.describe(tried, sparsity))[0]
+            self.agent.tell(sparsity, tried, np.exp(-gaps.clip(max=WORST)))
         return self.choose(model, sparsity, n)
 
 # %% ../../nbs/search/05_predict.ipynb #ea53c0f8

@@ -17,12 +17,12 @@ import seaborn as sns
 from scipy import stats
 
 from ..core.budget import Cost, solve
-from .diagnose import (RunLog, agreement, exploration_frame, incumbent, log_cost,
-                                    plot_exploration, plot_gain, plot_retention, plot_rewards,
-                                    plot_seeds, plot_slack, plot_trace, read_run, reward_frame,
-                                    slack_frame)
-from ..core.runs import (atomic_write, check_writable, config_id, read_json, save_figure,
-                              write_json)
+from ..core.runs import (
+    atomic_write, check_writable, config_id, read_json, save_figure, write_json)
+from ffp_nb.search.diagnose import (
+    RunLog, agreement, exploration_frame, incumbent, log_cost, plot_exploration, plot_gain,
+    plot_retention, plot_rewards, plot_seeds, plot_slack, plot_trace, read_run, reward_frame,
+    slack_frame)
 
 # %% ../../nbs/search/08_report.ipynb #b757a376
 COLLAPSED = 0.1
@@ -106,8 +106,8 @@ def _known(measured):
 
 # %% ../../nbs/search/08_report.ipynb #1fbf5880
 def findings(run: RunLog, measured: dict | None = None,  # of `measure_run`
-             cost: Cost
-             | None = None) -> tuple[dict, list[str]]:  # key figures, a sentence per question
+             cost: Cost | None = None,
+             ) -> tuple[dict, list[str]]:  # key figures, a sentence per question
     "What the log says about the health of a search"
     frame = reward_frame(run)
     done = len(frame)

@@ -8,7 +8,7 @@ __all__ = ['Shape', 'SHAPES', 'travelled', 'Schedule']
 # %% ../../nbs/search/00_schedule.ipynb #4d188abd
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 from fastcore.basics import patch

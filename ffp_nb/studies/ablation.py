@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .cells import (TOKENS, Cell, Lab, in_study, plan_cells, plan_selection,
-                                  read_cells)
+from .cells import TOKENS, Cell, Lab, in_study, plan_cells, plan_selection, read_cells
 from .study import Plan, Study, paired_differences, read_records
 
 # %% ../../nbs/studies/09_ablation.ipynb #fea49fdb

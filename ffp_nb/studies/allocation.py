@@ -15,8 +15,8 @@ import pandas as pd
 from ..search.heuristics import HEURISTICS
 from . import families, spine
 from .cells import MODES, Cell, Lab, plan_cells, read_cells
-from .study import (Claim, Measurement, Plan, Study, mean_interval, read_records,
-                                  verdict)
+from .study import (
+    Claim, Measurement, Plan, Study, mean_interval, read_records, verdict)
 from .twins import NAMES
 
 # %% ../../nbs/studies/06_allocation.ipynb #0868964e

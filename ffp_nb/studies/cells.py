@@ -26,8 +26,8 @@ from ..pipeline.bench import Bench
 from ..pipeline.config import PROFILES, PruneConfig, run_config
 from ..search.agent import PUBLISHED
 from ..search.diagnose import trace
-from ..search.heuristics import (BASELINES, HEURISTICS, BiasCompensation, output_biases,
-                                      retention_scores)
+from ..search.heuristics import (
+    BASELINES, HEURISTICS, BiasCompensation, output_biases, retention_scores)
 from ..search.loop import Evaluator, Search, save_policies, search_summary
 from .study import Measurement, Plan, half_width, read_records
 from .twins import NAMES, SETUPS, Training, Twin, build_model, open_twin, twin_config
@@ -119,13 +119,12 @@ def _untrained(model):
 @dataclass(frozen=True)
 class Cell:
     "One policy: how it is found, and for which model"
-    model: str  # 'smollm2', one of `families.NAMES`, a local folder or a hub id
+    model: str  # 'smollm2', a twin of `NAMES`, a local folder or a hub id
     sparsity: float
-    method: str = 'ffp'  # one of `ffp_nb.pipeline.prune.METHODS`
+    method: str = 'ffp'  # one of `ffp_nb.pipeline.config.METHODS`
     seed: int = 0
     variant: str = 'default'  # a key of `VARIANTS`
-    # limit on a search's forward tokens; None: the episodes of the profile
-    tokens: int | None = None
+    tokens: int | None = None  # limit of a search's forward tokens; None: the profile's episodes
     modes: tuple[str, ...] = MODES  # repairs for the test figures
 
     def __post_init__(self):
@@ -136,11 +135,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        parts = Path(self.model).name, self.method, self.sparsity, self.seed, *(()
-                                                                                if self.variant
-                                                                                == 'default'
-                                                                                else (
-            self.variant,))
+        parts = [Path(self.model).name, self.method, self.sparsity, self.seed]
+        if self.variant != 'default':
+            parts.append(self.variant)
         return '-'.join(map(str, parts))
 
 # %% ../../nbs/studies/02_cells.ipynb #13c88132
@@ -394,7 +391,7 @@ def in_study(table: pd.DataFrame, cells: list[Cell]) -> pd.DataFrame:
     keys = {(c.model, c.sparsity, c.method, c.seed, c.variant, c.tokens) for c in cells}
     rows = zip(table.model, table.sparsity, table.policy, table.seed, table.variant,
                [None if pd.isna(t) else int(t) for t in table.tokens])
-    return table[[k in keys for k in rows]]
+    return table.loc[[k in keys for k in rows]]
 
 
 def searched(runs: Path, cells: list[Cell]) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -20,8 +20,8 @@ from ..pipeline.bench import Bench
 from ..pipeline.config import PruneConfig, run_config
 from ..search.loop import Search
 from .cells import TOKENS, Cell, Lab, cell_settings, plan_cells
-from .study import (Claim, Measurement, Plan, Study, paired_differences,
-                                  read_records, verdict)
+from .study import (
+    Claim, Measurement, Plan, Study, paired_differences, read_records, verdict)
 
 # %% ../../nbs/studies/11_dynamic.ipynb #8d47db5e
 TARGETS = tuple(round(float(x), 2) for x in np.linspace(0.1, 0.5, 11))

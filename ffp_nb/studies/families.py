@@ -21,11 +21,10 @@ from ..export.hf import load_pruned, save_pruned
 from ..pipeline.bench import find_widths, open_run
 from ..pipeline.config import run_config
 from .cells import MODES, Lab, policy_table, repairs, test_nll
-from .spine import CELLS, of_model
-from .spine import findings as best_uniform
+from .spine import CELLS, findings as best_uniform, of_model
 from .study import Claim, Measurement, Plan, Study, only_one, read_records, spread
-from .twins import (DJANGO_SHA256, END, NAMES, SETUPS, Training, documents,
-                                  text_sha256, token_stream, training_key)
+from .twins import (
+    DJANGO_SHA256, END, NAMES, SETUPS, Training, documents, text_sha256, token_stream, training_key)
 
 # %% ../../nbs/studies/04_families.ipynb #17dda801
 def plan(lab: Lab, names: Iterable[str] = NAMES,

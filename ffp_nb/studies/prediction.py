@@ -23,12 +23,12 @@ from ..core.runs import RunDir, atomic_write, config_id
 from ..pipeline.bench import Bench
 from ..pipeline.config import PruneConfig, run_config
 from ..search.loop import Search, save_policies, search_summary
-from ..search.predict import (PREDICTORS, Predicted, PredictedSearch, Prediction, features,
-                                   judge)
-from .cells import (TOKENS, Cell, Facts, Lab, cell_settings, in_study, read_cells)
+from ..search.predict import (
+    PREDICTORS, Predicted, PredictedSearch, Prediction, features, judge)
+from .cells import TOKENS, Cell, Facts, Lab, cell_settings, in_study, read_cells
 from .families import _large
-from .study import (Claim, Measurement, Plan, Study, only_one, paired_differences,
-                                  read_records, verdict)
+from .study import (
+    Claim, Measurement, Plan, Study, only_one, paired_differences, read_records, verdict)
 
 # %% ../../nbs/studies/10_prediction.ipynb #f32d1ac0
 MODEL, SEEDS = 'llama', (0, 1, 2)
@@ -46,7 +46,7 @@ NOISE = dict(predictors=('ridge', 'spline', 'gp'), seeds=(0, 1, 2, 3, 4), batch=
 KINDS = dict(model=None,
              predicted=Prediction('spline', warmup=8, inner=10, batch=32, explore=0.25, pool=256))
 MEASURED = 8  # measured policies per update of a search on predictions
-SELECTION = 64  # blocks of the selection split that the searches are compared on
+SELECTION = 64  # blocks of the selection split, on which the searches are compared
 
 # %% ../../nbs/studies/10_prediction.ipynb #d834c0f0
 def plan(lab: Lab) -> Plan:
@@ -137,7 +137,10 @@ def measure_policies(bench: Bench, rows: list[dict], n_blocks: int,
         run.log(dict(widths=r['widths'], calibrated=r['calibrated'], nll=done[key(r)]))
     return np.array([done[key(r)] for r in rows])
 
+# %% ../../nbs/studies/10_prediction.ipynb #939ebd06
+#| export
 
+# %% ../../nbs/studies/10_prediction.ipynb #f173bb91
 def measure_data(lab: Lab, key: dict, records: Path) -> dict:
     "Measure the policies of a configuration; the arrays lie beside the record, see `load_data`"
     bench, name, n_blocks = lab.bench(MODEL), f'data-{config_id(key)}', key['blocks']
@@ -205,7 +208,7 @@ def measure_predictor(data: dict, name: str) -> dict:
                                us=us(model, batch), us_alone=us(model, batch[:1]))
     return dict(rows=rows, example=example)
 
-
+# %% ../../nbs/studies/10_prediction.ipynb #d4795682
 def cpu_s(*calls) -> float:
     "Median CPU seconds of calls"
     times = []
@@ -283,7 +286,7 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, dict, pd.DataFrame]:
     columns = ['kind', 'seed', 'nll', 'forward_tokens', 'measured', 'wall_s', 'source', 'updates']
     searches = pd.DataFrame([r['config'] | r['result']['search'] | r['result']
                              | dict(nll=np.mean(r['result']['nll'])) for r in of('search-')
-                             if r['config']['prediction'] == settings[r['config']['kind']]],
+                             if r['config']['prediction'] == settings.get(r['config']['kind'], '')],
                             columns=columns).rename(columns=dict(wall_s='search_s'))
     return pd.DataFrame(judged), found['timing']['result'], searches
 
@@ -311,24 +314,22 @@ def judged_findings(judged: pd.DataFrame, timing: dict) -> list[str]:
     mine = at_full(judged).xs(r.name, level='predictor')
     rank = '; '.join(f'{what} {mine.spearman[s]:.3f} ({mine.mse[s]:.4f} nats²), '
                      f'{met(mine.spearman[s] >= GOALS["spearman"])}' for s, what in SPLITS.items())
-    lines = [f'- **{r.name}** has the lowest error on unseen policies: {r.mse:.4f} nats² (half of '
-             f'the policies are within {r["median"]:.4f} nats), Spearman {r.spearman:.3f}; '
-             f'{100 * r.coverage:.0f} % lie inside the 95 % intervals.'
-             + (f' The CNN: {cnn.mse:.4f} nats².' if r.name != 'cnn' else '')]
-    lines += [f'- PPF, error below {PPF["error"]} on a scale that its abstract does not name: '
-              f'{claim(r.mse < PPF["error"])} in nats² ({r.mse:.4f}), '
-              f'{claim(r.minmax < PPF["error"])} with targets scaled to [0, 1] ({r.minmax:.5f}). '
-              'Its 7B and 8B models are **not testable here**.',
-              f'- Spearman at least {GOALS["spearman"]}: {rank}.',
-              f'- Under 1 ms a policy: {met(r.us < GOALS["us"])} in batches of 256 ({r.us:.0f} '
-              f'µs), {met(r.us_alone < GOALS["us"])} for one alone ({r.us_alone:.0f} µs).']
-    if timing:
-        us = 1e6 * timing['model_s']
-        lines.append(f'- PPF, {PPF["speedup"]} times faster than an evaluation: '
-                     f'{claim(us / r.us_alone >= PPF["speedup"])}, {us / r.us_alone:,.0f} times '
-                     f'for one policy alone ({us / r.us:,.0f} in batches) against '
-                     f'{timing["model_s"]:.2f} CPU seconds on {timing["blocks"]} blocks.')
-    return lines
+    us = 1e6 * timing['model_s']
+    return [f'- **{r.name}** has the lowest error on unseen policies: {r.mse:.4f} nats² (half of '
+            f'the policies are within {r["median"]:.4f} nats), Spearman {r.spearman:.3f}; '
+            f'{100 * r.coverage:.0f} % lie inside the 95 % intervals.'
+            + (f' The CNN: {cnn.mse:.4f} nats².' if r.name != 'cnn' else ''),
+            f'- PPF, error below {PPF["error"]} on a scale that its abstract does not name: '
+            f'{claim(r.mse < PPF["error"])} in nats² ({r.mse:.4f}), '
+            f'{claim(r.minmax < PPF["error"])} with targets scaled to [0, 1] ({r.minmax:.5f}). '
+            'Its 7B and 8B models are **not testable here**.',
+            f'- Spearman at least {GOALS["spearman"]}: {rank}.',
+            f'- Under 1 ms a policy: {met(r.us < GOALS["us"])} in batches of 256 ({r.us:.0f} '
+            f'µs), {met(r.us_alone < GOALS["us"])} for one alone ({r.us_alone:.0f} µs).',
+            f'- PPF, {PPF["speedup"]} times faster than an evaluation: '
+            f'{claim(us / r.us_alone >= PPF["speedup"])}, {us / r.us_alone:,.0f} times for one '
+            f'policy alone ({us / r.us:,.0f} in batches) against {timing["model_s"]:.2f} CPU '
+            f'seconds on {timing["blocks"]} blocks.']
 
 # %% ../../nbs/studies/10_prediction.ipynb #1fd0d06d
 def search_findings(found: pd.DataFrame) -> list[str]:

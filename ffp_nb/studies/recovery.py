@@ -99,9 +99,9 @@ def plan_policies(lab: Lab, seeds, sparsity: float, tokens: int) -> Plan:
                 key['blocks'] = SEARCH_BLOCKS
             found[name, seed] = yield Measurement(key, lambda _: measure_search(bench(), c, repair))
     for name, kinds in zip(BASES, (('attn', 'ffn'), ('ffn',))):
-        def even(_):
-            return dict(widths=uniform(bench().cost, sparsity, kinds, **own), forward_tokens=0)
-        r = yield Measurement(own_key(facts, name, policy=name, sparsity=sparsity, **own), even)
+        even = lambda: uniform(bench().cost, sparsity, kinds, **own)
+        r = yield Measurement(own_key(facts, name, policy=name, sparsity=sparsity, **own),
+                              lambda _: dict(widths=even(), forward_tokens=0))
         found |= {(name, seed): r for seed in seeds}
     return {k: r and r['result']['widths'] for k, r in found.items()}
 
@@ -109,14 +109,14 @@ def plan_policies(lab: Lab, seeds, sparsity: float, tokens: int) -> Plan:
 def plan_rates(lab: Lab, widths, sparsity: float) -> Plan:
     """Returns the learning rate of each training with the least nats per token on the selection
     split, for the policy `uniform`; None where not all are measured"""
-    facts, n, best = lab.facts(MODEL), lab.facts(MODEL).config.profile.final_blocks, {}
+    facts, best = lab.facts(MODEL), {}
     for method, grid in LR_GRID.items():
         nll = {}
         for lr in grid:
             key = own_key(facts, f'lr-{method}', method=method, sparsity=sparsity, passes=PASSES,
                           lr=lr)
             nll[lr] = yield Measurement(key, lambda _: try_rate(lab.bench(MODEL), widths,
-                                                                recipe(facts, method, lr), n))
+                                                                recipe(facts, method, lr)))
         diverged = lambda lr: nll[lr]['result']['nll'] is None
         mean = lambda lr: np.inf if diverged(lr) else np.mean(nll[lr]['result']['nll'])
         best[method] = min(grid, key=mean) if all(nll.values()) else None
@@ -181,10 +181,11 @@ def measure(bench: Bench, widths, how: Recipe | str, blocks) -> dict:
     return dict(nll=bench.perplexity(widths, blocks, weights).nll.round(5))
 
 
-def try_rate(bench: Bench, widths, how: Recipe, n: int) -> dict:
-    "A trained policy on n blocks of the selection split; divergence is a result too"
+def try_rate(bench: Bench, widths, how: Recipe) -> dict:
+    "A trained policy on blocks of the selection split; divergence is a result too"
     try:
-        return measure(bench, widths, how, bench.text.selection[:n])
+        return measure(bench, widths, how,
+                       bench.text.selection[:bench.config.profile.final_blocks])
     except ValueError as e:
         return dict(nll=None, error=str(e))
 
@@ -243,13 +244,11 @@ def leads(table: pd.DataFrame, base: str) -> pd.DataFrame:  # a row per recovery
     wide = table[table.policy != 'dense'].pivot_table(index=['recovery', 'seed'], columns='policy',
                                                       values='nll')
     if base not in wide: return pd.DataFrame(columns=[*keys, 'lead', 'interval', 'below', 'seeds'])
-    d = wide.drop(columns=base).rsub(wide[base],
-                                     axis=0).stack().dropna().rename('lead').reset_index()
-    out = d.groupby(keys)['lead'].agg(lead='mean', interval=half_width,
-                                      below=lambda x: int((x > 0).sum()),
-                                      seeds='size').reset_index()
+    d = wide.drop(columns=base).rsub(wide[base], axis=0).stack().dropna()
+    out = d.groupby(keys).agg(lead='mean', interval=half_width, seeds='size',
+                              below=lambda x: int((x > 0).sum())).reset_index()
     in_order = lambda c: c.map(RECOVERIES.index) if c.name == 'recovery' else c
-    return out.sort_values(keys, key=in_order).reset_index(drop=True)
+    return out.sort_values(keys, key=in_order, ignore_index=True)
 
 
 def shift(table: pd.DataFrame, policy: str, base: str, recovery: str,

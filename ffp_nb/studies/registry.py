@@ -15,8 +15,9 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.runs import atomic_write, read_json
-from . import (ablation, allocation, criteria, dynamic, families, prediction, recovery,
-                            rewards, scaling, schedules, searchers, speed, spine)
+from . import (
+    ablation, allocation, criteria, dynamic, families, prediction, recovery, rewards, scaling,
+    schedules, searchers, speed, spine)
 from .cells import Lab
 from .study import Study, count_records, run_study
 
@@ -133,7 +134,7 @@ def expectations(nbs: Path) -> list[str]:
     benchmarks, by_name = nbs.parent / 'benchmarks' / 'results', spine.STUDY.read(nbs / 'runs')[1]
     found = [r for r in by_name.values() if r['result'].get('search')]
     search = [r['result']['search']['wall_s'] / 60 for r in found]
-    rest = [r['wall_s'] / 60 - s for r, s in zip(found, search)]
+    rest = [spine.rest_s(r) / 60 for r in found]
     cpu = found[0]['environment']['hardware']['cpu']
     lines = [f'- SmolLM2-135M, profile `cpu`, one thread of a two-core machine ({cpu}): '
              f'{min(search):.0f} to {max(search):.0f} minutes a search of '
@@ -144,11 +145,12 @@ def expectations(nbs: Path) -> list[str]:
     if peak:
         lines.append(f'- Memory of a search of SmolLM2 with every width cached: {max(peak):.1f} '
                      'GB at its peak.')
-    if record := scaling.newest(benchmarks):
-        p, t = scaling.placement(record), pd.DataFrame(record['result']['rows']).set_index('model')
-        label = lambda m: m if t.how[m] == 'measured' else f'{m} (projected)'
+    sizes, record = scaling.STUDY.read(nbs / 'runs')
+    if record:
+        p = scaling.placement(sizes)
+        label = lambda m: m if sizes.how[m] == 'measured' else f'{m} (projected)'
         need = '; '.join(f'{label(m)} {p.device_GB[m]:.0f} GB on devices and {p.ram_GB[m]:.0f} '
-                         'GB of RAM' for m in t.index[-3:])
+                         'GB of RAM' for m in sizes.index[-3:])
         lines.append(f'- Larger models, for a search with repair: {need}. None of them was '
                      'pruned here.')
     return lines
@@ -195,8 +197,7 @@ def execute_page(page: Path, out: Path, profile: str,
         i, source, said = failed[0]
         first = next((x for x in source.splitlines() if x.strip() and not x.startswith('#|')), '')
         raise RuntimeError(f"{page.name}, cell {i} (`{first[:80]}`): {said['ename']}: "
-                           f"{said['evalue']}. "
-                           'Nothing was written') from e
+                           f"{said['evalue']}. Nothing was written") from e
     finally:
         bar.close()
     return atomic_write(out, nbformat.writes(nb))

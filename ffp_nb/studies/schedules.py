@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .cells import (TOKENS, Cell, Lab, against, cost_table, plan_cells, reached,
-                                  searched)
+from .cells import (
+    TOKENS, Cell, Lab, against, cost_table, plan_cells, reached, searched)
 from .study import Claim, Plan, Study, half_width, verdict
 
 # %% ../../nbs/studies/08_schedules.ipynb #7585fbf7

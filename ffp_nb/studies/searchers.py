@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .cells import (TOKENS, Cell, Lab, against, cost_table, plan_cells, reached,
-                                  searched)
+from .cells import (
+    TOKENS, Cell, Lab, against, cost_table, plan_cells, reached, searched)
 from .study import Claim, Plan, Study, half_width, mean_interval, verdict
 from .twins import NAMES
 

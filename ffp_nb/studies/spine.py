@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SPARSITIES', 'SEEDS', 'CELLS', 'GRID', 'STUDY', 'of_model', 'plan', 'measure_dense', 'choose_sequential',
-           'measure_policy', 'tidy', 'findings', 'headline']
+           'measure_policy', 'rest_s', 'tidy', 'findings', 'headline']
 
 # %% ../../nbs/studies/03_spine.ipynb #72bd1193
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ..core.budget import uniform
@@ -19,8 +19,8 @@ from ..pipeline.bench import find_widths, open_run
 from ..pipeline.config import run_config
 from ..search.loop import save_policies, search_summary
 from .cells import MODES, Facts, Lab, policy_table, test_nll
-from .study import (Claim, Measurement, Plan, Study, only_one, read_records, spread,
-                                  verdict)
+from .study import (
+    Claim, Measurement, Plan, Study, only_one, read_records, spread, verdict)
 
 # %% ../../nbs/studies/03_spine.ipynb #9e0598f7
 SPARSITIES, SEEDS = (0.2, 0.3, 0.5), (0, 1, 2)
@@ -80,10 +80,17 @@ def measure_policy(lab: Lab, config, name: str, records: Path) -> dict:
     widths, search = find_widths(bench, config, run, progress=False)
     if search is not None:
         save_policies(records / f'{name}.npz', search.log)
-    return dict(widths=widths, sparsity=bench.cost.sparsity(widths),
-                nll=test_nll(bench, widths, MODES), test_blocks=len(bench.text.test),
-                search=search and search_summary(search),
+    start = time.perf_counter()
+    nll = test_nll(bench, widths, MODES)
+    return dict(widths=widths, sparsity=bench.cost.sparsity(widths), nll=nll,
+                test_blocks=len(bench.text.test), search=search and search_summary(search),
+                rest_s=round(time.perf_counter() - start, 1),
                 forward_tokens=search.forward_tokens if search else 0)
+
+
+def rest_s(record: dict) -> float:
+    "Seconds of repair and measurement; the first records hold those of their last session instead"
+    return record['result'].get('rest_s', record['wall_s'] - record.get('search_s', 0))
 
 # %% ../../nbs/studies/03_spine.ipynb #384a17e3
 def tidy(runs: Path) -> tuple[pd.DataFrame, dict[str, dict]]:

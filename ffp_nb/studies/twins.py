@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast,
-                          get_cosine_schedule_with_warmup)
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup)
 
 from ..core.families import fingerprint, load_model
 from ..core.runs import CorruptFile, RunDir, atomic_write, config_id, save_record
@@ -77,10 +77,10 @@ def _download(package, path):
 
 # %% ../../nbs/studies/00_twins.ipynb #9c5cc16f
 def documents(
-        # 'django', 'pydoc' (Python's help topics), or a UTF-8 text file
-        text: str = 'django',
-              folder: str | Path = 'runs/models',  # keeps fetched files
-              ) -> dict[str, str]:  # documents by name
+    # 'django', 'pydoc' (Python's help topics), or a UTF-8 text file
+    text: str = 'django',
+    folder: str | Path = 'runs/models',  # keeps fetched files
+) -> dict[str, str]:  # documents by name
     "The text as documents, the unit of the split; a file is cut into runs of 20 paragraphs"
     if text == 'django': return django_docs(folder)
     if text == 'pydoc':
