@@ -43,19 +43,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import published
 import torch
 
-import published
-from ffp_nb.search.agent import PPOAgent
 from ffp_nb.core.budget import bounds, random_scores, solve, uniform
-from ffp_nb.core.ridge import Calibrator
-from ffp_nb.core.text import Convention, load_corpus, token_blocks
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.perplexity import block_nll
 from ffp_nb.core.families import KINDS, Layout, load_model, tiny_model
+from ffp_nb.core.perplexity import block_nll
+from ffp_nb.core.ridge import Calibrator
+from ffp_nb.core.runs import read_json, save_record, write_json
+from ffp_nb.core.text import Convention, load_corpus, token_blocks
 from ffp_nb.pipeline.bench import Bench
 from ffp_nb.pipeline.config import Profile, PruneConfig
-from ffp_nb.core.runs import read_json, save_record, write_json
+from ffp_nb.search.agent import PPOAgent
 from ffp_nb.search.loop import Evaluator, Search, SearchConfig
 
 ROOT = Path(__file__).resolve().parent.parent

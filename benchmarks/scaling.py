@@ -29,14 +29,14 @@ import pandas as pd
 import torch
 
 from ffp_nb.core.budget import param_cost, random_scores, solve
-from ffp_nb.core.ridge import Calibrator, sequential_calibrate
 from ffp_nb.core.criteria import unit_order
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.core.families import Layout, tiny_model
+from ffp_nb.core.perplexity import block_nll
+from ffp_nb.core.ridge import Calibrator, sequential_calibrate
+from ffp_nb.core.runs import save_record
 from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Blocks
-from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.perplexity import block_nll
-from ffp_nb.core.families import Layout, tiny_model
-from ffp_nb.core.runs import save_record
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -55,14 +55,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ffp_nb.core.budget import mac_cost, random_scores, solve
-from ffp_nb.core.text import load_corpus
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.export.hf import save_pruned
-from ffp_nb.export.gguf import export_gguf
 from ffp_nb.core.families import load_model, tiny_model
+from ffp_nb.core.runs import read_json, save_record, write_json
+from ffp_nb.core.text import load_corpus
+from ffp_nb.export.gguf import export_gguf
+from ffp_nb.export.hf import save_pruned
 from ffp_nb.pipeline.bench import Bench
 from ffp_nb.pipeline.config import Profile, PruneConfig
-from ffp_nb.core.runs import read_json, save_record, write_json
 from ffp_nb.studies.speed import STEPS, read_policy, round_policy
 
 ROOT = Path(__file__).resolve().parent.parent

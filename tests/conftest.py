@@ -22,6 +22,7 @@ def make_qwen2_tokenizer():
 def make_folder(folder, family='llama'):
     "A dense tiny model folder `dense` and a text file `text.txt`, all that the CLI needs"
     import numpy as np
+
     from ffp_nb.core.families import tiny_model, tiny_tokenizer
     tiny_model(family, seed=1).save_pretrained(folder / 'dense')
     (make_qwen2_tokenizer if family == 'qwen2'
@@ -67,6 +68,7 @@ def ffp():
     """`ffp('prune', '--out', folder)`: the command, with a smaller smoke profile and, unless asked
     for, no pictures"""
     from typer.testing import CliRunner
+
     from ffp_nb.core import runs
     from ffp_nb.pipeline import cli, config, prune
     from ffp_nb.search import diagnose

@@ -15,10 +15,10 @@ from conftest import make_folder, worked
 from safetensors.torch import load_file, save_file
 
 from ffp_nb.core import perplexity, runs
+from ffp_nb.core.families import tiny_model, tiny_tokenizer
 from ffp_nb.pipeline import bench
 from ffp_nb.pipeline.config import PruneConfig
 from ffp_nb.search import loop
-from ffp_nb.core.families import tiny_model, tiny_tokenizer
 
 COMMON = '--profile', 'smoke', '--dtype', 'float32'
 
@@ -294,14 +294,12 @@ PRUNED = {'weights cut': (cut, ('model.safetensors', 'again')),
           'weights empty': (lambda o: cut(o, 0), ('model.safetensors', 'again')),
           'no weights': (lambda o: (o / 'model.safetensors').unlink(), ('weights', 'again')),
           'no tokenizer': (no_tokenizer, ('no tokenizer', 'Copy')),
-          'dense weights': (lambda o: save_file(tiny_model('llama').state_dict(),
-                                                o / 'model.safetensors'),
-                            ('pruned_widths', 'again')),
-          'widths of another model': (lambda o: edited_config(o,
-                                                              pruned_widths=[dict(heads=2,
-                                                                                  kv_heads=1,
-                                                                                  ffn=3)]),
-                                      ('pruned_widths',)),
+          'dense weights': (
+              lambda o: save_file(tiny_model('llama').state_dict(), o / 'model.safetensors'),
+              ('pruned_widths', 'again')),
+          'widths of another model': (
+              lambda o: edited_config(o, pruned_widths=[dict(heads=2, kv_heads=1, ffn=3)]),
+              ('pruned_widths',)),
           'widths without names': (lambda o: edited_config(o, pruned_widths=[[1, 2]] * 3),
                                    ('pruned_widths',)),
           'config is no json': (lambda o: (o / 'config.json').write_text('{"pruned_widths": ['),
@@ -583,8 +581,8 @@ def test_nothing_but_nan_is_an_error(world, ffp, tmp_path, monkeypatch, method):
 
 def test_overflow_of_a_pruned_policy_is_a_broken_episode(family_folder):
     "Real infinities, not simulated ones"
-    from ffp_nb.core.text import Blocks
     from ffp_nb.core.elastic import ElasticModel
+    from ffp_nb.core.text import Blocks
     em = ElasticModel(tiny_model('llama'))
     em.dense_out((2, 'ffn'))[0][:, :48] *= 1e30
     em.dense_out((2, 'ffn'))[0][:, 48:] = 0

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.text import Blocks
 from ffp_nb.core.families import KINDS, Layout, tiny_model
 from ffp_nb.core.runs import load_records
+from ffp_nb.core.text import Blocks
 
 FOLDER = Path(__file__).resolve().parent.parent / 'benchmarks'
 sys.path.insert(0, str(FOLDER))
@@ -80,8 +80,8 @@ def test_column_solves_equal_module_solve():
     all_at_once, coef = published.fit_module(W, X.T @ X, c, 0.1)
     one_by_one = W[:, :c].clone()
     for j in range(c, 12):
-        torch.testing.assert_close(published.fit_column(X[:, :c], X[:, j], one_by_one, W[:, j],
-                                                        0.1), coef[:, j - c], rtol=1e-3, atol=1e-4)
+        column = published.fit_column(X[:, :c], X[:, j], one_by_one, W[:, j], 0.1)
+        torch.testing.assert_close(column, coef[:, j - c], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(one_by_one, all_at_once, rtol=1e-3, atol=1e-4)
 
 

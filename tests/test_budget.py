@@ -7,8 +7,9 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ffp_nb.core.budget import (Cost, InfeasibleBudget, bounds, feasible_range, mac_cost,
-                                param_cost, random_scores, retention, solve, uniform)
+from ffp_nb.core.budget import (
+    Cost, InfeasibleBudget, bounds, feasible_range, mac_cost, param_cost, random_scores, retention,
+    solve, uniform)
 
 settings.register_profile('ffp_nb', deadline=None, max_examples=100, derandomize=True)
 settings.load_profile('ffp_nb')

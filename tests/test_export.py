@@ -10,8 +10,8 @@ import torch
 
 import ffp_nb
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.export.hf import load_pruned, save_pruned
 from ffp_nb.core.families import FAMILIES, UnsupportedModel, load_model, smollm2_path, tiny_model
+from ffp_nb.export.hf import load_pruned, save_pruned
 
 # Runs without ffp_nb; prints one JSON object: the largest difference in logits, and what
 # generation gave

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from ffp_nb.core.families import load_model
-from ffp_nb.pipeline.config import Profile
 from ffp_nb.core.runs import CorruptFile, RunDir
+from ffp_nb.pipeline.config import Profile
 from ffp_nb.studies import families, twins
 from ffp_nb.studies.cells import Lab
 from ffp_nb.studies.families import STUDY
 from ffp_nb.studies.study import run_study
-from ffp_nb.studies.twins import (NAMES, Setup, django_docs, documents, make_tokenizer, small_model,
-                                  split_documents, study_corpus, token_stream)
+from ffp_nb.studies.twins import (
+    NAMES, Setup, django_docs, documents, make_tokenizer, small_model, split_documents,
+    study_corpus, token_stream)
 
 TOY = dict(text='pydoc', tokens=60_000, batch=8, lr=6e-3, vocab=400, hidden=48, layers=2,
            block_len=32)

@@ -13,15 +13,16 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
-from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers,
-                        pre_tokenizers, processors, trainers)
+from tokenizers import (
+    AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
+    trainers)
 
-from ffp_nb.core.text import Convention, load_corpus, token_blocks
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.export.hf import load_pruned, save_pruned
-from ffp_nb.export.gguf import LlamaCpp, check_gguf, export_gguf
 from ffp_nb.core.families import UnsupportedModel, tiny_model
 from ffp_nb.core.runs import CorruptFile
+from ffp_nb.core.text import Convention, load_corpus, token_blocks
+from ffp_nb.export.gguf import LlamaCpp, check_gguf, export_gguf
+from ffp_nb.export.hf import load_pruned, save_pruned
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs limits on file size')
 SPECIALS = '<|bos|>', '<|eos|>', '<|pad|>'
@@ -391,8 +392,8 @@ def add_stripping(t):
 
 
 def add_word_split(t):
-    t.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(),
-                                                                 WORDS])
+    parts = [pre_tokenizers.Whitespace(), WORDS]
+    t.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
 
 
 def add_prefix(t):
@@ -404,9 +405,8 @@ def add_lower_case(t):
 
 
 def add_padding_first(t):
-    t.backend_tokenizer.post_processor = processors.TemplateProcessing(single='<|pad|> $A',
-                                                                       special_tokens=[('<|pad|>',
-                                                                                        2)])
+    t.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single='<|pad|> $A', special_tokens=[('<|pad|>', 2)])
 
 
 @pytest.mark.parametrize('change, says',

@@ -10,16 +10,16 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from ffp_nb.core.budget import Cost, InfeasibleBudget, bounds, feasible_range, param_cost, solve
-from ffp_nb.core.ridge import Calibrator
 from ffp_nb.core.criteria import unit_order
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.core.families import FAMILIES, KINDS, Layout, tiny_model
+from ffp_nb.core.ridge import Calibrator
 from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Blocks
-from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.search.heuristics import (HEURISTICS, BiasCompensation, Problem, choose, flap_widths,
-                                      gate_saliency, knapsack, output_biases, owl_retention,
-                                      alpha_retention, proportional_retention, retention_scores,
-                                      sensitivity_table)
-from ffp_nb.core.families import FAMILIES, KINDS, Layout, tiny_model
+from ffp_nb.search.heuristics import (
+    HEURISTICS, BiasCompensation, Problem, alpha_retention, choose, flap_widths, gate_saliency,
+    knapsack, output_biases, owl_retention, proportional_retention, retention_scores,
+    sensitivity_table)
 from ffp_nb.search.loop import Evaluator
 
 NAMES = ('gate', 'flap', 'owl', 'alpha', 'sensitivity')
@@ -124,9 +124,9 @@ def test_bfloat16(family):
     b = make_bench(family, dtype=torch.bfloat16)
     for name in NAMES:
         assert on_budget(b.cost, HEURISTICS[name](b.problem(0.3))[0], 0.3, (1, 8), 0.1)
-    with output_biases(b.elastic), b.elastic.at(b.cost.full // 2,
-                                                BiasCompensation(b.elastic,
-                                                                 b.stats)), torch.inference_mode():
+    moved = BiasCompensation(b.elastic, b.stats)
+    half = b.elastic.at(b.cost.full // 2, moved)
+    with output_biases(b.elastic), half, torch.inference_mode():
         assert torch.isfinite(b.elastic.model(b.search.ids).logits).all()
 
 

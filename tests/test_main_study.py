@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from ffp_nb.core.budget import InfeasibleBudget
-from ffp_nb.search.heuristics import HEURISTICS
 from ffp_nb.core.runs import RunDir, cached
+from ffp_nb.search.heuristics import HEURISTICS
 from ffp_nb.studies import cells
-from ffp_nb.studies.cells import (VARIANTS, Cell, Facts, Lab, against, cell_settings, clip_in_order,
-                                  cost_table, fit_episodes, plan_cells, plan_selection,
-                                  planned_tokens, read_cells, read_traces, run_cell, trace_cell)
+from ffp_nb.studies.cells import (
+    VARIANTS, Cell, Facts, Lab, against, cell_settings, clip_in_order, cost_table, fit_episodes,
+    plan_cells, plan_selection, planned_tokens, read_cells, read_traces, run_cell, trace_cell)
 from ffp_nb.studies.searchers import study_cells
 from ffp_nb.studies.study import walk
 
@@ -47,10 +47,8 @@ def test_a_killed_search_of_any_method_goes_on_to_the_same_record(bench, tmp_pat
     assert not list((tmp_path / 'b').glob('records/*.json'))
     monkeypatch.setattr(RunDir, 'save_checkpoint', save)
     again = run(bench, tmp_path / 'b', 0.4, method, modes=('static',))
-    same = lambda r: {k: r['result'][k]
-                      for k in ('widths', 'nll', 'forward_tokens')} | {k: r['result']['search'][k]
-                                                                       for k in ('scores',
-                                                                                 'reward')}
+    found = lambda r: r['result'] | r['result']['search']
+    same = lambda r: [found(r)[k] for k in ('widths', 'nll', 'forward_tokens', 'scores', 'reward')]
     assert same(again) == same(whole)
 
 

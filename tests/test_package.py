@@ -139,8 +139,8 @@ def use(module, name):
                            lambda: use('export.gguf', 'LlamaCpp')('model.gguf')),
                           ('ray', 'ray', lambda: use('search.workers', 'import_ray')()),
                           ('peft', 'recover',
-                           lambda: use('recover.train', '_lora')(None, [], [],
-                                                           use('recover.train', 'Recipe')())),
+                           lambda: use('recover.train', '_lora')(
+                               None, [], [], use('recover.train', 'Recipe')())),
                           ('nbclient', 'study', lambda: use('studies.registry', '_clients')())])
 def test_what_is_optional_says_how_to_get_it(package, extra, call, monkeypatch):
     assert package in names(EXTRAS[extra])

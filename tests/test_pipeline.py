@@ -10,16 +10,15 @@ import torch
 from conftest import make_folder, worked
 
 from ffp_nb.core import ridge
-from ffp_nb.pipeline import bench as benches
-from ffp_nb.pipeline import prune
-from ffp_nb.search import loop, rivals
 from ffp_nb.core.budget import bounds, param_cost
 from ffp_nb.core.criteria import taylor_scores
-from ffp_nb.core.text import Convention, load_corpus, token_blocks
-from ffp_nb.core.perplexity import perplexity
-from ffp_nb.export.hf import load_pruned
 from ffp_nb.core.families import FAMILIES, Layout, load_model
+from ffp_nb.core.perplexity import perplexity
+from ffp_nb.core.text import Convention, load_corpus, token_blocks
+from ffp_nb.export.hf import load_pruned
+from ffp_nb.pipeline import bench as benches, prune
 from ffp_nb.pipeline.config import Profile, PruneConfig
+from ffp_nb.search import loop, rivals
 
 SIGMA = 0.4
 TINY = Profile(32, 4, 2, 8, 4, 1, 2, 2)  # as in the fixture `ffp`
@@ -72,8 +71,8 @@ def test_prune_end_to_end(family, family_folder, ffp, tmp_path, monkeypatch):
     model, tokenizer = load_pruned(out / 'model')
     assert model.dtype == torch.float32
     text = load_corpus(str(folder / 'text.txt'))['test']
-    words = load_model(str(folder / 'dense'), 'float32')[1](text,
-                                                            add_special_tokens=False)['input_ids']
+    dense = load_model(str(folder / 'dense'), 'float32')[1]
+    words = dense(text, add_special_tokens=False)['input_ids']
     assert tokenizer(text, add_special_tokens=False)['input_ids'] == words and len(set(words)) > 10
     with torch.inference_mode():
         assert torch.equal(model(ids).logits, held['logits'])
@@ -170,10 +169,9 @@ def test_static_intercept_keeps_the_mean_output(family_folder):
 def test_taylor_order_comes_from_gradients(family_folder, ffp, tmp_path):
     "The bench sorts by gradients of the dense model, and the command line has the criterion"
     folder = family_folder('llama')
-    load = lambda criterion: benches.Bench.load(PruneConfig(str(folder / 'dense'),
-                                                          str(folder / 'text.txt'),
-                                                          method='uniform', criterion=criterion,
-                                                          **SMALL_UNITS), progress=False)
+    paths = str(folder / 'dense'), str(folder / 'text.txt')
+    config = lambda name: PruneConfig(*paths, method='uniform', criterion=name, **SMALL_UNITS)
+    load = lambda name: benches.Bench.load(config(name), progress=False)
     bench, other = load('taylor'), load('wanda')
     model = load_model(str(folder / 'dense'), 'float32')[0]
     scores = taylor_scores(model, layout := Layout(model),

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from ffp_nb.core.budget import param_cost
-from ffp_nb.core.text import Blocks
 from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.families import tiny_model
-from ffp_nb.search.predict import PREDICTORS, Folds, GridCNN, PredictedSearch, Prediction, features
 from ffp_nb.core.runs import RunDir, cached
+from ffp_nb.core.text import Blocks
 from ffp_nb.search.loop import Evaluator, Search, SearchConfig
+from ffp_nb.search.predict import PREDICTORS, Folds, GridCNN, PredictedSearch, Prediction, features
 from ffp_nb.studies import cells, prediction
 from ffp_nb.studies.study import run_study
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.core.families import tiny_model
+from ffp_nb.core.perplexity import block_nll
 from ffp_nb.core.ridge import Calibrator
+from ffp_nb.core.runs import ConfigMismatch, RunDir
 from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Blocks
-from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.perplexity import block_nll
 from ffp_nb.export.hf import load_pruned
-from ffp_nb.core.families import tiny_model
 from ffp_nb.recover.train import LR, Recipe, recover, save_recovered
-from ffp_nb.core.runs import ConfigMismatch, RunDir
 
 STRANGER = '''
 import sys
@@ -73,6 +73,7 @@ def test_a_saved_one_opens_without_this_package_and_peft(family, method, text, t
 def test_a_saved_one_becomes_a_gguf(method, text, tmp_path):
     pytest.importorskip('xllamacpp')
     from test_gguf import byte_tokenizer
+
     from ffp_nb.export.gguf import LlamaCpp, export_gguf
     em, static, widths = pruned('llama', text, vocab=300)
     found = recover(em, widths, text, small(method), static, progress=False)

@@ -10,10 +10,10 @@ from conftest import make_folder, worked
 from test_bad_input import COMMON, changed, files, flip, refused
 from test_tasks import line, write
 
-from ffp_nb.pipeline import bench as benches
 from ffp_nb.core.runs import read_json
-from ffp_nb.search.report import findings, log_cost, read_run, reward_frame
+from ffp_nb.pipeline import bench as benches
 from ffp_nb.pipeline.tasks import load_tasks
+from ffp_nb.search.report import findings, log_cost, read_run, reward_frame
 
 
 @pytest.fixture(scope='module')

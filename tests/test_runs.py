@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from ffp_nb.core import runs
-from ffp_nb.core.runs import (Checkpoints, ConfigMismatch, CorruptFile, PolicyLog, RunDir,
-                              atomic_write, cached, config_id, environment, find_record,
-                              load_records, read_json, save_record, write_json)
+from ffp_nb.core.runs import (
+    Checkpoints, ConfigMismatch, CorruptFile, PolicyLog, RunDir, atomic_write, cached, config_id,
+    environment, find_record, load_records, read_json, save_record, write_json)
 
 CONFIG = dict(method='ffp', sparsity=0.2, agent=dict(lr=1e-4))
 posix = pytest.mark.skipif(os.name != 'posix', reason='forks')

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from ffp_nb.core.budget import param_cost
-from ffp_nb.core.text import Blocks
 from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.families import tiny_model
 from ffp_nb.core.runs import RunDir
+from ffp_nb.core.text import Blocks
 from ffp_nb.search.loop import Evaluator, Search, SearchConfig
 from ffp_nb.search.rivals import SEARCHERS
 

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.export.hf import open_model, save_pruned
 from ffp_nb.core.families import tiny_model, tiny_tokenizer
 from ffp_nb.core.runs import CorruptFile, cached
-from ffp_nb.pipeline.tasks import (DEV_SHARE, SEVEN, TASKS, load_tasks, paired, part_of,
-                                   score_table, zero_shot)
+from ffp_nb.export.hf import open_model, save_pruned
+from ffp_nb.pipeline.tasks import (
+    DEV_SHARE, SEVEN, TASKS, load_tasks, paired, part_of, score_table, zero_shot)
 
 NAMES = dict(openbookqa='openbook_qa')
 

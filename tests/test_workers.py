@@ -16,19 +16,17 @@ import pytest
 import torch
 
 from ffp_nb.core import families
-from ffp_nb.pipeline import bench as benches
-from ffp_nb.pipeline import prune
-from ffp_nb.core.ridge import Calibrator, sequential_calibrate
 from ffp_nb.core.criteria import taylor_scores, unit_order
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.core.families import FAMILIES, Layout, is_on_disk, load_model, on_disk
+from ffp_nb.core.perplexity import block_nll
+from ffp_nb.core.ridge import Calibrator, sequential_calibrate
 from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Blocks
-from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.perplexity import block_nll
-from ffp_nb.core.families import FAMILIES, Layout, is_on_disk, load_model, on_disk
+from ffp_nb.pipeline import bench as benches, prune
 from ffp_nb.pipeline.config import Profile, PruneConfig
-from ffp_nb.search.workers import replica_of
 from ffp_nb.search.loop import Search
-from ffp_nb.search.workers import WorkerEvaluator, Workers
+from ffp_nb.search.workers import WorkerEvaluator, Workers, replica_of
 
 # Ray's own workers would wait behind everything else on a busy machine
 os.environ.setdefault('RAY_worker_niceness', '0')
@@ -117,8 +115,8 @@ def test_the_command_gives_the_same_files(family_folder, ffp, tmp_path):
     names = {p.relative_to(tmp_path / 'alone') for p in (tmp_path / 'alone').rglob('*.json*')}
     assert {Path('widths.json'), Path('search/policies.jsonl')} <= names
     for name in names:
-        assert (tmp_path / 'alone' / name).read_bytes() == (tmp_path / 'spread'
-                                                            / name).read_bytes(), name
+        alone, spread = (tmp_path / d / name for d in ('alone', 'spread'))
+        assert alone.read_bytes() == spread.read_bytes(), name
     assert json.loads((tmp_path / 'spread' / 'widths.json').read_text())['forward_tokens'] > 0
 
 
@@ -245,8 +243,8 @@ def test_a_split_model_is_pruned_to_the_same_files(family_folder, tmp_path):
               for name, kw in how.items()]
     assert tables[0].equals(tables[1])
     for name in ('model/model.safetensors', 'model/config.json', 'search/policies.jsonl'):
-        assert (tmp_path / 'whole' / name).read_bytes() == (tmp_path / 'split'
-                                                            / name).read_bytes(), name
+        one, many = (tmp_path / d / name for d in ('whole', 'split'))
+        assert one.read_bytes() == many.read_bytes(), name
     ids = {json.loads(next((tmp_path / n).glob('prune-*.json')).read_text())['config_id']
            for n in ('whole', 'split')}
     assert len(ids) == 1

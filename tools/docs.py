@@ -4,16 +4,23 @@ nbdev processes the notebooks (API docs, cross-links), smalldocs renders them. E
 picture of the result must lead to a file of the site, and every anchor to an id on that page;
 links to other sites are not followed.
 Usage: python tools/docs.py [--out _site], anywhere in the project, with the project installed."""
-import json, posixpath, re, shutil, subprocess, sys
+import json
+import posixpath
+import re
+import shutil
+import subprocess
+import sys
 from collections import defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
+
 import yaml
 from fastcore.script import call_parse
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 from smalldocs.check import scan
+
 
 def join(s):
     return s if isinstance(s, str) else ''.join(s)

@@ -3,9 +3,13 @@
 nbdev_test also exits 0 when it runs nothing, so a notebook counts only when nbdev_test says that it
 completed. Usage: python tools/notebooks.py [--workers 2] [--timeout 900], anywhere in the project
 (FFP_PROFILE: smoke)"""
-import os, subprocess, sys, time
+import os
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+
 from fastcore.script import call_parse
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
@@ -25,9 +29,8 @@ def run(
                            stderr=subprocess.STDOUT)
     except subprocess.TimeoutExpired as e:
         out = e.stdout or ''
-        return f'stopped after {timeout} s', timeout, out if isinstance(out,
-                                                                        str) else out.decode(
-            errors='replace')
+        out = out if isinstance(out, str) else out.decode(errors='replace')
+        return f'stopped after {timeout} s', timeout, out
     completed = f'- Completed {nb}' in p.stdout
     why = f'exit status {p.returncode}' if p.returncode else None if completed else 'was not run'
     return why, time.time()-start, p.stdout

@@ -8,6 +8,7 @@ Usage: python tools/overflow.py [--site _site] [--widths 1400,390] [--browser PA
 the project, after tools/docs.py."""
 import shutil
 import sys
+
 from fastcore.script import call_parse
 from nbdev.config import get_config
 

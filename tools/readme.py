@@ -4,7 +4,11 @@ do without Quarto.
 Directives work as on the site: `hide` and `include: false` drop a cell, `echo: false` its code,
 `output: false` its output. Links are made to start at the top level of the project; one that leads
 nowhere is an error. Usage: python tools/readme.py, anywhere in the project."""
-import json, posixpath, re, sys
+import json
+import posixpath
+import re
+import sys
+
 from fastcore.script import call_parse
 from nbdev.config import get_config
 

@@ -4,8 +4,15 @@ A copy of the project is exported (nbdev_export), cleaned (nbdev_clean) and give
 whatever then differs is out of sync. Stored outputs must hold no errors and no paths of the machine
 they were made on. Usage: python tools/sync.py, anywhere in the project; `make prep` repairs what it
 reports."""
-import difflib, json, re, shutil, subprocess, sys, tempfile
+import difflib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+
 from fastcore.script import call_parse
 from nbdev.config import get_config
 

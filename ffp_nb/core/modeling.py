@@ -99,8 +99,8 @@ def _resize(linear, rows=None, cols=None):
     new = lambda old, *shape: nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
     if linear.bias is not None:
         linear.bias = new(linear.bias, rows)
-    linear.weight, linear.out_features, linear.in_features = new(linear.weight, rows,
-                                                                 cols), rows, cols
+    linear.weight = new(linear.weight, rows, cols)
+    linear.out_features, linear.in_features = rows, cols
 
 # %% ../../nbs/core/00_modeling.ipynb #f20bdfec
 class Pruned:

@@ -43,9 +43,8 @@ def block_loss(model: PreTrainedModel,
     "Mean nats per scored token, as `block_nll` counts them, with gradients"
     hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, -scored - 1:-1]
     logits = model.get_output_embeddings()(hidden)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0,
-                                                                                               1),
-                           ids[:, -scored:].flatten())
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, -scored:].flatten())
 
 # %% ../../nbs/core/03_perplexity.ipynb #f51b8635
 @dataclass(frozen=True)

@@ -142,8 +142,8 @@ def _run(layer, calls, hidden, taps, stop=False):
                 pass
             # OPT's FFN flattens batch and tokens
             view = lambda t: None if t is None else t.reshape(*shape, t.shape[-1])
-            yield (out[0] if isinstance(out, tuple) else out), [tuple(map(view, seen[lin]))
-                                                                for lin in taps]
+            hidden = out[0] if isinstance(out, tuple) else out
+            yield hidden, [tuple(map(view, seen[lin])) for lin in taps]
     finally:
         for h in hooks:
             h.remove()

@@ -180,10 +180,9 @@ def _layer_shapes(c: PretrainedConfig, o: _Layer) -> dict[str, tuple]:
     return (attn if o.heads else {}) | ffn
 
 # %% ../../nbs/export/02_gguf.ipynb #01d8e3c2
-def _tensors(c: PretrainedConfig, weights: _Weights, layers: list[_Layer],
-             arch: MODEL_ARCH,) -> Iterator[tuple[str, tuple,
-                                                  Callable[
-    [], np.ndarray]]]:  # name in the file, shape, how to read it as float32
+def _tensors(c: PretrainedConfig, weights: _Weights, layers: list[_Layer], arch: MODEL_ARCH,
+             # name in the file, shape, how to read it as float32
+             ) -> Iterator[tuple[str, tuple, Callable[[], np.ndarray]]]:
     "All tensors of the file except the rotary factors"
     names: Any = gguf.get_tensor_name_map(arch, len(layers))
     name = lambda key: names.get_name(key, try_suffixes=('.weight', '.bias'))
@@ -202,8 +201,8 @@ def _tensors(c: PretrainedConfig, weights: _Weights, layers: list[_Layer],
             for end, size in dict(weight=shape, bias=shape[:1]).items():
                 source = f'model.layers.{o.source}.{part}.{end}'
                 if end == 'bias' and source not in weights.files: continue
-                yield name(f'model.layers.{i}.{part}.{end}'), size, partial(read, source, size,
-                                                                            part)
+                how = partial(read, source, size, part)
+                yield name(f'model.layers.{i}.{part}.{end}'), size, how
 
 # %% ../../nbs/export/02_gguf.ipynb #9457f0c4
 QUANTS = dict(f32=(GGMLQuantizationType.F32, LlamaFileType.ALL_F32),

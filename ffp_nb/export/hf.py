@@ -104,9 +104,8 @@ def load_pruned(folder: str | Path,
         raise CorruptFile(f'{folder}: pruned models of type {config.model_type!r} do not exist. '
                           'Save the model again.')
     try:
-        model, info = PRUNED[config.model_type].from_pretrained(folder, config=config,
-                                                                dtype=dtype or 'auto',
-                                                                output_loading_info=True)
+        model, info = PRUNED[config.model_type].from_pretrained(
+            folder, config=config, dtype=dtype or 'auto', output_loading_info=True)
     except SafetensorError as e:
         raise CorruptFile(f'{folder}/model.safetensors cannot be read ({e}). Save the model '
                           'again.') from e

@@ -65,8 +65,8 @@ class Bench:
         calibration, _, _ = self.text.calibration, self.text.search, self.text.selection
         layout, self.fingerprint = Layout(model), fingerprint(model)
         stats = cached_stats(model, layout, calibration, p.forward_batch, cache, progress)
-        self.elastic = ElasticModel(model, _order(model, layout, stats, config, calibration,
-                                                  progress))
+        order = _order(model, layout, stats, config, calibration, progress)
+        self.elastic = ElasticModel(model, order)
         self.stats, self.cost = stats.permute(self.elastic.columns), param_cost(self.elastic.layout)
         self.static = Calibrator(self.elastic, self.stats, config.alpha)
 

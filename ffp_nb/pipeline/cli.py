@@ -293,8 +293,9 @@ def export(model: Folder, gguf: Gguf, quant: Quant = Quants.f16, overwrite: Over
         console.print(f'{path}: {path.stat().st_size / 1e6:.1f} MB')
 
 # %% ../../nbs/pipeline/04_cli.ipynb #4635d599
-studies = typer.Typer(no_args_is_help=True, help='The studies: list them, run their pages, '
-                                                 'report what their records say.')
+studies = typer.Typer(
+    no_args_is_help=True,
+    help='The studies: list them, run their pages, report what their records say.')
 app.add_typer(studies, name='study')
 
 

@@ -63,8 +63,8 @@ def plot_search(updates: list[dict],  # of a `SearchResult`
         panels.append(('exploration width', ['std']))
     fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3))
     for ax, (label, columns) in zip(axes, panels):
-        lines = df.set_index('episode')[columns].rename(columns=dict(reward='mean of update',
-                                                                     best='best of update'))
+        names = dict(reward='mean of update', best='best of update')
+        lines = df.set_index('episode')[columns].rename(columns=names)
         sns.lineplot(lines, ax=ax, legend=len(columns) > 1, dashes=False)
         ax.set(xlabel='episode', ylabel=label)
     fig.suptitle(title)
@@ -308,8 +308,8 @@ _LABELS = dict(std='exploration width', entropy='policy entropy', clipped='share
 def exploration_frame(run: RunLog) -> pd.DataFrame:
     "Long form: update, episode, forward_tokens, statistic, value"
     frame = reward_frame(run)
-    wide = frame[['update', 'episode', 'forward_tokens', 'spread']].assign(distinct=frame.distinct
-                                                                           / frame.policies)
+    wide = frame[['update', 'episode', 'forward_tokens', 'spread']]
+    wide = wide.assign(distinct=frame.distinct / frame.policies)
     number = lambda v: np.isscalar(v) and not isinstance(v, str)
     own = pd.DataFrame([{k: v for k, v in u.items()
                          if k == 'update' or (k not in _OWN and number(v))} for u in run.updates])

@@ -126,8 +126,8 @@ def gate_saliency(model: PreTrainedModel,  # a dense causal LM
     total = np.zeros(gates.shape)
     try:
         for ids in tqdm(blocks.ids.split(1), desc='gates', disable=not progress):
-            grad, = torch.autograd.grad(block_loss(model, ids.clone().to(model.device),
-                                                   blocks.scored), gates)
+            loss = block_loss(model, ids.clone().to(model.device), blocks.scored)
+            grad, = torch.autograd.grad(loss, gates)
             total += grad.abs().double().cpu().numpy()
     finally:
         for h in hooks:

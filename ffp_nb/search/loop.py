@@ -10,6 +10,7 @@ import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -236,9 +237,8 @@ class Search:
         if not lo <= config.sparsity <= hi:
             raise InfeasibleBudget(config.sparsity, lo, hi, cost.name)
         self.evaluator, self.cost, self.config, self.run_dir = evaluator, cost, config, run
-        self.searcher = (searcher
-                         or SEARCHERS[config.method](len(cost.full), seed=config.seed,
-                                                     **config.agent))
+        make = partial(SEARCHERS[config.method], len(cost.full), seed=config.seed)
+        self.searcher = searcher or make(**config.agent)
         self.sampler = TextSampler(len(evaluator.pool), config.seed)
         self.target, self.fidelity = config.schedules()
         self.update, self.log, self.updates, self.wall_s, self.broken = 0, [], [], 0.0, 0

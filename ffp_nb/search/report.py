@@ -143,11 +143,11 @@ def _figures(run, measured, cost):
     if cost:
         yield 'slack', 'Budget slack', plot_slack(slack_frame(run, cost), t)
     if cost and widths is not None:
-        yield 'retention', f'What every module keeps: {source}', plot_retention(widths, cost.full,
-                                                                                f'{t}: {source}')
+        yield 'retention', f'What every module keeps: {source}', plot_retention(
+            widths, cost.full, f'{t}: {source}')
     if measured.get('trace'):
-        yield 'trace', 'Best so far, on held-out text', plot_trace(pd.DataFrame(measured['trace']),
-                                                                   t)
+        yield 'trace', 'Best so far, on held-out text', plot_trace(
+            pd.DataFrame(measured['trace']), t)
     if measured.get('gain'):
         yield 'gain', 'Gain of the repair by module', plot_gain(pd.DataFrame(measured['gain']), t)
 
@@ -164,12 +164,11 @@ def _agree(runs, costs):
     found, sources = zip(*(winner(r, k) for r, k in zip(runs, costs)))
     same = all(r.config['sparsity'] == c['sparsity'] and r.config['model'] == c['model']
                for r in runs)
-    if len(runs) < 2 or not same or cost is None or any(w is None or w.shape != cost.full.shape
-                                                        for w in found):
-        return None
+    if len(runs) < 2 or not same or cost is None: return None
+    if any(w is None or w.shape != cost.full.shape for w in found): return None
     p_min = tuple(c['p_min']) if isinstance(c['p_min'], list) else c['p_min']
-    return found, sorted(set(sources)), agreement(found, cost, c['sparsity'], tuple(c['step']),
-                                                  p_min, runs[0].start)
+    alike = agreement(found, cost, c['sparsity'], tuple(c['step']), p_min, runs[0].start)
+    return found, sorted(set(sources)), alike
 
 # %% ../../nbs/search/08_report.ipynb #2e441cbb
 def report(folders: str | Path | list,  # run folders; seeds of one target are compared

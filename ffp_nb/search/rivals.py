@@ -292,8 +292,8 @@ def _sample(self: TPE, scores, rewards, seed, n):
         sampler = self.optuna.samplers.TPESampler(seed=seed, n_startup_trials=0,
                                                   **self.settings)
         study = self.optuna.create_study(direction='maximize', sampler=sampler)
-        study.add_trials([self.optuna.trial.create_trial(params=dict(zip(self.space, x)),
-                                                         distributions=self.space, value=r)
+        make = self.optuna.trial.create_trial
+        study.add_trials([make(params=dict(zip(self.space, x)), distributions=self.space, value=r)
                           for x, r in zip(scores.tolist(), rewards.tolist())])
         params = [study.ask(self.space).params for _ in range(n)]
     return np.array([[p[name] for name in self.space] for p in params])
@@ -303,8 +303,8 @@ def _sample(self: TPE, scores, rewards, seed, n):
 def tell(self: TPE, sparsity, scores, rewards):
     x, r = _told(self.n_layers, scores, rewards)
     self.scores = np.concatenate([self.scores, x.clip(-BOUND, BOUND)])
-    self.rewards, self.targets = np.r_[self.rewards, r], np.r_[self.targets,
-                                                               np.full(len(r), float(sparsity))]
+    self.rewards = np.r_[self.rewards, r]
+    self.targets = np.r_[self.targets, np.full(len(r), float(sparsity))]
 
 
 @patch

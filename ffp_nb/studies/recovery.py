@@ -18,15 +18,15 @@ import pandas as pd
 import torch
 
 from ..core.budget import uniform
+from ..core.perplexity import perplexity
 from ..core.ridge import dense_goals, sequential_calibrate
 from ..export.hf import load_pruned
 from ..pipeline.bench import Bench
-from ..core.perplexity import perplexity
 from ..recover.train import Recipe, Recovered, recover, save_recovered
 from ..search.loop import Evaluator, Search, SearchConfig
 from .cells import MODES, Cell, Facts, Lab, cell_settings
-from .study import (Measurement, Plan, Study, half_width, mean_interval, only_one,
-                                  read_records)
+from .study import (
+    Measurement, Plan, Study, half_width, mean_interval, only_one, read_records)
 
 # %% ../../nbs/studies/14_recovery.ipynb #045e6122
 MODEL, SPARSITY, SEEDS = 'llama', 0.5, (0, 1, 2)
@@ -295,7 +295,7 @@ def survival(table: pd.DataFrame) -> list[str]:
                                      if what in parts) + '.')
     return lines
 
-
+# %% ../../nbs/studies/14_recovery.ipynb #4c2c5214
 def bias(table: pd.DataFrame) -> list[str]:
     """Markdown lines: the lead of searches with ridge over the search without, by recovery; is it
     larger under their own ridge?"""

@@ -30,8 +30,8 @@ from ..pipeline.config import PruneConfig, run_config
 from ..pipeline.tasks import SEVEN, TaskLM, load_tasks, quiet
 from ..search.loop import Evaluator, Search, search_summary
 from .cells import Facts, Lab
-from .study import (Measurement, Plan, Study, only_one, paired_differences,
-                                  read_records)
+from .study import (
+    Measurement, Plan, Study, only_one, paired_differences, read_records)
 
 # %% ../../nbs/studies/13_rewards.ipynb #0bda08ad
 class TaskGroups:
@@ -158,7 +158,7 @@ def many_policies(cost: Cost, c: PruneConfig, runs: Path,
     at = at[np.linspace(0, len(at) - 1, n // 2).round().astype(int)]
     return found | {f'visited-{i}': w.astype(int) for i, w in enumerate(log['widths'][at])}
 
-
+# %% ../../nbs/studies/13_rewards.ipynb #7e44ef97
 def plan(lab: Lab, seeds=(0, 1, 2), policies: int = 24, groups: tuple[int, int] = (40, 60),
          blocks: int = 24, tasks=SEVEN, data: str | Path | None = None) -> Plan:
     """The same text and documents for many policies; the loss that counts as one; searches by
@@ -272,13 +272,13 @@ def tidy(runs: Path) -> tuple[dict[str, float], pd.DataFrame, pd.DataFrame, pd.D
     return scale, policies, judged, promises(
         judged, searches + read_records(runs / 'spine', f'spine-ffp-{SIGMA}-'))
 
-
+# %% ../../nbs/studies/13_rewards.ipynb #a7e4a623
 def judged_figures(judged: pd.DataFrame) -> pd.DataFrame:
     "A row for each policy: test nats on both texts, task loss, accuracy and its standard error"
     named = judged.name.str.extract(r'^(?P<policy>.*?)(?:-(?P<seed>\d+))?$')
     mean, nll = lambda v: np.mean(v), judged.nll
     error = lambda r: np.sqrt((r.var(0, ddof=1) / len(r)).sum()) / r.shape[1]
-    return named.fillna(dict(seed=0)).astype(dict(seed=int)).assign(
+    return named.fillna(dict(seed='0')).astype(dict(seed=int)).assign(
         own=[np.mean(n['own']) for n in nll], other=[np.mean(n[OTHER]) for n in nll],
         loss=judged.loss.map(mean), accuracy=judged.right.map(mean), stderr=judged.right.map(error))
 

@@ -46,7 +46,7 @@ def round_policy(policy: dict, cost, step: int) -> np.ndarray:  # (n_layers, 2) 
     return solve(policy['result']['search']['scores'], cost, policy['config']['sparsity'],
                  (1, step))
 
-
+# %% ../../nbs/studies/05_speed.ipynb #ba338522
 def plan(lab: Lab, cells: Iterable[tuple[float, int]] = tuple(
         (s, n) for s in SPARSITIES for n in STEPS)) -> Plan:  # (sparsity, step) of each
     "The roundings of the first study's policies"

@@ -96,8 +96,9 @@ def documents(
 
 # %% ../../nbs/studies/00_twins.ipynb #1ee431af
 def split_documents(docs: dict[str, str], share: float = 0.12,  # of the characters, held out
-                    seed: int = 0) -> tuple[dict[str, str],
-                                            dict[str, str]]:  # training, held out; in random order
+                    seed: int = 0,
+                    # training, held out; in random order
+                    ) -> tuple[dict[str, str], dict[str, str]]:
     "Split documents at random"
     if len(docs) < 20:
         raise ValueError(f'{len(docs)} documents; at least 20 are needed to hold some out. Give '
@@ -124,11 +125,9 @@ def make_tokenizer(texts: list[str], vocab: int = 4096) -> PreTrainedTokenizerFa
     "Byte-level BPE; `END` is its only special token"
     core, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
     core.pre_tokenizer, core.decoder = byte_level(add_prefix_space=False), decoders.ByteLevel()
-    core.train_from_iterator(texts,
-                             trainers.BpeTrainer(vocab_size=vocab, min_frequency=2,
-                                                 special_tokens=[END],
-                                                 initial_alphabet=byte_level.alphabet(),
-                                                 show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=vocab, min_frequency=2, special_tokens=[END],
+                                  initial_alphabet=byte_level.alphabet(), show_progress=False)
+    core.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=END, eos_token=END,
                                    pad_token=END)
 
@@ -253,11 +252,10 @@ def small_model(family: str = 'opt',  # one of `NAMES`
     ids, run = token_stream(tokenizer, texts), RunDir(out.with_suffix('.training'), key)
     start = time.perf_counter()
     found = train(c, model, ids, run, progress=progress)
+    words = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     found |= dict(losses=np.array(found['losses']).round(4), text_tokens=len(ids),
                   vocabulary=len(tokenizer), parameters=sum(p.numel() for p in model.parameters()),
-                  weights=fingerprint(model),
-                  tokenizer_sha256=hashlib.sha256(
-        tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16])
+                  weights=fingerprint(model), tokenizer_sha256=words[:16])
     done = run.path / 'model'
     shutil.rmtree(done, ignore_errors=True)  # a partial folder, if the last attempt was killed here
     model.save_pretrained(done)
