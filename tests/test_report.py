@@ -219,7 +219,7 @@ def test_eval_part_and_metric(world, ffp, data, tmp_path):
     (('--metric', 'acc'), ('--metric', '--tasks')),
 ])
 def test_eval_bad_part_and_metric(world, ffp, data, monkeypatch, options, words):
-    from ffp_nb import export
-    monkeypatch.setattr(export, 'open_model',
+    from ffp_nb.export import hf
+    monkeypatch.setattr(hf, 'open_model',
                         lambda *a, **kw: pytest.fail('the model was loaded first'))
     refused(ffp('eval', '--model', world / 'dense', '--data', data, *options), *words)

@@ -32,7 +32,7 @@ from .config import METHODS, PROFILES, PruneConfig
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help='Structured pruning of causal language models, with a searched width for '
                        'every layer.')
-console = Console()
+console = Console(force_jupyter=False)  # a shell's output, in a notebook too
 
 Methods = Enum('Methods', {m: m for m in METHODS})
 Profiles = Enum('Profiles', {p: p for p in PROFILES})
@@ -124,12 +124,13 @@ class _told:
     def __exit__(self, kind, error, trace):
         if self.debug or kind is None: return False
         if issubclass(kind, KeyboardInterrupt):
-            Console(stderr=True).print('stopped; the same command goes on from the last update')
+            err = Console(stderr=True, force_jupyter=False)
+            err.print('stopped; the same command goes on from the last update')
             raise typer.Exit(130)
         if issubclass(kind, (ValueError, OSError, RuntimeError, KeyError, ImportError)):
             # str of a KeyError has quotes
             text = error.args[0] if kind is KeyError and error.args else error
-            err = Console(stderr=True)
+            err = Console(stderr=True, force_jupyter=False)
             err.print('error:', style='bold red', end=' ')
             # libraries write several lines
             err.print(' '.join(str(text).split()), markup=False, highlight=False, soft_wrap=True)
