@@ -76,6 +76,16 @@ def test_pages_are_numbered_in_reading_order():
             assert not late, f'{f.relative_to(NBS)} uses {late}'
 
 
+def test_a_page_has_the_name_of_its_module():
+    "In its file name, its first export line, and its title, unless a study asks a question there"
+    for f in NBS.rglob('[0-9][0-9]_*.ipynb'):
+        text = source(f.relative_to(NBS).as_posix())
+        room, name = f.parent.name, f.stem[3:]
+        assert f'#| default_exp {room}.{name}\n' in text + '\n', f
+        if room != 'studies':
+            assert text.startswith(f'# {name}\n'), f
+
+
 def test_reading_order_of_the_first_page():
     "Its table names every page but itself, in the order of the sidebar"
     table = source('index.ipynb')

@@ -168,3 +168,13 @@ def test_the_records_of_this_project_are_those_that_studies_want():
     for s in registry.STUDIES.values():
         have, of = count_records(s, lab)
         assert have == of > 0, s.name
+
+
+def test_a_lab_finds_its_folders_from_a_page(monkeypatch):
+    "A page runs in `nbs/studies`, where the notebooks are `..`"
+    nbs = Path(ffp_nb.__file__).resolve().parents[1] / 'nbs'
+    monkeypatch.chdir(nbs / 'studies')
+    for lab in (Lab(), Lab(nbs)):
+        assert lab.work.resolve() == nbs.parent / 'runs'
+        assert lab.runs.resolve() == nbs / 'runs'
+        assert lab.benchmarks.resolve() == nbs.parent / 'benchmarks' / 'results'

@@ -43,7 +43,8 @@ def relink(
     names:dict, # from `plain_names`
     site:str # where the site will be published: nbdev's cross-links are absolute
 ):
-    "Point the links of a notebook at the renamed pages, in its own folder and in others"
+    """Point the links of a notebook at the renamed pages, in its own folder and in others, and give
+    figures their width"""
     here = f.relative_to(src).parent.as_posix()
     up = '../' * (len(f.relative_to(src).parts) - 1)
     def page(m):
@@ -61,6 +62,11 @@ def relink(
         for o in c.get('outputs', []):
             if 'text/markdown' in o.get('data', {}):
                 o['data']['text/markdown'] = fix(o['data']['text/markdown'])
+            # Quarto shows a figure at its stored width, half of its pixels; smalldocs does not
+            if width := o.get('metadata', {}).get('image/png', {}).get('width'):
+                png = join(o['data'].pop('image/png')).replace('\n', '')
+                o['data']['text/html'] = (f'<img src="data:image/png;base64,{png}" '
+                                          f'width="{width}" class="figure-img">')
     f.write_text(json.dumps(nb), encoding='utf-8')
 
 def quarto_only(f):

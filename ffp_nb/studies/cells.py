@@ -80,8 +80,9 @@ class Lab:
                  dry: bool = False):  # open no model
         self.nbs, self.profile, self.text, self.dry = Path(nbs), profile, text, dry
         self.runs = Path(runs) if runs else self.nbs / 'runs'
-        self.work = Path(work) if work else self.nbs.parent / 'runs'
-        self.benchmarks = self.nbs.parent / 'benchmarks' / 'results'
+        top = self.nbs / '..'  # the parent of Path('..') would be Path('.')
+        self.work = Path(work) if work else top / 'runs'
+        self.benchmarks = top / 'benchmarks' / 'results'
         self._open: tuple = (None, None)  # the last bench, by model and criterion
 
     def twin(self, family: str) -> Twin:
