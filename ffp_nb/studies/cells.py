@@ -78,11 +78,11 @@ class Lab:
                  runs: str | Path | None = None,
                  work: str | Path | None = None,  # of unfinished runs and of trained models
                  dry: bool = False):  # open no model
-        self.nbs, self.profile, self.text, self.dry = Path(nbs), profile, text, dry
+        self.profile, self.text, self.dry = profile, text, dry
+        self.nbs = Path(os.path.abspath(nbs))  # the parent of Path('..') would be Path('.')
         self.runs = Path(runs) if runs else self.nbs / 'runs'
-        top = self.nbs / '..'  # the parent of Path('..') would be Path('.')
-        self.work = Path(work) if work else top / 'runs'
-        self.benchmarks = top / 'benchmarks' / 'results'
+        self.work = Path(work) if work else self.nbs.parent / 'runs'
+        self.benchmarks = self.nbs.parent / 'benchmarks' / 'results'
         self._open: tuple = (None, None)  # the last bench, by model and criterion
 
     def twin(self, family: str) -> Twin:
