@@ -179,6 +179,14 @@ def test_records_name_no_folder_of_this_machine(study):
         assert str(study) not in f.read_text()
 
 
+def test_the_record_of_a_training_is_kept_as_it_was_made(study):
+    for name in NAMES:
+        kept = next((study / 'families').glob(f'train-{name}-*.json'))
+        made = next((study / 'models').glob(f'{name}-*/{kept.name}'))
+        assert kept.read_bytes() == made.read_bytes()
+        assert json.loads(kept.read_text())['forward_tokens'] == TOY['tokens'] // 256 * 256
+
+
 def test_a_second_run_computes_nothing(study, monkeypatch):
     before = {f: f.stat().st_mtime_ns for f in (study / 'families').glob('*.json')
               if not f.name.startswith('train-')}

@@ -125,6 +125,13 @@ def test_no_search_there(world, ffp, tmp_path, change, words):
     assert not (tmp_path / 'out').exists()
 
 
+def test_a_heuristic_left_no_search_either(world, ffp, tmp_path):
+    shutil.copytree(world / 'uniform', tmp_path / 'flap')
+    for f in (tmp_path / 'flap').rglob('config.json'):
+        f.write_text(f.read_text().replace('"method": "uniform"', '"method": "flap"'))
+    refused(ffp('report', tmp_path / 'flap'), "method 'flap'", 'not searched for')
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 3])
 

@@ -61,6 +61,12 @@ def main():
     for folder in ('tests', 'tools', 'benchmarks'):
         for f in sorted((root / folder).glob('*.py')):
             bad += complaints(f.relative_to(root).as_posix(), f.read_text(encoding='utf-8'), False)
+    # nbdev makes them relative, unless the last line of an import is shorter than its module's name
+    for f in sorted(cfg.lib_path.rglob('*.py')):
+        for n, line in enumerate(f.read_text(encoding='utf-8').splitlines(), 1):
+            if line.startswith(f'from {cfg.lib_path.name}.'):
+                bad.append(f'{f.relative_to(root)}, line {n}: nbdev left an import absolute; wrap '
+                           'its names otherwise')
     if bad:
         sys.exit('\n'.join([*bad, f'{len(bad)} complaints']))
     print(f'longest exported cell: {longest} lines', flush=True)

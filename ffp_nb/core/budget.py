@@ -41,9 +41,8 @@ class Cost:
         if full.dtype.kind not in 'iu' or (full < 1).any():
             raise ValueError("full must hold integers >= 1 (units kept when dense), got "
                              f"{full.min()} ({full.dtype})")
-        if not np.isfinite(unit).all() or (unit
-                                           < 0).any() or not np.isfinite(
-            self.fixed) or self.fixed < 0:
+        bad = not np.isfinite(unit).all() or (unit < 0).any()
+        if bad or not np.isfinite(self.fixed) or self.fixed < 0:
             raise ValueError(f"costs must be finite and >= 0, got unit costs {unit.min()} to "
                              f"{unit.max()} and fixed {self.fixed}")
         if not unit.any():
@@ -68,6 +67,7 @@ def total(self: Cost,
 
 @patch(as_prop=True)
 def dense(self: Cost) -> float:
+    "Cost of the dense model"
     return self.total(self.full)
 
 

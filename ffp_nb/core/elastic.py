@@ -22,7 +22,7 @@ from .families import KINDS, Layout, is_on_disk, on_disk
 from .modeling import set_heads
 
 # %% ../../nbs/core/06_elastic.ipynb #d75c51c9
-# (layer, kind, width) -> (W, bias); None: slices
+# (layer, kind, width) -> W (D, columns kept) and bias (D,) or None; None: slices
 Weights = Callable[[int, str, int], tuple[torch.Tensor, torch.Tensor | None] | None]
 
 # %% ../../nbs/core/06_elastic.ipynb #723c4ab3
@@ -124,7 +124,7 @@ def restore(self: ElasticModel) -> 'ElasticModel':
 
 
 @patch
-def check(self: ElasticModel, widths) -> np.ndarray:
+def check(self: ElasticModel, widths) -> np.ndarray:  # (n_layers, 2), as they came
     "Raise ValueError unless these are valid widths for this model"
     widths, full = np.asarray(widths), self.layout.full
     if widths.shape != full.shape or not np.issubdtype(widths.dtype, np.integer):
@@ -138,7 +138,8 @@ def check(self: ElasticModel, widths) -> np.ndarray:
 # %% ../../nbs/core/06_elastic.ipynb #3a23d748
 @patch
 @contextmanager
-def at(self: ElasticModel, widths, weights: Weights | None = None):
+def at(self: ElasticModel, widths,  # (n_layers, 2)
+       weights: Weights | None = None):
     "Set widths inside a with block, then restore the earlier state with its calibrated projections"
     m = self.layout.modules
     before = self.widths.copy(), {k: (m[k].out.weight.data,

@@ -66,8 +66,8 @@ class Calibrator:
         self._factors, self._cache, self._held = {}, OrderedDict(), 0
 
     def __call__(self, layer: int, kind: str, k: int,  # units kept
-                 ) -> tuple[torch.Tensor,
-                            torch.Tensor | None]:  # (D, columns kept) and bias (D,) or None
+                 # (D, columns kept) and bias (D,) or None
+                 ) -> tuple[torch.Tensor, torch.Tensor | None]:
         "The repaired output projection of one module at one width, in the model's type"
         if (hit := self._cache.get((layer, kind, k))) is not None:
             self._cache.move_to_end((layer, kind, k))
@@ -88,7 +88,7 @@ class Calibrator:
 # %% ../../nbs/core/08_ridge.ipynb #93fa9bca
 @patch
 def factors(self: Calibrator, key):
-    "M, P and, with an intercept, b + W mu and mu"
+    "M (D, n), P (n, n) and, with an intercept, b + W mu (D,) and mu (n,), of `ridge_factors`"
     if key not in self._factors:
         W, b = self.elastic.dense_out(key)
         W32, gram, n = W.float().cpu(), self.stats.gram[key], self.stats.tokens
@@ -142,8 +142,8 @@ def _run(layer, calls, hidden, taps, stop=False):
                 pass
             # OPT's FFN flattens batch and tokens
             view = lambda t: None if t is None else t.reshape(*shape, t.shape[-1])
-            hidden = out[0] if isinstance(out, tuple) else out
-            yield hidden, [tuple(map(view, seen[lin])) for lin in taps]
+            left = out[0] if isinstance(out, tuple) else out
+            yield left, [tuple(map(view, seen[lin])) for lin in taps]
     finally:
         for h in hooks:
             h.remove()
@@ -253,7 +253,7 @@ def _goals_by_layer(elastic, hidden, calls, target):
 
 @torch.inference_mode()
 def dense_goals(elastic: ElasticModel, blocks: Blocks, target: str = 'module',
-                batch: int = 1) -> list:
+                batch: int = 1) -> list:  # by layer; tensors are (batch, tokens, D)
     """The dense half of `sequential_calibrate`, for many policies on the same blocks: holds two
     hidden states a layer"""
     with elastic.at(elastic.layout.full):

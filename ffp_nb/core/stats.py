@@ -26,7 +26,8 @@ class GramStats:
     total: dict[tuple[int, str], torch.Tensor]  # (layer, kind) -> (n,): sum of x
     tokens: int  # N
 
-    def mean(self, key):
+    def mean(self, key) -> torch.Tensor:  # (columns,)
+        "Mean input of a module's output projection, (layer, kind)"
         return self.total[key] / self.tokens
 
     def permute(self,

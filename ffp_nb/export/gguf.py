@@ -54,8 +54,8 @@ def _refuse_inexpressible(c: PretrainedConfig):
         f'rope scaling {kind!r} (these can be written: {", ".join(ROPES)})': kind not in ROPES,
         'a partial rotary embedding': rope.get('partial_rotary_factor', 1.0) != 1.0,
         f'a sliding window of {window} tokens in a context of {c.max_position_embeddings} (to '
-        f'serve it up to the window, set max_position_embeddings to {window} in config.json)': bool(
-        window) and sliding and window < c.max_position_embeddings,
+        f'serve it up to the window, set max_position_embeddings to {window} in config.json)':
+            bool(window) and sliding and window < c.max_position_embeddings,
         f'the activation {c.hidden_act!r} (llama.cpp computes silu)':
             c.hidden_act not in ('silu', 'swish'),
         'quantised weights (export the model that they were made from)':
@@ -302,8 +302,8 @@ def _open_folder(folder: Path):
     _check_fit(weights, config, folder)
     # transformers would build an empty tokenizer
     if not any((folder / name).exists() for name in TOKENIZERS):
-        raise FileNotFoundError(f'{folder} has no tokenizer ({", ".join(TOKENIZERS)}). Copy that '
-                                'of the dense model there.')
+        raise FileNotFoundError(f'{folder} has no tokenizer ({", ".join(TOKENIZERS)}). Copy the '
+                                "dense model's tokenizer there.")
     return config, weights, load_tokenizer(folder)
 
 # %% ../../nbs/export/02_gguf.ipynb #1cd3bf87

@@ -82,8 +82,8 @@ def _space_prefix(core: dict) -> bool:
     replace = dict(type='Replace', pattern=dict(String=' '), content='▁')
     if pre is None and steps in ([replace], [dict(type='Prepend', prepend='▁'), replace]):
         return len(steps) == 2
-    if not steps and pre and pre['type'] == 'Metaspace' and pre['replacement'] == '▁' and not pre[
-        'split']:
+    whole = pre and pre['type'] == 'Metaspace' and not pre['split']
+    if not steps and whole and pre['replacement'] == '▁':
         if prefix := pre['prepend_scheme'] != 'never':
             warnings.warn(_PREFIX, stacklevel=2)
         return prefix
@@ -109,7 +109,7 @@ def _token_list(tokenizer, size: int) -> tuple[list[str], list[TokenType]]:
     vocab, added = core.get_vocab(with_added_tokens=True), core.get_added_tokens_decoder()
     if (top := max(vocab.values())) >= size:
         raise CorruptFile(f'the tokenizer has a token {top}, but the model only {size} '
-                          'embeddings. Is it that of another model?')
+                          'embeddings. Does it belong to another model?')
     if strip := [t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word]:
         raise UnsupportedModel(f'the tokenizer lets the tokens {strip[:3]} take the spaces '
                                'around them; llama.cpp does not.')

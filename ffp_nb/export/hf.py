@@ -129,7 +129,8 @@ def open_model(name: str, dtype: str = 'bfloat16', device: str | None = None):  
                                        (device if device != 'auto' else None)
                                        or ('cuda' if torch.cuda.is_available() else 'cpu'))
         if tokenizer is None:
-            raise FileNotFoundError(f'{name} has no tokenizer. Copy that of the dense model there.')
+            raise FileNotFoundError(f"{name} has no tokenizer. Copy the dense model's tokenizer "
+                                    'there.')
         return model, tokenizer
     return load_model(name, dtype, device)
 

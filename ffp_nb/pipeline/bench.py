@@ -61,8 +61,8 @@ class Bench:
         p = config.profile
         self.text = Splits(corpus, tokenizer, model, Convention(p.block_len, p.block_len),
                            p.calibration_blocks, p.test_blocks)
-        # too little text is an error now
-        calibration, _, _ = self.text.calibration, self.text.search, self.text.selection
+        # too little text of any kind is an error now
+        calibration, *_ = self.text.calibration, self.text.search, self.text.selection
         layout, self.fingerprint = Layout(model), fingerprint(model)
         stats = cached_stats(model, layout, calibration, p.forward_batch, cache, progress)
         order = _order(model, layout, stats, config, calibration, progress)
@@ -103,7 +103,7 @@ def evaluator(self: Bench,
 
 @patch
 def problem(self: Bench, config: PruneConfig | None = None) -> Problem:
-    """What an allocation without a search may look at. None: at the target of the bench's own
+    """The input of an allocation without a search. None: with the settings of the bench's own
     configuration"""
     c = config or self.config
     return Problem(self.elastic, self.stats, self.cost, self.text.calibration, self.evaluator,

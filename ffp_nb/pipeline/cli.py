@@ -53,7 +53,7 @@ Seed = Annotated[int, typer.Option(help='seed of the search')]
 Out = Annotated[Path, typer.Option(help='folder for everything that is made')]
 Resume = Annotated[bool, typer.Option(help='go on with the search in --out, or start over')]
 Criterion = Annotated[Criteria,
-                      typer.Option(help='what makes the order in which units are removed')]
+                      typer.Option(help='criterion for the order in which units are removed')]
 Dtype = Annotated[str, typer.Option(help='bfloat16, float32 or float16')]
 Remove = Annotated[Optional[list[Kinds]], typer.Option(
     help='modules of this kind may be removed altogether; give it twice for both')]
@@ -142,9 +142,8 @@ def print_table(df, title: str) -> None:
     "Print a data frame as a table on the terminal"
     table = Table(title=title)
     for c in df.columns:
-        table.add_column(c,
-                         justify='left' if df[c].dtype == object
-                         or str(df[c].dtype).startswith('str') else 'right')
+        words = df[c].dtype == object or str(df[c].dtype).startswith('str')
+        table.add_column(c, justify='left' if words else 'right')
     for row in df.itertuples(index=False):
         table.add_row(*(f'{v:.4g}' if isinstance(v, float) else str(v) for v in row))
     console.print(table)
@@ -301,8 +300,8 @@ app.add_typer(studies, name='study')
 
 
 def _registry():
-    """The studies are a floor above and only loaded when they are asked for. ImportError where the
-    package came without them"""
+    """Load the studies, which are a higher floor, only when a command needs them. ImportError if
+    they are not installed"""
     try:
         return import_module('ffp_nb.studies.registry')
     except ModuleNotFoundError as e:

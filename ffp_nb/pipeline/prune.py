@@ -52,7 +52,8 @@ def prune(config: PruneConfig,
     return table
 
 # %% ../../nbs/pipeline/02_prune.ipynb #8af04f15
-def measure(bench: Bench, widths, name: str,
+def measure(bench: Bench, widths,  # (n_layers, 2)
+            name: str,
             final: dict[str, Weights | None],  # further calibrations of these widths, by name
             progress: bool = True) -> pd.DataFrame:
     """Test perplexity of the dense model, calibrated uniform policies, and these widths with each
@@ -80,7 +81,7 @@ def measure(bench: Bench, widths, name: str,
 
 # %% ../../nbs/pipeline/02_prune.ipynb #f6463b70
 def write_outputs(bench, widths, result, table, out, wall_s) -> Path:
-    "Table, pictures and record of a finished run; the record's path"
+    "Table, pictures and record of a finished run with widths (n_layers, 2); the record's path"
     c, full = bench.config, bench.elastic.layout.full
     atomic_write(out / 'table.csv', table.to_csv(index=False))
     save_figure(plot_retention(widths, full, f'{c.model}, {c.method}, sparsity {c.sparsity:.0%}'),
@@ -100,8 +101,8 @@ def write_outputs(bench, widths, result, table, out, wall_s) -> Path:
 
 def card_files(bench, widths, table, out, record) -> dict[str, str | bytes]:
     "Model card and heatmap for the folder of the model"
-    # at the present widths
-    c, size = bench.config, sum(p.numel() for p in bench.elastic.model.parameters())
+    c = bench.config
+    size = sum(p.numel() for p in bench.elastic.model.parameters())  # at the present widths
     cut = int(bench.cost.dense - bench.cost.total(widths))
     tokens = f'the first {c.profile.test_blocks} blocks' if c.profile.test_blocks else 'all blocks'
     how = (f'Test split of {bench.corpus.name}, {tokens} of {c.profile.block_len} tokens without '

@@ -44,10 +44,8 @@ _FOLDERS = dict(boolq='super_glue/boolq', arc_easy='arc', arc_challenge='arc',
                 lambada_openai='lambada')  # in lm-eval
 
 
-def find_tasks(
-    # 'seven', 'all', names with commas between, or a list of names
-    names: str | list | tuple,
-) -> list[str]:
+def find_tasks(names: str | list | tuple,  # 'seven', 'all', names with commas between, or a list
+               ) -> list[str]:
     "Names of tasks, without duplicates. ValueError for names not in `TASKS`"
     if isinstance(names, str):
         names = dict(seven=SEVEN, all=TASKS).get(names) or [n.strip() for n in names.split(',')]
@@ -183,10 +181,13 @@ DEV_SHARE = 0.3
 _RELATED = dict(  # what related documents share
                 boolq=lambda d: d['passage'][-80:],  # the beginning may hold a title
                 piqa=lambda d: d['goal'],
-                hellaswag=lambda d: d['query'].split('. ')[0] if ': How to' in d['query']
-                else d['activity_label'], winogrande=lambda d: d['sentence'][:25],
-                arc_easy=lambda d: d['question'], arc_challenge=lambda d: d['question'],
-                openbookqa=lambda d: d['question_stem'], lambada_openai=lambda d: d['text'][:40])
+                hellaswag=lambda d: (d['query'].split('. ')[0] if ': How to' in d['query']
+                                     else d['activity_label']),
+                winogrande=lambda d: d['sentence'][:25],
+                arc_easy=lambda d: d['question'],
+                arc_challenge=lambda d: d['question'],
+                openbookqa=lambda d: d['question_stem'],
+                lambada_openai=lambda d: d['text'][:40])
 
 
 def part_of(task: str, doc: dict,  # a document as lm-eval has it
@@ -343,9 +344,8 @@ def score_table(scores: dict,  # task → metric → a value a document
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #d5008000
 def zero_shot(
-    # a causal LM of transformers, pruned or not, such as `ElasticModel.model` at any
-    # widths
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,  # pruned or not, such as `ElasticModel.model` at any widths
+    tokenizer: PreTrainedTokenizerBase,
     # names, or tasks that `load_tasks` loaded with the options below
     tasks: str | list | tuple | TaskSet = SEVEN, limit: int | None = None, batch: int = 1,
     data: str | Path | None = None, progress: bool = True, part: str | None = None,

@@ -36,7 +36,7 @@ LR = dict(adapter=1e-2, lora=3e-3, finetune=1e-4)
 class Recipe:
     "Everything that a trained recovery depends on, besides the pruned model and the text"
     method: str = 'lora'  # 'adapter', 'lora' or 'finetune'
-    lr: float | None = None  # highest learning rate; None: that of `LR`, chosen on small models
+    lr: float | None = None  # highest learning rate; None: `LR`, chosen on small models
     # read by training: whole steps, in as many passes over the text as needed
     tokens: int = 131_072
     batch: int = 4  # blocks of one step
@@ -89,7 +89,7 @@ class Adapted(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self, x):
+    def forward(self, x):  # (..., n) -> (..., D)
         return self.lin(x) + self.up(F.gelu(self.down(x.float()))).to(x.dtype)
 
 
@@ -220,9 +220,9 @@ class Recovered:
         "ValueError if the trained weights are not in the projections"
         if self.recipe.method == 'adapter':
             raise ValueError('a model with non-linear adapters cannot be saved: they cannot be '
-                             'merged into its projections, and '
-                             "other tools have no such layer. Recover with 'lora' or 'finetune' "
-                             "to save, or use `.model` in memory.")
+                             'merged into its projections, and other tools have no such layer. '
+                             "Recover with 'lora' or 'finetune' to save, or use `.model` in "
+                             'memory.')
 
 # %% ../../nbs/recover/00_train.ipynb #90e25dca
 def recover(elastic: ElasticModel,

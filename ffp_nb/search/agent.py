@@ -20,27 +20,28 @@ from ..core.budget import random_scores
 # %% ../../nbs/search/01_agent.ipynb #a52e511f
 class Searcher(Protocol):
     "What the search loop needs of whatever proposes policies; `sparsity` is the present target"
-    def ask(self, sparsity: float, n: int) -> np.ndarray:
-        ...  # (n, n_layers, 2) scores to try
+    def ask(self, sparsity: float, n: int) -> np.ndarray:  # (n, n_layers, 2)
+        "Scores to try"
 
-    def tell(self, sparsity: float, scores: np.ndarray, rewards: np.ndarray) -> None:
-        ...  # (n, n_layers, 2), (n,)
+    def tell(self, sparsity: float, scores: np.ndarray,  # (n, n_layers, 2), those of `ask`
+             rewards: np.ndarray) -> None:  # (n,), larger is better
+        "Learn from one batch"
 
-    def recommend(self, sparsity: float) -> np.ndarray | None:
-        ...  # (n_layers, 2) its best guess, or None
+    def recommend(self, sparsity: float) -> np.ndarray | None:  # (n_layers, 2)
+        "Scores of its best guess, or None"
 
     def stats(self) -> dict[str, float]:
-        ...  # figures for diagnostic plots
+        "Figures for diagnostic plots"
 
     def state_dict(self) -> dict:
-        ...  # everything a resumed search needs, including random streams
+        "Everything a resumed search needs, including random streams"
 
     def load_state_dict(self, state: dict) -> None:
-        ...
+        "Continue from a state"
 
 # %% ../../nbs/search/01_agent.ipynb #8434e6c6
 class RandomSearch:
-    "Independent normal scores; the search picks the best policy tried"
+    "Independent normal scores, see `Searcher`; the search picks the best policy tried"
     def __init__(self, n_layers: int, seed: int = 0, scale: float = 1.0):
         self.n_layers, self.scale, self.rng = n_layers, scale, np.random.default_rng(seed)
 
@@ -108,7 +109,8 @@ def _nets(n_layers, hidden, seed):
 
 # %% ../../nbs/search/01_agent.ipynb #9384b470
 class PPOAgent:
-    """Single-step PPO (arXiv 1707.06347): a Gaussian policy over 2L scores that sees the target.
+    """Single-step PPO (arXiv 1707.06347): a Gaussian policy over 2L scores that sees the target;
+    shapes as in `Searcher`.
 
     Source: FastForward Pruning, arXiv 2511.18977; see the notebook for the differences."""
     _policy: Callable[..., Any]  # these are given below
@@ -149,8 +151,8 @@ class PPOAgent:
 @patch
 def _policy(self: PPOAgent, sparsity):
     state = torch.full((1, 1), float(sparsity) if self.condition else 0.0)
-    return torch.distributions.Normal(self.net['mean'](state),
-                                      self.log_std.exp()), self.net['value'](state)[0, 0]
+    policy = torch.distributions.Normal(self.net['mean'](state), self.log_std.exp())
+    return policy, self.net['value'](state)[0, 0]
 
 
 @patch

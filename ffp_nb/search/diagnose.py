@@ -31,7 +31,7 @@ from ..core.runs import (
     Checkpoints, CorruptFile, PolicyLog, RunDir, _read_checkpoint, read_json)
 from ..core.stats import collect_stats
 from ..core.text import Blocks
-from .heuristics import BASELINES, Problem
+from .heuristics import BASELINES, HEURISTICS, Problem
 from .loop import Evaluator, Search, SearchConfig, SearchResult, final_idx
 
 # %% ../../nbs/search/07_diagnose.ipynb #1aceae70
@@ -119,7 +119,7 @@ def read_run(folder: str | Path) -> RunLog:  # the folder of `--out`, or `search
         raise CorruptFile(f'{found}/policies.jsonl has {len(log)} rows, its checkpoint counts '
                           f'{state["rows"]}: restore the file')
     if not log:
-        why = ('it is not searched for' if config['method'] in ('uniform', 'uniform-ffn', 'random')
+        why = ('it is not searched for' if config['method'] in BASELINES | HEURISTICS
                else 'the first update is not finished')
         raise ValueError(f'{found} has no policy in its log: method {config["method"]!r}, {why}. '
                          'There is nothing to report.')
@@ -422,10 +422,10 @@ def _pairs(r):
         norm = np.where((d**2).sum(1) > 1e-18, np.linalg.norm(d, axis=1), np.nan)
         ranks = stats.rankdata(x, axis=1)  # Spearman is the correlation of ranks
         ij = list(combinations(range(len(r)), 2))
-        out[name] = [np.mean([f(i, j) for i, j in ij])
-                     for f in (lambda i, j: np.corrcoef(ranks[i], ranks[j])[0, 1] if varies[i]
-                               and varies[j] else np.nan,
-                               lambda i, j: d[i] @ d[j] / (norm[i] * norm[j]))]
+        def spearman(i, j):
+            return np.corrcoef(ranks[i], ranks[j])[0, 1] if varies[i] and varies[j] else np.nan
+        cosine = [d[i] @ d[j] / (norm[i] * norm[j]) for i, j in ij]
+        out[name] = [np.mean([spearman(i, j) for i, j in ij]), np.mean(cosine)]
     return out
 
 # %% ../../nbs/search/07_diagnose.ipynb #df76d2e5
@@ -433,8 +433,9 @@ def agreement(widths_list,  # (n, L, 2) widths of n seeds at one target, n >= 2
               cost: Cost, sparsity: float, step=(1, 32), p_min=0.1,
               start: float = 0.0,  # head start of the attention of the random policies
               draws: int = 100,  # sets of n random policies
+              seed: int = 0,
               # kind, policies, spearman, cosine; of the references the mean and `…_95`
-              seed: int = 0) -> pd.DataFrame:
+              ) -> pd.DataFrame:
     """Do seeds choose the same modules? Mean over pairs, with two references. ValueError for fewer
     than two policies"""
     w = np.array(widths_list)
@@ -452,15 +453,16 @@ def agreement(widths_list,  # (n, L, 2) widths of n seeds at one target, n >= 2
         for kind in found[0]:
             v = np.array([f[kind] for f in found])
             v = v[np.isfinite(v).all(1)]  # drop sets with constant widths of a kind
-            (s,
-             c), top = ((v.mean(0), np.quantile(v, 0.95, axis=0)) if len(v)
-                        else ((np.nan,) * 2,) * 2)
-            rows.append(dict(kind=kind, policies=name, spearman=s, cosine=c, spearman_95=top[0],
-                             cosine_95=top[1]))
+            none = (np.nan, np.nan)
+            mean, top = (v.mean(0), np.quantile(v, 0.95, axis=0)) if len(v) else (none, none)
+            rows.append(dict(kind=kind, policies=name, spearman=mean[0], cosine=mean[1],
+                             spearman_95=top[0], cosine_95=top[1]))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/search/07_diagnose.ipynb #a7e7a604
-def plot_seeds(widths_list, full: np.ndarray, title: str = ''):
+def plot_seeds(widths_list,  # (n, L, 2)
+               full: np.ndarray,  # (L, 2) widths of the dense model
+               title: str = ''):
     "Mean and standard deviation of the retention over several runs, by layer and kind"
     r = retention(np.array(widths_list), full)
     fig, axes = plt.subplots(2, 1, figsize=(0.28 * len(full) + 2, 3.6), sharex=True)

@@ -31,7 +31,7 @@ from ..core.text import Blocks
 # %% ../../nbs/search/03_heuristics.ipynb #928e918c
 @dataclass(frozen=True)
 class Problem:
-    "What an allocation without a search may look at, and the budget that it has to meet"
+    "The input of an allocation without a search: model, statistics, text, and the budget to meet"
     elastic: ElasticModel
     stats: GramStats  # in the elastic order
     cost: Cost
@@ -50,12 +50,12 @@ class Problem:
     def dense(self):
         return self.elastic.at(self.cost.full)
 
-    def solve(self, scores) -> np.ndarray:
-        "Widths on budget, int64 (L, 2)"
+    def solve(self, scores) -> np.ndarray:  # (L, 2) -> int64 (L, 2)
+        "Widths on budget. InfeasibleBudget where there are none"
         return solve(scores, self.cost, self.sparsity, **self.settings)
 
-    def keep(self, r) -> np.ndarray:
-        "Widths on budget that are near these retentions (L, 2)"
+    def keep(self, r) -> np.ndarray:  # (L, 2) shares in [0, 1] -> int64 (L, 2)
+        "Widths on budget that are near these retentions"
         return self.solve(retention_scores(r, self.cost, **self.settings))
 
 # %% ../../nbs/search/03_heuristics.ipynb #76f8f3b2
@@ -381,10 +381,10 @@ def _alpha(p: Problem, tau: float = 0.3):
     return p.keep(alpha_retention(alpha, p.sparsity, tau)), 0
 
 # %% ../../nbs/search/03_heuristics.ipynb #f31fbb85
-def _sensitivity(
-    # of the search text; None: as many as in a reward
-    p: Problem, blocks: int | None = None,
-    points: int = 3):
+def _sensitivity(p: Problem,
+                 # of the search text; None: as many as in a reward
+                 blocks: int | None = None,
+                 points: int = 3):
     "Additive sensitivity, exact knapsack"
     evaluator, n = p.evaluator(), blocks or p.blocks
     _room(p.cost, p.sparsity, **p.settings)

@@ -184,6 +184,7 @@ class TextSampler:
         self.n, self.rng, self.queue = n, np.random.default_rng([seed, 1]), []
 
     def __call__(self, k: int) -> list[int]:
+        "Indices of the next k blocks. ValueError if there are fewer in all"
         if k > self.n:
             raise ValueError(f'{k} blocks are needed for a reward, the search text has {self.n}. '
                              'Use fewer or more text.')
@@ -265,9 +266,10 @@ def _state(self: Search):
 def _load(self: Search, run, state):
     self.update, self.updates, self.wall_s = state['update'], state['updates'], state['wall_s']
     self.broken, self.start = state['broken'], state['start']
+    # the names in old checkpoints, which still resume
     for part, saved in ((self.searcher, 'proposer'), (self.sampler, 'sampler'),
                         (self.evaluator, 'evaluator')):
-        part.load_state_dict(state[saved])  # names of the first checkpoints, which still resume
+        part.load_state_dict(state[saved])
     run.truncate(state['rows'])  # rows after the last checkpoint are computed again
     self.log = run.rows()
 

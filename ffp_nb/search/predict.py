@@ -330,8 +330,8 @@ class PredictedSearch(Search):
     """A `Search` whose agent learns from predictions, with `config.batch` measured policies per
     update"""
     def __init__(self, evaluator: Evaluator, cost: Cost, config: SearchConfig,
-                 # where to log; None: in memory
-                 prediction: Prediction = Prediction(), run: RunDir | None = None,
+                 prediction: Prediction = Prediction(),
+                 run: RunDir | None = None,  # where to log; None: in memory
                  # the agent, for batches of any size; None: made from the configuration
                  searcher: Searcher | None = None):
         agent = (searcher

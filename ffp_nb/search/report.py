@@ -19,10 +19,10 @@ from scipy import stats
 from ..core.budget import Cost, solve
 from ..core.runs import (
     atomic_write, check_writable, config_id, read_json, save_figure, write_json)
-from ffp_nb.search.diagnose import (
+from .diagnose import (
     RunLog, agreement, exploration_frame, incumbent, log_cost, plot_exploration, plot_gain,
-    plot_retention, plot_rewards, plot_seeds, plot_slack, plot_trace, read_run, reward_frame,
-    slack_frame)
+    plot_retention, plot_rewards, plot_seeds, plot_slack, plot_trace,
+    read_run, reward_frame, slack_frame)
 
 # %% ../../nbs/search/08_report.ipynb #b757a376
 COLLAPSED = 0.1
@@ -125,8 +125,8 @@ def findings(run: RunLog, measured: dict | None = None,  # of `measure_run`
 
 # %% ../../nbs/search/08_report.ipynb #81e1960e
 def winner(run: RunLog, cost: Cost | None) -> tuple[np.ndarray | None, str]:
-    """Widths of the finished run, else of its last incumbent (None if the costs needed are
-    unknown), and their source"""
+    """Widths (n_layers, 2) of the finished run, else of its last incumbent (None if the costs
+    needed are unknown), and their source"""
     if run.result: return np.array(run.result['widths']), 'result'
     c = run.config
     p_min = tuple(c['p_min']) if isinstance(c['p_min'], list) else c['p_min']

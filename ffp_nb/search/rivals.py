@@ -84,8 +84,8 @@ class EvolutionarySearch:
                              'keep from 0 to parents')
         self.n_layers, self.parents, self.keep, self.std = n_layers, parents, keep, std
         self.crossover, self.mutate, self.noise = crossover, mutate, noise
-        # best first
-        self.rng, self.elite = np.random.default_rng(seed), np.empty((0, 2 * n_layers))
+        self.rng = np.random.default_rng(seed)
+        self.elite = np.empty((0, 2 * n_layers))  # best first
 
 # %% ../../nbs/search/02_rivals.ipynb #48596a84
 @patch
@@ -211,8 +211,8 @@ def state_dict(self: CMAES):
 @patch
 def load_state_dict(self: CMAES, state):
     if 'es' in state:
-        raise ValueError('this state of CMA-ES was saved by ffp_nb 0.1.0 and cannot be read any '
-                         'more. Start the search over (--no-resume).')
+        raise ValueError('this state of CMA-ES has the form of an earlier ffp_nb and cannot be '
+                         'read. Start the search over (--no-resume).')
     if (state['diagonal'], state['n_scores']) != (self.diagonal, 2 * self.n_layers):
         raise ValueError(f"this state has {state['n_scores']} scores and diagonal="
                          f"{state['diagonal']}; expected {2 * self.n_layers} and {self.diagonal}")
@@ -408,8 +408,8 @@ def width(self: DDPG) -> float:  # of the noise, in units of the action
 
 
 @patch
-def _states(self: DDPG, target,
-            action):  # (E,), (E, 2L) -> (E, 2L, 7); a state depends on earlier actions alone
+def _states(self: DDPG, target,  # (E,)
+            action):  # (E, 2L) -> (E, 2L, 7); a state depends on earlier actions alone
     n, before = action.shape[1], lambda x: np.cumsum(x, -1) - x
     t, cut = np.arange(n), before((1 - action) * self.share)
     last = np.pad(action[:, :-1], ((0, 0), (1, 0)), constant_values=1.0)

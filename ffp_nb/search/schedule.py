@@ -43,9 +43,8 @@ def _between(start: float, end: float, way):
 class Schedule:
     """Target sparsity and fidelity of every episode.
 
-    Both start at episode `t0` and end at episode `t1`. Raises `ValueError` on
-    values out of range. Source: FastForward Pruning (arXiv 2511.18977), whose settings are the
-    defaults."""
+    Both start at episode `t0` and end at episode `t1`. Raises `ValueError` on values out of range.
+    Source: FastForward Pruning (arXiv 2511.18977), whose settings are the defaults."""
     sparsity_end: float  # target of the search, in [0, 1)
     episodes: int  # length of the search
     # first target; None: 5 %, or `sparsity_end` if that is lower

@@ -56,7 +56,8 @@ def plan_zero_shot(lab: Lab) -> Plan:
         yield Measurement(wanted, lambda _: measure_zero_shot(lab, r['result']['widths'], wanted))
 
 
-def measure_zero_shot(lab: Lab, widths, key: dict) -> dict:  # widths: None: the dense model
+def measure_zero_shot(lab: Lab, widths,  # None: the dense model
+                      key: dict) -> dict:
     "Scores of every document after the repair that the key names; the dense model needs none"
     from ffp_nb.pipeline.tasks import zero_shot
     bench = lab.bench('smollm2')

@@ -38,7 +38,7 @@ MODES = ('none', 'static', 'sequential')  # repairs
 
 @dataclass(frozen=True)
 class Facts:
-    "What configurations depend on, of a model and its text"
+    "Properties of a model and its text that configurations depend on"
     config: PruneConfig  # that all runs on the model share
     text_sha256: dict[str, str]  # by split
     fingerprint: str  # of the weights
@@ -54,7 +54,7 @@ class Facts:
 def base_config(model: str,  # 'smollm2', a twin of `NAMES`, a local folder or a hub id
                 profile: str = 'cpu', text: str = 'wikitext2', criterion: str = 'wanda',
                 ) -> PruneConfig:
-    "What all cells of a model and a criterion share; `text` is that of models that are no twins"
+    "The settings that all cells of a model and a criterion share; twins ignore `text`"
     if model in NAMES: return twin_config(model, SETUPS[profile], criterion=criterion)
     return PruneConfig(model, text, 0.3, criterion=criterion, profile=PROFILES[profile])
 
@@ -338,7 +338,7 @@ def trace_cell(bench: Bench, record: dict, records: str | Path, points: int = 10
 
 # %% ../../nbs/studies/02_cells.ipynb #11eeea51
 def plan_selection(lab: Lab, model: str, found: list[dict]) -> Plan:  # records of cells
-    "What finished policies give on the selection split with static repair, one record for all"
+    "Nats of finished policies on the selection split with static repair, in one record"
     n = base_config(model, lab.profile).profile.final_blocks
     if not lab.dry:
         n = len(lab.bench(model).text.selection[:n])
@@ -403,7 +403,7 @@ def searched(runs: Path, cells: list[Cell]) -> tuple[pd.DataFrame, pd.DataFrame]
 
 # %% ../../nbs/studies/02_cells.ipynb #1880043d
 def read_traces(table: pd.DataFrame, records: str | Path = '../runs/main') -> pd.DataFrame:
-    "Traces of the cells in a table of `read_cells`, a row each point"
+    "Traces of the cells in a table of `read_cells`, a row per point"
     of = {r['config']['of']: r for r in read_records(records, 'trace-')}
     same = ['model', 'sparsity', 'policy', 'variant', 'seed', 'tokens']
     rows = [pd.DataFrame(of[c.record['config_id']]['result']['rows']).assign(

@@ -54,7 +54,7 @@ class RangeSearch(Search):
         return self.searcher.recommend(sparsity) + np.array([self.start, 0.0])
 
 # %% ../../nbs/studies/11_dynamic.ipynb #7dccff58
-# settings of the cell that an agent for all targets is trained as
+# cell settings of each agent that is trained for all targets
 AGENTS = dict(range={}, longer=dict(tokens=4 * TOKENS), blind=dict(variant='blind'))
 # targets for which an agent's policies are kept
 FINE = tuple(round(float(x), 2) for x in np.linspace(0.1, 0.5, 41))

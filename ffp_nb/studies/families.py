@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDY', 'plan', 'training_record', 'measure_dense', 'measure_policy', 'round_trip', 'tidy', 'findings', 'details',
-           'tally', 'headline']
+           'tally', 'headline', 'large_models']
 
 # %% ../../nbs/studies/04_families.ipynb #d4e83706
 import tempfile
@@ -34,7 +34,9 @@ def plan(lab: Lab, names: Iterable[str] = NAMES,
     for family in names:
         facts = lab.facts(family)
         own = dict(study='families', family=family)
-        yield Measurement(*training_record(lab, family))
+        training, copy = training_record(lab, family)
+        made = None if lab.dry else copy(lab.runs / 'families')
+        yield Measurement(training, lambda _: made['result'], made)
         key = dict(name=f'{family}-dense') | own | of_model(facts)
         dense = yield Measurement(key, lambda _: measure_dense(lab, family))
         if dense and dense['result']['weights'] != facts.fingerprint:
@@ -47,8 +49,8 @@ def plan(lab: Lab, names: Iterable[str] = NAMES,
             config = replace(facts.config, sparsity=sparsity, method=method, seed=seed)
             name = f'{family}-{method}-{sparsity}-{seed}'
             key = dict(name=name) | own | run_config(config, facts.text_sha256)
-            done.append((yield Measurement(key,
-                                           lambda _: measure_policy(lab, family, config, name))))
+            r = yield Measurement(key, lambda _: measure_policy(lab, family, config, name))
+            done.append(r)
         best = [r for r in done if r and r['config']['sparsity'] == 0.3 and 'reward' in r['result']]
         if best:
             r = max(best, key=lambda r: r['result']['reward'])
@@ -60,13 +62,14 @@ def plan(lab: Lab, names: Iterable[str] = NAMES,
 
 # %% ../../nbs/studies/04_families.ipynb #0541d678
 def training_record(lab: Lab, family: str) -> tuple[dict, Callable]:
-    "Configuration of a twin's training, and what copies the record that lies beside the model"
+    """Configuration of a twin's training, and a function that copies the record stored beside the
+    model"""
     c = Training(family, **SETUPS[lab.profile].training)
     sha = DJANGO_SHA256 if c.text == 'django' else text_sha256(documents(c.text))
     def copy(to):
         f = next(lab.twin(family).folder.glob('train-*.json'))
         atomic_write(to / f.name, f.read_bytes())
-        return read_json(f)['result']
+        return read_json(f)
     return training_key(c, sha), copy
 
 
@@ -87,7 +90,7 @@ def measure_dense(lab: Lab, family: str) -> dict:
 
 
 def _greedy(bench, prompt='To create a new'):
-    "What the dense model goes on to say"
+    "The dense model's continuation of a prompt"
     ids = bench.tokenizer(prompt, return_tensors='pt', return_token_type_ids=False)
     length = min(48, bench.config.profile.block_len)
     out = bench.elastic.model.generate(**ids, do_sample=False, max_length=length, pad_token_id=0)
@@ -178,13 +181,13 @@ def headline(table: pd.DataFrame, calibration: str = 'sequential') -> str:
     return '\n'.join(f'| {" | ".join(map(str, r))} |' for r in rows)
 
 
-def _large(*tables):
+def large_models(*tables):
     return 'not testable here', 'no model above 135 million parameters was pruned'
 
 
 def _small(table, by_name):
     "The papers' models are too large for this machine; what small ones say instead"
-    (label, why), k = _large(), tally(table)
+    (label, why), k = large_models(), tally(table)
     return label, (f"{why}; on small ones below the better uniform in {len(k['below'])} of "
                    f'{sum(map(len, k.values()))} cells')
 

@@ -26,7 +26,7 @@ from ..search.loop import Search, save_policies, search_summary
 from ..search.predict import (
     PREDICTORS, Predicted, PredictedSearch, Prediction, features, judge)
 from .cells import TOKENS, Cell, Facts, Lab, cell_settings, in_study, read_cells
-from .families import _large
+from .families import large_models
 from .study import (
     Claim, Measurement, Plan, Study, only_one, paired_differences, read_records, verdict)
 
@@ -136,9 +136,6 @@ def measure_policies(bench: Bench, rows: list[dict], n_blocks: int,
                                         bench.static if r['calibrated'] else None).mean_nll
         run.log(dict(widths=r['widths'], calibrated=r['calibrated'], nll=done[key(r)]))
     return np.array([done[key(r)] for r in rows])
-
-# %% ../../nbs/studies/10_prediction.ipynb #939ebd06
-#| export
 
 # %% ../../nbs/studies/10_prediction.ipynb #f173bb91
 def measure_data(lab: Lab, key: dict, records: Path) -> dict:
@@ -370,4 +367,4 @@ def _speedup(judged, timing, searches):
 STUDY = Study('prediction', 'prediction', plan, tidy, findings, (
     Claim(8, 'PPF', 'Prediction error below 0.0011 (scale not named)', _error),
     Claim(9, 'PPF', 'A prediction is 64 times faster than an evaluation', _speedup),
-    Claim(11, 'PPF', 'Its figures for Llama2-7B and Llama3-8B', _large)))
+    Claim(11, 'PPF', 'Its figures for Llama2-7B and Llama3-8B', large_models)))

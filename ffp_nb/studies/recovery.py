@@ -92,9 +92,8 @@ def plan_policies(lab: Lab, seeds, sparsity: float, tokens: int) -> Plan:
         cell = Cell(MODEL, sparsity, seed=seed, tokens=tokens)
         c = replace(cell_settings(cell, facts).search_config(), agent=dict(std=AGENT_STD))
         for repair, name in zip(MODES, SEARCHES):
-            # records name the agent so
-            key = own_key(facts, f'{name}-{seed}', policy=name, search=asdict(c)
-                          | dict(method='ppo'))
+            search = asdict(c) | dict(method='ppo')  # records name the agent so
+            key = own_key(facts, f'{name}-{seed}', policy=name, search=search)
             if repair == 'sequential':
                 key['blocks'] = SEARCH_BLOCKS
             found[name, seed] = yield Measurement(key, lambda _: measure_search(bench(), c, repair))

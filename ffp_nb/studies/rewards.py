@@ -98,9 +98,9 @@ def answer_scores(lm: TaskLM, requests: list) -> np.ndarray:  # (requests,) log-
     return np.array([row[:len(a)].sum() for row, (_, a) in zip(ll, pairs)])
 
 
-def group_scores(model, pool: TaskGroups,
-                 idx) -> tuple[np.ndarray, np.ndarray,
-                               int]:  # (n, tasks) losses, (n, tasks) right, tokens
+def group_scores(model, pool: TaskGroups, idx,  # (n,) groups
+                 # (n, tasks) losses, (n, tasks) right, tokens
+                 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Smooth loss of each document, and whether the right choice is the likeliest (lm-eval's
     `acc`); NaN if a likelihood is NaN"""
     lm, docs = pool.lm(model), [d for i in idx for d in pool.groups[i]]
@@ -161,8 +161,8 @@ def many_policies(cost: Cost, c: PruneConfig, runs: Path,
 # %% ../../nbs/studies/13_rewards.ipynb #7e44ef97
 def plan(lab: Lab, seeds=(0, 1, 2), policies: int = 24, groups: tuple[int, int] = (40, 60),
          blocks: int = 24, tasks=SEVEN, data: str | Path | None = None) -> Plan:
-    """The same text and documents for many policies; the loss that counts as one; searches by
-    reward, and test figures of what they find. `groups` of documents: of the first, of the rest"""
+    """Many policies on the same text and documents; the scale of each task's loss; searches by
+    reward, and their test figures. `groups`: of documents for the policies, and for the rest"""
     facts, bench = lab.facts('smollm2'), lambda: lab.bench('smollm2')
     c, cost, (few, many) = facts.config, facts.cost(), groups
     pool = cache(lambda *how: TaskGroups(bench().tokenizer, tasks, *how, data=data))

@@ -36,8 +36,7 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, dict | None]:
     return pd.DataFrame(rows, columns=['model', 'how', *STAGES, *MEMORY]).set_index('model'), record
 
 
-def tables(rows: pd.DataFrame) -> tuple[pd.DataFrame,
-                                        pd.DataFrame]:  # seconds by stage, GB by kind
+def tables(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:  # seconds, GB
     "The whole models, a column each"
     t = rows.rename(index={n: f'{n} (projected)' for n in rows.index[rows.how == 'projected']})
     show = lambda names: t[[*names]].rename(columns=names).astype(float).T

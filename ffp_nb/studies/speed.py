@@ -56,8 +56,9 @@ def plan(lab: Lab, cells: Iterable[tuple[float, int]] = tuple(
         config = replace(facts.config, sparsity=sparsity, step=(1, step), calibration='static')
         key = dict(name=f'speed-round-{sparsity}-{step}', study='speed',
                    policy=policy and policy['config_id'])
-        yield Measurement(key | run_config(config, facts.text_sha256), lambda _: measure(
-            lab.bench('smollm2'), read_policy(sparsity, lab.runs / 'spine'), step))
+        found = lambda: read_policy(sparsity, lab.runs / 'spine')
+        yield Measurement(key | run_config(config, facts.text_sha256),
+                          lambda _: measure(lab.bench('smollm2'), found(), step))
 
 
 def measure(bench: Bench, policy: dict, step: int) -> dict:

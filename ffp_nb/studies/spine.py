@@ -89,7 +89,7 @@ def measure_policy(lab: Lab, config, name: str, records: Path) -> dict:
 
 
 def rest_s(record: dict) -> float:
-    "Seconds of repair and measurement; the first records hold those of their last session instead"
+    "Seconds of repair and measurement; early records: only since the last resume"
     return record['result'].get('rest_s', record['wall_s'] - record.get('search_s', 0))
 
 # %% ../../nbs/studies/03_spine.ipynb #384a17e3

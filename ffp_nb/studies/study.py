@@ -63,11 +63,11 @@ class Study:
     benchmark: str = ''  # the script in `benchmarks` whose newest record it reads
 
     def read(self, runs: str | Path = '../runs') -> tuple:
-        "The tables of the records there are"
+        "Tables of the existing records"
         return self.tidy(Path(runs))
 
     def conclusions(self, runs: str | Path = '../runs') -> list[str]:
-        "`findings` of the records there are; errors of a study that is not whole are let through"
+        "`findings` of the existing records. Where records are missing, it may raise an error"
         return self.findings(*self.read(runs))
 
 
@@ -92,8 +92,8 @@ def _short(result) -> str:
     return ', '.join(f'{k} {np.exp(np.mean(v)):.2f}' for k, v in nll.items())
 
 
-def count_records(study: Study, lab) -> tuple[int, int]:  # there are, there should be
-    "How many of a study's records there are: a record counts where its configuration is today's"
+def count_records(study: Study, lab) -> tuple[int, int]:  # existing, wanted
+    "How many of a study's records exist. A record counts only with the present configuration"
     if study.plan is None:
         return int(bool(list(lab.benchmarks.glob(f'{study.benchmark}-*.json')))), 1
     folder = lab.runs / study.folder
@@ -104,12 +104,12 @@ def count_records(study: Study, lab) -> tuple[int, int]:  # there are, there sho
 
 # %% ../../nbs/studies/01_study.ipynb #203a26a8
 def read_records(folder: str | Path, start: str = '') -> list[dict]:
-    "All records of a folder whose file begins so, by name"
+    "All records of a folder whose file name begins with `start`, sorted by name"
     return [read_json(f) for f in sorted(Path(folder).glob(f'{start}*.json'))]
 
 
 def only_one(records: list[dict], names) -> dict[str, dict]:
-    "Records by name. ValueError where there are two of one name, of an old and a new configuration"
+    "Records by name. ValueError if two have one name, as after a change of the configuration"
     by_name: dict[str, dict] = {}
     for r in records:
         name = r['config']['name']

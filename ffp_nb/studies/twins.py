@@ -239,8 +239,8 @@ def twin_name(c: Training, text_sha256: str) -> str:
 # %% ../../nbs/studies/00_twins.ipynb #24e79d0e
 def small_model(family: str = 'opt',  # one of `NAMES`
                 folder: str | Path = 'runs/models',  # keeps models and text
-                # settings of `Training`; returns `<folder>/<family>-<configuration>`
-                progress: bool = True, **settings) -> Path:
+                progress: bool = True,
+                **settings) -> Path:  # of `Training` -> `<folder>/<family>-<configuration>`
     "The folder of a trained model, with its tokenizer and the record of its training"
     c = Training(family, **settings)
     docs = documents(c.text, folder)
@@ -313,6 +313,6 @@ class Twin:
 
 def open_twin(family: str, folder: str | Path, setup: Setup = SETUPS['cpu'],
               progress: bool = False) -> Twin:
-    "A twin; it is trained where it is not in the folder"
+    "A twin; it is trained first if the folder does not have it"
     path = small_model(family, folder, progress, **setup.training)
     return Twin(family, path, setup, documents(setup.training.get('text', 'django'), folder))
