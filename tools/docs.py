@@ -119,6 +119,14 @@ def broken(
                 bad[f].add(f'{link} (no such anchor)')
     return [f'{f.relative_to(out)}: {b}' for f in sorted(bad) for b in sorted(bad[f])]
 
+def undocumented(
+    out:Path # rendered site
+)->list: # one line a page
+    "Pages on which nbdev shows a function that has no docstring: it borrows one then"
+    borrowed = lambda f: 'Call self as a function.' in f.read_text(encoding='utf-8')
+    return [f'{f.relative_to(out)}: a function without docstring'
+            for f in sorted(out.rglob('*.html')) if borrowed(f)]
+
 @call_parse
 def main(
     out:str='_site' # folder for the site, at the top level
@@ -144,7 +152,7 @@ def main(
         shutil.rmtree(d)
     pages = {Path(p).with_suffix('.html') for p in names.values()}
     bad = ([f'{p}: was not rendered' for p in sorted(pages) if not (out/p).exists()] + literal
-           + broken(out, site))
+           + broken(out, site) + undocumented(out))
     if odd:
         bad.append('smalldocs check complained: see above')
     if not pages:

@@ -66,11 +66,13 @@ class ElasticModel:
 # %% ../../nbs/core/06_elastic.ipynb #a4a479c4
 @patch(as_prop=True)
 def device(self: ElasticModel):
+    "Device of the model, the first one where it is split"
     return self.model.device
 
 
 @patch(as_prop=True)
 def dtype(self: ElasticModel):
+    "Type of the weights"
     return self.model.dtype
 
 

@@ -130,6 +130,7 @@ def unit_macs(self: Layout,
 def fixed_macs(self: Layout,
                seq_len: int,  # unused: output biases are additions
                ) -> int:
+    "Multiply-accumulates that no width changes: none"
     return 0
 
 # %% ../../nbs/core/01_families.ipynb #7a7048c6
@@ -355,6 +356,7 @@ def on_disk(t: torch.Tensor) -> torch.Tensor:
 
 
 def is_on_disk(t: torch.Tensor) -> bool:
+    "Is a tensor mapped from a file?"
     return t.untyped_storage().filename is not None
 
 

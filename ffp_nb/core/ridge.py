@@ -43,6 +43,7 @@ def ridge_factors(W: torch.Tensor,  # (D, n) output projection
 
 
 def check_alpha(alpha):
+    "ValueError unless alpha is a usable penalty"
     if not (np.isfinite(alpha) and alpha > 0):
         raise ValueError(f'alpha {alpha}: expected a number above 0, such as 0.1')
 

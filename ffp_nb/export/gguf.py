@@ -475,6 +475,7 @@ class LlamaCpp:
 def tokenize(self: LlamaCpp, text: str,
              special: bool = False,  # parse special tokens, and add BOS or EOS as the file says
              ) -> list[int]:
+    "Token ids of a text"
     return self._post('/tokenize', content=text, add_special=special,
                       parse_special=special)['tokens']
 

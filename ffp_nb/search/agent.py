@@ -158,6 +158,7 @@ def _policy(self: PPOAgent, sparsity):
 @patch
 @torch.no_grad()
 def ask(self: PPOAgent, sparsity, n):
+    "Scores (n, n_layers, 2) to try"
     mean = self.recommend(sparsity).reshape(1, -1)
     noise = (torch.randn(-(-n // 2) if self.antithetic else n, 2 * self.n_layers,
                          generator=self.rng) * self.log_std.exp())
@@ -169,6 +170,7 @@ def ask(self: PPOAgent, sparsity, n):
 @patch
 @torch.no_grad()
 def recommend(self: PPOAgent, sparsity):
+    "The mean of the policy, (n_layers, 2)"
     return self._policy(sparsity)[0].mean.double().numpy().reshape(self.n_layers, 2)
 
 # %% ../../nbs/search/01_agent.ipynb #fcabab3e
@@ -200,12 +202,14 @@ def tell(self: PPOAgent, sparsity, scores, rewards):
 
 @patch
 def stats(self: PPOAgent):
+    "Figures for diagnostic plots"
     entropy = float((self.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum().detach())
     return dict(std=float(self.log_std.detach().exp().mean()), entropy=entropy, **self.last)
 
-
+# %% ../../nbs/search/01_agent.ipynb #df7c54cf
 @patch
 def state_dict(self: PPOAgent):
+    "All that a resumed search needs"
     state = dict(net=self.net.state_dict(), log_std=self.log_std.detach(),
                  opt=self.opt.state_dict(), rng=self.rng.get_state(), last=self.last)
     # torch returns its live buffers; an optimizer that loads them would share them
@@ -214,6 +218,7 @@ def state_dict(self: PPOAgent):
 # %% ../../nbs/search/01_agent.ipynb #e2d8f363
 @patch
 def load_state_dict(self: PPOAgent, state):
+    "Continue from a state"
     self.net.load_state_dict(state['net'])
     self.log_std.data.copy_(state['log_std'])
     self.opt.load_state_dict(state['opt'])

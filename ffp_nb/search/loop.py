@@ -120,11 +120,13 @@ def close(self: Evaluator):
 # %% ../../nbs/search/04_loop.ipynb #fe5cdefe
 @patch
 def state_dict(self: Evaluator):
+    "All that a resumed search needs"
     return dict(forward_tokens=self.forward_tokens, dense=self._dense.copy())
 
 
 @patch
 def load_state_dict(self: Evaluator, state):
+    "Continue from a state"
     self.forward_tokens, self._dense = int(state['forward_tokens']), np.array(state['dense'])
 
 # %% ../../nbs/search/04_loop.ipynb #43e384be

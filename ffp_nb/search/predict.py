@@ -292,6 +292,7 @@ def choose(self: Predicted, model: Predictor, sparsity: float,
 
 @patch
 def tell(self: Predicted, sparsity, scores, rewards):
+    "Learn from scores (n, n_layers, 2) and their rewards (n,)"
     gap = -np.log(np.maximum(rewards, np.exp(-WORST)))
     if self.told < self.config.warmup:
         self.agent.tell(sparsity, scores, rewards)
@@ -304,23 +305,27 @@ def tell(self: Predicted, sparsity, scores, rewards):
 
 @patch
 def recommend(self: Predicted, sparsity):
+    "Scores (n_layers, 2) of the best guess, or None"
     return self.agent.recommend(sparsity)
 
 # %% ../../nbs/search/05_predict.ipynb #6ca1d001
 @patch
 def stats(self: Predicted):
+    "Figures for diagnostic plots"
     # `error`: nats, for the policies measured last
     return self.agent.stats() | self.last
 
 
 @patch
 def state_dict(self: Predicted):
+    "All that a resumed search needs"
     return dict(agent=self.agent.state_dict(), X=np.array(self.X), y=np.array(self.y),
                 text=np.array(self.text, int), last=dict(self.last))
 
 
 @patch
 def load_state_dict(self: Predicted, state):
+    "Continue from a state"
     self.agent.load_state_dict(state['agent'])
     self.X, self.y, self.text = (state[k].tolist() for k in ('X', 'y', 'text'))
     self.last = dict(state['last'])

@@ -90,6 +90,7 @@ class EvolutionarySearch:
 # %% ../../nbs/search/02_rivals.ipynb #48596a84
 @patch
 def ask(self: EvolutionarySearch, sparsity, n):
+    "Scores (n, n_layers, 2) to try"
     _check_batch('the evolutionary search', n)
     if len(self.elite):
         old = self.elite[:min(self.keep, n - 1)]
@@ -104,6 +105,7 @@ def ask(self: EvolutionarySearch, sparsity, n):
 
 @patch
 def tell(self: EvolutionarySearch, sparsity, scores, rewards):
+    "Learn from scores (n, n_layers, 2) and their rewards (n,)"
     x, r = _told(self.n_layers, scores, rewards)
     if len(self.elite) and np.ptp(r) == 0:
         return  # all equal (or all broken): nothing to select
@@ -112,21 +114,25 @@ def tell(self: EvolutionarySearch, sparsity, scores, rewards):
 
 @patch
 def recommend(self: EvolutionarySearch, sparsity):
+    "Scores (n_layers, 2) of the best elite, or None"
     return self.elite[0].reshape(-1, 2).copy() if len(self.elite) else None
 
 
 @patch
 def stats(self: EvolutionarySearch):
+    "Figures for diagnostic plots"
     return dict(std=float(self.elite.std(0).mean())) if len(self.elite) else {}
 
-
+# %% ../../nbs/search/02_rivals.ipynb #fcf11f0a
 @patch
 def state_dict(self: EvolutionarySearch):
+    "All that a resumed search needs"
     return dict(elite=self.elite.copy(), rng=self.rng.bit_generator.state)
 
 # %% ../../nbs/search/02_rivals.ipynb #7ed02cd7
 @patch
 def load_state_dict(self: EvolutionarySearch, state):
+    "Continue from a state"
     self.elite, self.rng.bit_generator.state = np.array(state['elite']), state['rng']
 
 # %% ../../nbs/search/02_rivals.ipynb #410a9671
@@ -171,6 +177,7 @@ class CMAES:
 # %% ../../nbs/search/02_rivals.ipynb #102970cd
 @patch
 def ask(self: CMAES, sparsity, n):
+    "Scores (n, n_layers, 2) to try"
     self._batch(n)
     self.asked, self.draws = np.array([self.es.ask() for _ in range(n)]), self.draws + n
     return self.asked.reshape(n, self.n_layers, 2).copy()
@@ -178,6 +185,7 @@ def ask(self: CMAES, sparsity, n):
 
 @patch
 def tell(self: CMAES, sparsity, scores, rewards):
+    "Learn from scores (n, n_layers, 2) and their rewards (n,)"
     x, r = _told(self.n_layers, scores, rewards)
     self._batch(len(r))
     self.told.append((self.draws, x, r))
@@ -189,6 +197,7 @@ def tell(self: CMAES, sparsity, scores, rewards):
 
 @patch
 def recommend(self: CMAES, sparsity):
+    "The mean of the distribution, (n_layers, 2)"
     return (np.zeros((self.n_layers, 2)) if self.es is None
             else np.reshape(self.es.mean, (-1, 2)).copy())
 
@@ -210,6 +219,7 @@ def state_dict(self: CMAES):
 
 @patch
 def load_state_dict(self: CMAES, state):
+    "Continue from a state"
     if 'es' in state:
         raise ValueError('this state of CMA-ES has the form of an earlier ffp_nb and cannot be '
                          'read. Start the search over (--no-resume).')
@@ -278,6 +288,7 @@ class TPE:
 # %% ../../nbs/search/02_rivals.ipynb #6a71158a
 @patch
 def ask(self: TPE, sparsity, n):
+    "Scores (n, n_layers, 2) to try"
     rng, at = np.random.default_rng([self.seed, len(self.rewards)]), self.targets == sparsity
     if at.sum() < self.startup:
         x = rng.normal(0, self.std, (n, 2 * self.n_layers)).clip(-BOUND, BOUND)
@@ -301,14 +312,16 @@ def _sample(self: TPE, scores, rewards, seed, n):
 
 @patch
 def tell(self: TPE, sparsity, scores, rewards):
+    "Learn from scores (n, n_layers, 2) and their rewards (n,)"
     x, r = _told(self.n_layers, scores, rewards)
     self.scores = np.concatenate([self.scores, x.clip(-BOUND, BOUND)])
     self.rewards = np.r_[self.rewards, r]
     self.targets = np.r_[self.targets, np.full(len(r), float(sparsity))]
 
-
+# %% ../../nbs/search/02_rivals.ipynb #451e04cc
 @patch
 def recommend(self: TPE, sparsity):
+    "Mean of the best tenth at this target, (n_layers, 2), or None"
     at = self.targets == sparsity
     if not at.any(): return None
     best = np.argsort(-self.rewards[at], kind='stable')[:-(-at.sum() // 10)]
@@ -317,18 +330,21 @@ def recommend(self: TPE, sparsity):
 # %% ../../nbs/search/02_rivals.ipynb #6b29add6
 @patch
 def stats(self: TPE):
+    "Figures for diagnostic plots"
     return dict(trials=float((self.targets == self.targets[-1]).sum()) if len(self.targets)
                 else 0.0)
 
 
 @patch
 def state_dict(self: TPE):
+    "All that a resumed search needs"
     return copy.deepcopy(dict(seed=self.seed, scores=self.scores, rewards=self.rewards,
                               targets=self.targets))
 
 
 @patch
 def load_state_dict(self: TPE, state):
+    "Continue from a state"
     self.seed = state['seed']
     for name in ('scores', 'rewards', 'targets'):
         setattr(self, name, np.array(state[name]))
@@ -403,7 +419,8 @@ class DDPG:
 
 # %% ../../nbs/search/02_rivals.ipynb #86cbc347
 @patch(as_prop=True)
-def width(self: DDPG) -> float:  # of the noise, in units of the action
+def width(self: DDPG) -> float:
+    "Present width of the noise, in units of the action"
     return max(self.floor, self.noise * self.decay ** max(0, self.episodes - self.warmup))
 
 
@@ -435,16 +452,19 @@ def _walk(self: DDPG, sparsity, n, width):
 
 @patch
 def ask(self: DDPG, sparsity, n):
+    "Scores (n, n_layers, 2) to try"
     return self._walk(sparsity, n, self.width)
 
-
+# %% ../../nbs/search/02_rivals.ipynb #44764f13
 @patch
 def recommend(self: DDPG, sparsity):
+    "Scores (n_layers, 2) without noise"
     return self._walk(sparsity, 1, 0)[0]
 
 # %% ../../nbs/search/02_rivals.ipynb #ac4a579a
 @patch
 def tell(self: DDPG, sparsity, scores, rewards):
+    "Learn from scores (n, n_layers, 2) and their rewards (n,)"
     x, r = _told(self.n_layers, scores, rewards)
     new = dict(target=np.full(len(r), float(sparsity)), action=expit(x), reward=r)
     self.replay = {k: np.concatenate([self.replay[k], new[k]])[-self.memory:] for k in new}
@@ -455,11 +475,13 @@ def tell(self: DDPG, sparsity, scores, rewards):
 
 @patch
 def stats(self: DDPG):
+    "Figures for diagnostic plots"
     return dict(std=self.width, **self.last)
 
 
 @patch
 def state_dict(self: DDPG):
+    "All that a resumed search needs"
     return copy.deepcopy(dict(nets=self.nets.state_dict(), slow=self.slow.state_dict(),
                               replay=self.replay, last=self.last,
                               opts={k: o.state_dict() for k, o in self.opts.items()},
@@ -469,6 +491,7 @@ def state_dict(self: DDPG):
 
 @patch
 def load_state_dict(self: DDPG, state):
+    "Continue from a state"
     state = copy.deepcopy(state)  # otherwise the optimizer would share the state's buffers
     self.nets.load_state_dict(state['nets'])
     self.slow.load_state_dict(state['slow'])

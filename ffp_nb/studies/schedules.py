@@ -29,6 +29,7 @@ def study_cells(models=('llama', 'opt'), sparsity: float = 0.5, seeds=(0, 1, 2),
 
 
 def plan(lab: Lab, cells: list[Cell] | None = None) -> Plan:
+    "Every search with its trace"
     yield from plan_cells(lab, cells or study_cells(), traced=True)
 
 

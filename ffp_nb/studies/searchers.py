@@ -37,6 +37,7 @@ def easier_cells() -> list[Cell]:
 
 
 def plan(lab: Lab, cells: list[Cell] | None = None) -> Plan:
+    "Every search with its trace"
     yield from plan_cells(lab, cells or study_cells() + easier_cells(), traced=True)
 
 
@@ -46,6 +47,7 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 # %% ../../nbs/studies/07_searchers.ipynb #c559fe72
 def label(policy: str, variant: str) -> str:
+    "How tables name a searcher"
     return policy + dict(default='', none=', no schedule').get(variant, f', {variant}')
 
 

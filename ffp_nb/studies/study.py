@@ -72,6 +72,7 @@ class Study:
 
 
 def verdict(whole: bool, some: bool = False) -> str:
+    "A claim that holds as a whole, in part, or not"
     return 'reproduced' if whole else 'in part' if some else 'not reproduced'
 
 # %% ../../nbs/studies/01_study.ipynb #aaf80e96
