@@ -11,6 +11,7 @@ from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.families import tiny_model
 from ffp_nb.core.runs import RunDir
 from ffp_nb.core.text import Blocks
+from ffp_nb.search.agent import Searcher
 from ffp_nb.search.loop import Evaluator, Search, SearchConfig
 from ffp_nb.search.rivals import SEARCHERS
 
@@ -108,3 +109,16 @@ def test_no_library_is_imported_before_it_is_needed():
             "'ffp_nb.search.loop'} & set(sys.modules)))")
     assert (subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
                            check=True).stdout == '[]\n')
+
+
+@pytest.mark.parametrize('name', SEARCHERS)
+def test_a_searcher_has_every_method_of_its_own(name):
+    "One that @patch forgot would only be the protocol's, which raises"
+    made = type(SEARCHERS[name](2, seed=0))
+    for method in ('ask', 'tell', 'recommend', 'stats', 'state_dict', 'load_state_dict'):
+        assert getattr(made, method) is not getattr(Searcher, method), method
+
+
+def test_a_searcher_that_lacks_a_method_says_so():
+    with pytest.raises(NotImplementedError):
+        type('Half', (Searcher,), {})().state_dict()

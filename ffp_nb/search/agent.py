@@ -19,25 +19,32 @@ from ..core.budget import random_scores
 
 # %% ../../nbs/search/01_agent.ipynb #a52e511f
 class Searcher(Protocol):
-    "What the search loop needs of whatever proposes policies; `sparsity` is the present target"
+    """What the search loop needs of whatever proposes policies; `sparsity` is the present target.
+    Searchers that get their methods with `@patch` name it as their base"""
     def ask(self, sparsity: float, n: int) -> np.ndarray:  # (n, n_layers, 2)
         "Scores to try"
+        raise NotImplementedError
 
     def tell(self, sparsity: float, scores: np.ndarray,  # (n, n_layers, 2), those of `ask`
              rewards: np.ndarray) -> None:  # (n,), larger is better
         "Learn from one batch"
+        raise NotImplementedError
 
     def recommend(self, sparsity: float) -> np.ndarray | None:  # (n_layers, 2)
         "Scores of its best guess, or None"
+        raise NotImplementedError
 
     def stats(self) -> dict[str, float]:
         "Figures for diagnostic plots"
+        raise NotImplementedError
 
     def state_dict(self) -> dict:
         "Everything a resumed search needs, including random streams"
+        raise NotImplementedError
 
     def load_state_dict(self, state: dict) -> None:
         "Continue from a state"
+        raise NotImplementedError
 
 # %% ../../nbs/search/01_agent.ipynb #8434e6c6
 class RandomSearch:
@@ -108,18 +115,13 @@ def _nets(n_layers, hidden, seed):
                                   value=_mlp((1, *hidden, 1), 1.0)))
 
 # %% ../../nbs/search/01_agent.ipynb #9384b470
-class PPOAgent:
+class PPOAgent(Searcher):
     """Single-step PPO (arXiv 1707.06347): a Gaussian policy over 2L scores that sees the target;
     shapes as in `Searcher`.
 
     Source: FastForward Pruning, arXiv 2511.18977; see the notebook for the differences."""
     _policy: Callable[..., Any]  # these are given below
-    ask: Callable[..., Any]
-    recommend: Callable[..., Any]
-    tell: Callable[..., None]
-    stats: Callable[..., Any]
-    state_dict: Callable[..., Any]
-    load_state_dict: Callable[..., None]
+    recommend: Callable[..., np.ndarray]
 
     def __init__(self, n_layers: int, seed: int = 0,
                  hidden: tuple[int, ...] = (256, 256, 128),

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -231,14 +231,9 @@ class Prediction:
             raise ValueError(f'explore {self.explore}; expected a share between 0 and 1')
 
 # %% ../../nbs/search/05_predict.ipynb #1ca38788
-class Predicted:
+class Predicted(Searcher):
     "A searcher whose agent learns from predictions; its proposals are for measurement"
     choose: Callable[..., np.ndarray]  # these are given below
-    tell: Callable[..., None]
-    recommend: Callable[..., Any]
-    stats: Callable[..., Any]
-    state_dict: Callable[..., Any]
-    load_state_dict: Callable[..., None]
 
     def __init__(self, agent: Searcher, config: Prediction,
                  describe: Callable,  # (scores (n, L, 2), sparsity) -> rows of `features`
@@ -341,8 +336,10 @@ class PredictedSearch(Search):
                  searcher: Searcher | None = None):
         agent = (searcher
                  or SEARCHERS[config.method](len(cost.full), seed=config.seed, **config.agent))
-        super().__init__(evaluator, cost, config, run,
-                         Predicted(agent, prediction, self.describe, config.seed))
+        # mypy does not see the methods that @patch gave it
+        learner = Predicted(agent, prediction, self.describe,  # type: ignore[abstract]
+                            config.seed)
+        super().__init__(evaluator, cost, config, run, learner)
 
     def describe(self, scores: np.ndarray, sparsity: float) -> np.ndarray:
         "Rows of `features` for the policies that this search makes from scores"

@@ -55,19 +55,12 @@ def _library(name, user):
             f"{user} needs the package {name}. Run: pip install 'ffp_nb[search]'") from e
 
 # %% ../../nbs/search/02_rivals.ipynb #3480dcda
-class EvolutionarySearch:
+class EvolutionarySearch(Searcher):
     """A genetic algorithm with truncation selection, uniform crossover and Gaussian mutation; one
     update is one generation.
 
     Elites are measured again in every update, so rewards of different texts and targets are never
     compared."""
-    ask: Callable[..., Any]  # these are given below
-    tell: Callable[..., None]
-    recommend: Callable[..., Any]
-    stats: Callable[..., Any]
-    state_dict: Callable[..., Any]
-    load_state_dict: Callable[..., None]
-
     def __init__(self, n_layers: int, seed: int = 0,
                  # best policies of an update that become parents, at most half of it
                  parents: int = 4,
@@ -136,18 +129,14 @@ def load_state_dict(self: EvolutionarySearch, state):
     self.elite, self.rng.bit_generator.state = np.array(state['elite']), state['rng']
 
 # %% ../../nbs/search/02_rivals.ipynb #410a9671
-class CMAES:
+class CMAES(Searcher):
     """CMA-ES of the package `cmaes`, with the batch of the search as its population; `recommend` is
     the mean.
 
     Source: Hansen, arXiv 1604.00772; diagonal: Ros and Hansen, PPSN 2008. Raises `ImportError`
     without the package."""
     ask: Callable[..., np.ndarray]  # these are given below
-    tell: Callable[..., None]
     recommend: Callable[..., np.ndarray]
-    stats: Callable[..., dict]
-    state_dict: Callable[..., dict]
-    load_state_dict: Callable[..., None]
 
     def __init__(self, n_layers: int, seed: int = 0,
                  sigma: float = 0.5,  # step size at the start
@@ -250,19 +239,13 @@ def _quiet(optuna):
         optuna.logging.set_verbosity(level)
 
 # %% ../../nbs/search/02_rivals.ipynb #dedf278c
-class TPE:
+class TPE(Searcher):
     """Tree-structured Parzen estimator of the package `optuna`; `recommend` is the mean of the best
     tenth at this target.
 
     Source: Bergstra et al., NIPS 2011; Watanabe, arXiv 2304.11127. Raises `ImportError` without the
     package."""
-    ask: Callable[..., Any]  # these are given below
-    _sample: Callable[..., Any]
-    tell: Callable[..., None]
-    recommend: Callable[..., Any]
-    stats: Callable[..., Any]
-    state_dict: Callable[..., Any]
-    load_state_dict: Callable[..., None]
+    _sample: Callable[..., Any]  # these are given below
 
     def __init__(self, n_layers: int, seed: int = 0,
                  # policies at this target before the model is used; until then, normal scores
@@ -378,19 +361,13 @@ def _nets(hidden, seed):
         return nn.ModuleDict(dict(actor=_net(7, hidden), critic=_net(8, hidden)))
 
 # %% ../../nbs/search/02_rivals.ipynb #b8ee4c5c
-class DDPG:
+class DDPG(Searcher):
     """AMC's multi-step agent (arXiv 1802.03494): an episode walks over the 2L modules, and the
     reward comes at its end. Deep deterministic policy gradient (arXiv 1509.02971)."""
     _learn: Callable[..., None]  # these are given below
     width: float
     _states: Callable[..., Any]
     _walk: Callable[..., Any]
-    ask: Callable[..., Any]
-    recommend: Callable[..., Any]
-    tell: Callable[..., None]
-    stats: Callable[..., Any]
-    state_dict: Callable[..., Any]
-    load_state_dict: Callable[..., None]
 
     def __init__(self, n_layers: int, seed: int = 0,
                  share=None,  # (L, 2) cost of each module, in any unit; None: equal

@@ -95,13 +95,13 @@ def _short(result) -> str:
 
 def count_records(study: Study, lab) -> tuple[int, int]:  # existing, wanted
     "How many of a study's records exist. A record counts only with the present configuration"
-    if study.plan is None:
-        return int(bool(list(lab.benchmarks.glob(f'{study.benchmark}-*.json')))), 1
-    folder = lab.runs / study.folder
-    found = walk(study.plan(lab), lambda wanted: find_record(folder, wanted.config))
-    there = (int(bool(list(lab.benchmarks.glob(f'{study.benchmark}-*.json')))) if study.benchmark
-             else 0)
-    return sum(r is not None for r in found) + there, len(found) + bool(study.benchmark)
+    found = []
+    if study.plan:
+        folder = lab.runs / study.folder
+        found = walk(study.plan(lab), lambda wanted: find_record(folder, wanted.config))
+    if study.benchmark:
+        found.append(next(lab.benchmarks.glob(f'{study.benchmark}-*.json'), None))
+    return sum(r is not None for r in found), len(found)
 
 # %% ../../nbs/studies/01_study.ipynb #203a26a8
 def read_records(folder: str | Path, start: str = '') -> list[dict]:
