@@ -130,6 +130,9 @@ def find_policy(size, sparsity, cost) -> dict:
 def count_macs(layout, widths, tokens: int, seq_len: int, scored: int, head: int) -> dict:
     """MACs of so many tokens at a mean context of (seq_len + 1) / 2; the head is needed by those
     that are scored"""
+    if any(layout.windows):
+        raise ValueError('layers with a sliding window: their attention does not grow with the '
+                         'context. Measure a model of full attention.')
     blocks = mac_cost(layout, seq_len).total(widths)
     # attention grows with seq_len + 1, and nothing else does
     attention = mac_cost(layout, 2 * seq_len + 1).total(widths) - blocks

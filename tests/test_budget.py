@@ -4,12 +4,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
+from torch.utils.flop_counter import FlopCounterMode
 
 from ffp_nb.core.budget import (
     Cost, InfeasibleBudget, bounds, feasible_range, mac_cost, param_cost, random_scores, retention,
     solve, uniform)
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.core.families import FAMILIES, tiny_model
 
 settings.register_profile('ffp_nb', deadline=None, max_examples=100, derandomize=True)
 settings.load_profile('ffp_nb')
@@ -225,7 +229,7 @@ def test_steps_that_do_not_divide_the_full_width(channels):
 def layout(n=12):
     return SimpleNamespace(unit_params=np.tile([294_912, 1728], (n, 1)),
                            full=np.tile([3, 1536], (n, 1)), fixed_params=1152,
-                           unit_macs=lambda t: np.tile([294_912*t + 192*t*t, 1728*t], (n, 1)),
+                           unit_macs=lambda t: np.tile([294_912 + 192*(t + 1), 1728], (n, 1)),
                            fixed_macs=lambda t: 0)
 
 
@@ -285,3 +289,36 @@ def test_inputs_are_left_alone_and_the_cost_is_frozen():
     assert (cost.unit == 1).all()
     with pytest.raises(ValueError):
         cost.unit[0] = 2
+
+
+MIXED = dict(use_sliding_window=True, max_window_layers=1, sliding_window=8)
+COUNTED = ([(f, {}) for f in FAMILIES]
+           + [('qwen2', MIXED), ('qwen3', MIXED), ('mistral', dict(sliding_window=5))])
+
+
+@pytest.mark.parametrize('pruned', [False, True])
+@pytest.mark.parametrize('family, settings', COUNTED)
+def test_macs_are_half_of_the_counted_flops(family, settings, pruned):
+    """Of a token, on average over a sequence. Eager attention fills the whole score matrix, n x n,
+    of which the causal count keeps the pairs that the model's own mask allows: (n + 1) / (2 n) of
+    them without a window. Everything else is counted as it is"""
+    model, n = tiny_model(family, attn_implementation='eager', **settings), 40
+    em, pairs = ElasticModel(model), []
+    widths = np.maximum(em.layout.full * [[3], [1], [2]] // 4, 1) if pruned else em.layout.full
+    for layer in em.layout.layers:
+        layer.register_forward_pre_hook(
+            lambda _, args, kw: pairs.append(int((kw['attention_mask'] == 0).sum())),
+            with_kwargs=True)
+    with em.at(widths), torch.no_grad(), FlopCounterMode(display=False, depth=99) as counter:
+        model.base_model(torch.arange(n)[None], use_cache=False)
+    blocks = {k: v for k, v in counter.get_flop_counts().items() if k.split('.')[-1].isdigit()}
+    counted = np.array([sum(of.values()) for of in blocks.values()]) / 2
+    full = 2 * n * n * em.layout.head_dim * em.layout.q_per_kv * widths[:, 0]  # scores and values
+    causal = counted - full + full * np.array(pairs) / n**2
+    cost = mac_cost(em.layout, n)
+    assert len(counted) == 3 and cost.total(widths) * n == pytest.approx(causal.sum())
+    np.testing.assert_allclose((cost.unit * widths).sum(1) * n, causal)
+    if not settings:
+        assert pairs == [n * (n + 1) // 2] * 3 and cost.unit.dtype == np.int64
+    else:
+        assert pairs[-1] < n * (n + 1) // 2

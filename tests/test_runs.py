@@ -15,7 +15,7 @@ import torch
 from ffp_nb.core import runs
 from ffp_nb.core.runs import (
     Checkpoints, ConfigMismatch, CorruptFile, PolicyLog, RunDir, atomic_write, cached, config_id,
-    environment, find_record, load_records, read_json, save_record, write_json)
+    environment, find_record, load_records, read_config, save_record, write_json)
 
 CONFIG = dict(method='ffp', sparsity=0.2, agent=dict(lr=1e-4))
 posix = pytest.mark.skipif(os.name != 'posix', reason='forks')
@@ -308,7 +308,7 @@ def test_config_mismatch_names_what_differs(tmp_path):
     assert RunDir(tmp_path, other, resume=False).rows() == []
     assert len(PolicyLog(tmp_path/'old-1'/'policies.jsonl').rows()) == 1
     RunDir(tmp_path, CONFIG, resume=False)
-    assert read_json(tmp_path/'old-2'/'config.json') == other
+    assert read_config(tmp_path/'old-2')[0] == other
 
 
 def test_unreadable_config(tmp_path):
@@ -324,11 +324,12 @@ def test_kill_while_starting_over(tmp_path, monkeypatch, moment):
     run = RunDir(tmp_path, CONFIG)
     run.log(dict(t=0))
     run.save_checkpoint(dict(i=0))
+    run.close()  # another process goes on with it
     def child():
         die_at(monkeypatch, 'replace', moment)
         RunDir(tmp_path, CONFIG, resume=False)
     assert in_child(child) == signal.SIGKILL
-    assert read_json(tmp_path/'config.json') == CONFIG  # still says whose it is
+    assert read_config(tmp_path)[0] == CONFIG  # still says whose it is
     assert RunDir(tmp_path, CONFIG, resume=False).rows() == []
     assert sum((o/'policies.jsonl').exists() for o in tmp_path.glob('old-*')) == 1
 

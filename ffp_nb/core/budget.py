@@ -87,13 +87,14 @@ def param_cost(
 
 def mac_cost(
     layout,  # has `unit_macs(seq_len)` (L, 2), `full` (L, 2) and `fixed_macs(seq_len)`
-    seq_len: int,  # sequence length; attention cost grows with its square
+    seq_len: int,  # tokens of a sequence; the longer it is, the more attention costs a token
 ) -> Cost:
-    "Multiply-accumulates of the decoder blocks for one sequence"
+    """Multiply-accumulates of the decoder blocks per token, the mean over one sequence (times
+    `seq_len`: for the sequence)"""
     if int(seq_len) != seq_len or seq_len < 1:
         raise ValueError(f"seq_len is {seq_len}; give a number of tokens >= 1")
     return Cost(layout.unit_macs(seq_len), layout.full, layout.fixed_macs(seq_len),
-                f'MACs at {seq_len} tokens')
+                f'MACs a token at {seq_len} tokens')
 
 def memory_cost(
     layout,  # has `unit_params` (L, 2), `full` (L, 2), `fixed_params` and `head_dim`
@@ -101,7 +102,7 @@ def memory_cost(
     element: int = 2,  # bytes of a number: 2 in bfloat16
 ) -> Cost:
     """Bytes of the parameters of the decoder blocks and of the KV cache: a KV group keeps a key and
-    a value for each token"""
+    a value for each token (no sliding window is taken off)"""
     if int(context) != context or context < 0:
         raise ValueError(f"context is {context}; give a number of tokens >= 0")
     cache = np.array([2 * layout.head_dim * int(context), 0])

@@ -20,33 +20,37 @@ from .text import Blocks
 
 # %% ../../nbs/core/05_criteria.ipynb #673f71df
 # Of an output projection: W (D, n) its weights, gram (n, n) and mean (n,) those of its inputs over
-# N tokens. Each gives (n,) scores, one per column: larger is more important.
-def wanda(W, gram, mean, N, generator=None):
+# N tokens; a unit has `cols` columns. Each gives (n,) scores, one per column, that add up to those
+# of the units, or (n / cols,) scores of whole units: larger is more important.
+def wanda(W, gram, mean, N, generator=None, cols=1):
     "Mean absolute weight times the norm of the input. Source: Wanda, arXiv 2306.11695"
     return W.abs().mean(0) * gram.diagonal().clamp_min(0).sqrt()
 
 
-def magnitude(W, gram, mean, N, generator=None):
+def magnitude(W, gram, mean, N, generator=None, cols=1):
     "Norm of the column"
     return W.norm(dim=0)
 
 
-def fluctuation(W, gram, mean, N, generator=None):
+def fluctuation(W, gram, mean, N, generator=None, cols=1):
     "Variance of the input times the squared norm of the column. Source: FLAP, arXiv 2312.11983"
     return (gram.diagonal() / N - mean**2).clamp_min(0) * W.square().sum(0)
 
 
-def random(W, gram, mean, N, generator=None):
+def random(W, gram, mean, N, generator=None, cols=1):
     "Seeded uniform numbers"
     return torch.rand(W.shape[1], generator=generator)
 
 
-def obs(W, gram, mean, N, generator=None, damp=0.01):
-    "Loss of removing a column if the others make up for it. Source: SparseGPT, arXiv 2301.00774"
+def obs(W, gram, mean, N, generator=None, cols=1, damp=0.01):
+    """Loss of removing a unit if the other units make up for it: the joint error of its columns,
+    (n / cols,). Sources: SparseGPT, arXiv 2301.00774; for groups ZipLM, arXiv 2302.04089"""
     H = gram.double()
     H.diagonal().add_(damp * H.diagonal().mean().clamp_min(1e-12))
-    return (W.double().square().sum(0)
-            / torch.cholesky_inverse(torch.linalg.cholesky(H)).diagonal()).float()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H)).view(-1, cols, len(H) // cols, cols)
+    own = inverse.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (units, cols, cols)
+    WS = W.double().T.view(len(own), cols, -1)  # (units, cols, D)
+    return (WS * torch.linalg.solve(own, WS)).sum((1, 2)).float()
 
 
 CRITERIA: dict[str, Callable] = dict(wanda=wanda, magnitude=magnitude, fluctuation=fluctuation,
@@ -65,9 +69,9 @@ def unit_scores(module: Module, stats: GramStats,
     if criterion not in CRITERIA:
         raise ValueError(f'criterion {criterion!r}; expected one of {", ".join(CRITERION_NAMES)}')
     W = module.out.weight.detach().float().cpu()
-    col = CRITERIA[criterion](W, stats.gram[module.key], stats.mean(module.key), stats.tokens,
-                              generator)
-    return col.view(module.units, module.cols).sum(1)
+    found = CRITERIA[criterion](W, stats.gram[module.key], stats.mean(module.key), stats.tokens,
+                                generator, module.cols)
+    return found.view(module.units, -1).sum(1)
 
 
 def unit_order(layout: Layout, stats: GramStats, criterion: str = 'wanda', seed: int = 0,

@@ -7,7 +7,6 @@ __all__ = ['GramStats', 'collect_stats', 'cached_stats']
 
 # %% ../../nbs/core/04_stats.ipynb #69b6d255
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .families import Layout, fingerprint
+from .runs import atomic_write, sweep
 from .text import Blocks
 
 # %% ../../nbs/core/04_stats.ipynb #144ddf2a
@@ -100,8 +100,6 @@ def cached_stats(model: PreTrainedModel, layout: Layout, blocks: Blocks,
         except Exception:
             path.unlink()  # only a cache, computed again below
     stats = collect_stats(model, layout, blocks, batch, progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_suffix(f'.{os.getpid()}.tmp')
-    torch.save(vars(stats), tmp)
-    os.replace(tmp, path)
+    sweep(path.parent)  # of killed processes
+    atomic_write(path, lambda f: torch.save(vars(stats), f))
     return stats

@@ -8,7 +8,7 @@ __all__ = ['TAYLOR_BLOCKS', 'Bench', 'find_widths', 'open_run', 'load_bench', 'm
 # %% ../../nbs/pipeline/01_bench.ipynb #7a1bf1b1
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,9 @@ class Bench:
                  cache: str | Path | None = None,  # keep statistics here
                  progress: bool = True,
                  how: dict | None = None):  # arguments of `load_model` that gave this model
-        self.config, self.corpus, self.tokenizer, self.how = config, corpus, tokenizer, how or {}
+        # what records name is the type of the weights, whatever was asked for
+        self.config = config = replace(config, dtype=str(model.dtype).removeprefix('torch.'))
+        self.corpus, self.tokenizer, self.how = corpus, tokenizer, how or {}
         p = config.profile
         self.text = Splits(corpus, tokenizer, model, Convention(p.block_len, p.block_len),
                            p.calibration_blocks, p.test_blocks)
@@ -156,7 +158,8 @@ def open_run(folder: str | Path, bench: Bench,
     c = config or bench.config
     # an infeasible target must not touch a folder
     solve(np.zeros(bench.cost.full.shape), bench.cost, c.sparsity, c.step, c.p_min)
-    key = run_config(c, bench.corpus.sha256) | dict(weights=bench.fingerprint)
+    key = (run_config(replace(c, dtype=bench.config.dtype), bench.corpus.sha256)
+           | dict(weights=bench.fingerprint))
     key['profile'] = {k: v for k, v in key['profile'].items()
                       if k not in ('test_blocks', 'sequential_blocks')}
     return RunDir(folder,

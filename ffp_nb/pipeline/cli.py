@@ -54,7 +54,8 @@ Out = Annotated[Path, typer.Option(help='folder for everything that is made')]
 Resume = Annotated[bool, typer.Option(help='go on with the search in --out, or start over')]
 Criterion = Annotated[Criteria,
                       typer.Option(help='criterion for the order in which units are removed')]
-Dtype = Annotated[str, typer.Option(help='bfloat16, float32 or float16')]
+Dtype = Annotated[str, typer.Option(
+    help='auto (bfloat16 where the device has it, else float32), bfloat16, float32 or float16')]
 Remove = Annotated[Optional[list[Kinds]], typer.Option(
     help='modules of this kind may be removed altogether; give it twice for both')]
 FfnStep = Annotated[int, typer.Option(help='FFN widths are multiples of this')]
@@ -161,7 +162,7 @@ def _config(model, text, sparsity, method, profile, seed, criterion, dtype, remo
 def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.2,
           method: Method = Methods.ffp, profile: ProfileOpt = Profiles.cpu, seed: Seed = 0,
           out: Out = Path('runs/pruned'), resume: Resume = True,
-          criterion: Criterion = Criteria.wanda, dtype: Dtype = 'bfloat16', device: Device = None,
+          criterion: Criterion = Criteria.wanda, dtype: Dtype = 'auto', device: Device = None,
           remove: Remove = None, ffn_step: FfnStep = 32, workers: Workers = 0,
           calibration: Repair = Calibrations.sequential, alpha: Alpha = 0.1,
           overwrite: Overwrite = False, debug: Debug = False):
@@ -180,7 +181,7 @@ def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.
 def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.2,
            method: Method = Methods.ffp, profile: ProfileOpt = Profiles.cpu, seed: Seed = 0,
            out: Out = Path('runs/search'), resume: Resume = True,
-           criterion: Criterion = Criteria.wanda, dtype: Dtype = 'bfloat16', device: Device = None,
+           criterion: Criterion = Criteria.wanda, dtype: Dtype = 'auto', device: Device = None,
            remove: Remove = None, ffn_step: FfnStep = 32, workers: Workers = 0,
            debug: Debug = False):
     "Only find the widths: log, pictures and widths.json, but no test split and no model."
@@ -210,7 +211,7 @@ def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0
 
 # %% ../../nbs/pipeline/04_cli.ipynb #d94e92be
 @app.command('eval')
-def evaluate(model: Model = 'smollm2', text: Text = 'auto', dtype: Dtype = 'bfloat16',
+def evaluate(model: Model = 'smollm2', text: Text = 'auto', dtype: Dtype = 'auto',
              device: Device = None, split: Split = 'test', block_len: BlockLen = 512,
              stride: Stride = None, bos: Bos = False, max_blocks: MaxBlocks = None,
              tasks: Tasks = None, limit: Limit = None, part: Part = None, metric: Metric = None,

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from ..core.elastic import ElasticModel, Weights
-from ..core.families import Layout
+from ..core.families import Layout, seeded
 from ..core.perplexity import block_loss
+from ..core.ridge import spare_bytes
 from ..core.runs import RunDir
 from ..core.text import Blocks, check_blocks
 from ..export.hf import save_pruned
@@ -83,11 +84,13 @@ class Adapted(nn.Module):
     zero at first"""
     def __init__(self, lin: nn.Linear, rank: int):
         super().__init__()
-        new: dict[str, Any] = dict(device=lin.weight.device, dtype=torch.float32)
-        self.lin, self.down = lin, nn.Linear(lin.in_features, rank, **new)
-        self.up = nn.Linear(rank, lin.out_features, **new)
+        self.lin, self.down = lin, nn.Linear(lin.in_features, rank, dtype=torch.float32)
+        self.up = nn.Linear(rank, lin.out_features, dtype=torch.float32)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
+        # drawn on the CPU: a seed gives the same numbers for every device
+        self.down.to(lin.weight.device)
+        self.up.to(lin.weight.device)
 
     def forward(self, x):  # (..., n) -> (..., D)
         return self.lin(x) + self.up(F.gelu(self.down(x.float()))).to(x.dtype)
@@ -129,6 +132,21 @@ def _pruned_copy(elastic, widths, weights):
         left = outs | {lin for m in modules for lin, _ in m.rows if lin.weight.numel()}
         named = [(name, lin) for name, lin in elastic.model.named_modules() if lin in left]
         return elastic.sliced(), [n for n, _ in named], [n for n, lin in named if lin in outs]
+
+
+def _settle(own, elastic, method):
+    """Move the copy of a split model to the device that this computes on. ValueError where it does
+    not fit"""
+    if not hasattr(elastic.model, '_hf_hook'): return
+    if (main := torch.device(elastic.model._hf_hook.execution_device)).type == 'cpu': return
+    # a gradient and two moments for each trained number, which is float32
+    need = sum(p.numel() * (p.element_size() + 12 * p.requires_grad) for p in own.parameters())
+    if need > (spare := spare_bytes(main)):
+        raise ValueError(f'training with {method} takes {need / 1e9:.1f} GB, and {main} has '
+                         f'{max(spare, 0) / 1e9:.1f} GB to spare. The model is split over devices, '
+                         'training is not. Use a larger GPU, or a model on the CPU '
+                         "(device='cpu'), which trains there, slowly.")
+    own.to(main)
 
 # %% ../../nbs/recover/00_train.ipynb #76e231f0
 def descend(
@@ -237,8 +255,9 @@ def recover(elastic: ElasticModel,
             progress: bool = True) -> Recovered:
     """Train a copy of the model at these widths; the elastic model does not change.
 
-    Costs about three forward passes per token, and 16 bytes for each trained parameter.
-    ValueError for unusable settings or text, or if training diverges."""
+    Costs about three forward passes per token, and 16 bytes for each trained parameter. A model
+    that is split over devices is trained on its main one: the GPU, if there is one. ValueError for
+    unusable settings or text, if it does not fit there, or if training diverges."""
     steps = recipe.steps(blocks)
     check_blocks(blocks, elastic.model)
     if elastic.dtype == torch.float16:
@@ -247,12 +266,12 @@ def recover(elastic: ElasticModel,
     own, projections, outputs = _pruned_copy(elastic, widths, weights)
     if recipe.method != 'finetune' and not outputs:
         raise ValueError(f'no unit is left in any module: {recipe.method} has nothing to train')
-    with torch.random.fork_rng([]):
-        torch.manual_seed(recipe.seed)
+    with seeded(recipe.seed):
         finish = _PREPARE[recipe.method](own.requires_grad_(False), projections, outputs, recipe)
     trained = [p for p in own.eval().parameters() if p.requires_grad]
     for p in trained:
         p.data = p.data.float()
+    _settle(own, elastic, recipe.method)
     losses = _train(own, blocks, recipe, elastic.dtype != torch.float32, run, every, progress)
     return Recovered(finish().requires_grad_(False), np.array(widths), elastic.layout, recipe,
                      losses, sum(p.numel() for p in trained),

@@ -28,7 +28,7 @@ from ..core.families import KINDS, Layout, tiny_model
 from ..core.perplexity import Perplexity, paired_interval
 from ..core.ridge import Calibrator
 from ..core.runs import (
-    Checkpoints, CorruptFile, PolicyLog, RunDir, _read_checkpoint, read_json)
+    Checkpoints, CorruptFile, PolicyLog, RunDir, _read_checkpoint, read_config, read_json)
 from ..core.stats import collect_stats
 from ..core.text import Blocks
 from .heuristics import BASELINES, HEURISTICS, Problem
@@ -108,7 +108,7 @@ def read_run(folder: str | Path) -> RunLog:  # the folder of `--out`, or `search
         raise FileNotFoundError(f'{folder} is no run: it has no search/config.json. Give a '
                                 'folder that `ffp search` or `ffp prune` wrote to (--out).')
     # checkpoint first: the log is never behind it
-    config, state = read_json(found / 'config.json'), _last_state(found)
+    (config, _), state = read_config(found), _last_state(found)
     log = PolicyLog(found / 'policies.jsonl').rows()
     for i, row in enumerate(log, 1):
         missing = [k for k in _ROW if k not in row] if isinstance(row, dict) else _ROW

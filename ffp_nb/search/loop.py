@@ -10,7 +10,6 @@ import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +23,7 @@ from ..core.perplexity import block_nll
 from ..core.runs import RunDir, atomic_write
 from ..core.text import Blocks
 from .agent import Searcher
-from .rivals import SEARCHERS
+from .rivals import SEARCHERS, build_searcher, searcher_settings
 from .schedule import Schedule, Shape
 
 # %% ../../nbs/search/04_loop.ipynb #80ae6a06
@@ -161,6 +160,7 @@ class SearchConfig:
         if not 0 < self.sparsity < 1:
             raise ValueError(f'sparsity {self.sparsity}; expected a share above 0 and below 1')
         if self.seed < 0: raise ValueError(f'seed {self.seed}; expected 0 or more')
+        searcher_settings(self.method, self.agent)  # a wrong name fails now
         for name in ('episodes', 'batch', 'blocks', 'final_blocks'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} {getattr(self, name)}; expected at least 1')
@@ -240,8 +240,7 @@ class Search:
         if not lo <= config.sparsity <= hi:
             raise InfeasibleBudget(config.sparsity, lo, hi, cost.name)
         self.evaluator, self.cost, self.config, self.run_dir = evaluator, cost, config, run
-        make = partial(SEARCHERS[config.method], len(cost.full), seed=config.seed)
-        self.searcher = searcher or make(**config.agent)
+        self.searcher = searcher or build_searcher(config.method, cost, config.seed, config.agent)
         self.sampler = TextSampler(len(evaluator.pool), config.seed)
         self.target, self.fidelity = config.schedules()
         self.update, self.log, self.updates, self.wall_s, self.broken = 0, [], [], 0.0, 0

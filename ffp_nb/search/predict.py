@@ -28,10 +28,11 @@ from sklearn.preprocessing import FunctionTransformer, SplineTransformer, Standa
 from torch import nn
 
 from ..core.budget import Cost, retention
+from ..core.families import seeded
 from ..core.runs import RunDir
 from .agent import Searcher
 from .loop import Evaluator, Search, SearchConfig
-from .rivals import SEARCHERS
+from .rivals import build_searcher
 
 # %% ../../nbs/search/05_predict.ipynb #fd67a85e
 def features(widths,  # (n, n_layers, 2) units kept
@@ -132,8 +133,7 @@ class GridCNN:
         self.mean, self.scale = float(np.mean(y)), float(np.std(y)) or 1.0
         t = torch.tensor((y - self.mean) / self.scale, dtype=torch.float32)
         parts = -(-len(x) // self.batch)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             self.net = nn.Sequential(nn.Conv1d(4, c, 3, padding=1), nn.SiLU(),
                                      nn.Conv1d(c, c, 3, padding=1), nn.SiLU(), nn.Flatten(),
                                      nn.Linear(c * x.shape[2], 32), nn.SiLU(), nn.Linear(32, 1),
@@ -334,8 +334,7 @@ class PredictedSearch(Search):
                  run: RunDir | None = None,  # where to log; None: in memory
                  # the agent, for batches of any size; None: made from the configuration
                  searcher: Searcher | None = None):
-        agent = (searcher
-                 or SEARCHERS[config.method](len(cost.full), seed=config.seed, **config.agent))
+        agent = searcher or build_searcher(config.method, cost, config.seed, config.agent)
         # mypy does not see the methods that @patch gave it
         learner = Predicted(agent, prediction, self.describe,  # type: ignore[abstract]
                             config.seed)

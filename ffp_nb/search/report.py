@@ -6,8 +6,8 @@
 __all__ = ['COLLAPSED', 'findings', 'winner', 'report']
 
 # %% ../../nbs/search/08_report.ipynb #b7580c9e
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -185,7 +185,8 @@ def report(folders: str | Path | list,  # run folders; seeds of one target are c
     kept = _kept(out / 'measured.json', runs)
     if measure:
         kept = {config_id(r.config): measure(r) for r in runs}
-    temp = Path(tempfile.mkdtemp(dir=out, prefix='.report-'))
+    temp = out / f'.report.{secrets.token_hex(4)}.tmp'
+    temp.mkdir()
     try:
         with sns.axes_style('whitegrid'), sns.plotting_context('notebook'):
             table, text = _write(runs, kept, temp)

@@ -24,7 +24,7 @@ from ..core.perplexity import paired_interval
 from ..core.runs import RunDir, cached, config_id
 from ..pipeline.bench import Bench
 from ..pipeline.config import PROFILES, PruneConfig, run_config
-from ..search.agent import PUBLISHED
+from ..search.agent import PUBLISHED, TRUST
 from ..search.diagnose import trace
 from ..search.heuristics import (
     BASELINES, HEURISTICS, BiasCompensation, output_biases, retention_scores)
@@ -59,14 +59,14 @@ def base_config(model: str,  # 'smollm2', a twin of `NAMES`, a local folder or a
     return PruneConfig(model, text, 0.3, criterion=criterion, profile=PROFILES[profile])
 
 # %% ../../nbs/studies/02_cells.ipynb #705175a9
-def _hashes(runs: Path) -> dict[str, tuple[dict, str]]:
-    "Hashes of text and weights of every model, as its records name them"
-    found: dict[str, tuple[dict, str]] = {}
+def _known(runs: Path) -> dict[str, tuple[dict, str, str]]:
+    "Hashes of text and weights of every model, and their type, as its records name them"
+    found: dict[str, tuple[dict, str, str]] = {}
     for r in (r for d in ('main', 'families', 'spine') for r in read_records(runs / d)):
         c, w = r['config'], r['result'].get('weights') if isinstance(r['result'], dict) else ''
         if 'text_sha256' in c and isinstance(c.get('model'), str):
-            old = found.get(c['model'], ({}, ''))
-            found[c['model']] = c['text_sha256'], w or old[1]
+            old = found.get(c['model'], ({}, '', ''))
+            found[c['model']] = c['text_sha256'], w or old[1], c['dtype']
     return found
 
 # %% ../../nbs/studies/02_cells.ipynb #3a8ad3c0
@@ -103,18 +103,18 @@ class Lab:
     def facts(self, model: str, criterion: str = 'wanda') -> Facts:
         if not self.dry: return Facts.of(self.bench(model, criterion))
         config = base_config(model, self.profile, self.text, criterion)
-        sha, weights = self._recorded.get(config.model, ({}, ''))
-        return Facts(config, sha, weights, lambda: param_cost(Layout(_untrained(model))), np.inf)
+        sha, weights, dtype = self._recorded.get(config.model, ({}, '', config.dtype))
+        return Facts(replace(config, dtype=dtype), sha, weights, lambda: param_cost(Layout(_untrained(model))), np.inf)
 
     @cached_property
     def _recorded(self):
-        return _hashes(self.runs)
+        return _known(self.runs)
 
 # %% ../../nbs/studies/02_cells.ipynb #275b9955
 def _untrained(model):
     "A model with the shapes of this one"
     if model in NAMES: return build_model(Training(model))
-    return load_model(model, 'bfloat16', 'cpu')[0]
+    return load_model(model, device='cpu')[0]
 
 # %% ../../nbs/studies/02_cells.ipynb #ba428286
 @dataclass(frozen=True)
@@ -160,6 +160,11 @@ VARIANTS = dict(default={},
                 pairs=dict(agent=dict(antithetic=True)), fast=dict(agent=dict(lr=3e-3)),
                 slow=dict(agent=dict(lr=3e-4)), batch8=dict(batch=8), batch32=dict(batch=32),
                 warm=dict(warm=True),
+                # the agent whose updates end in time, and whose width can move
+                **{'trust': dict(agent=TRUST),
+                   'trust-fixed': dict(agent=TRUST | dict(learn_std=False)),
+                   'trust-calm': dict(agent=TRUST | dict(entropy=0.0)),
+                   'trust-curious': dict(agent=TRUST | dict(entropy=0.05))},
                 # the rest
                 removable=dict(p_min=0.0), unbalanced=dict(search=dict(balance=(0,))),
                 unrepaired=dict(repair='none'), clip=dict(solver='clip'))
@@ -221,7 +226,7 @@ def cell_settings(cell: Cell, facts: Facts) -> PruneConfig:
     "The configuration of a cell"
     v, base = VARIANTS[cell.variant], facts.config
     p, agent = base.profile, v.get('agent', {})
-    if cell.method == 'ddpg':  # AMC uses costs
+    if cell.method == 'ddpg':  # what a search would take by itself: named, for the record
         agent = agent | dict(share=(facts.cost().unit * facts.cost().full).tolist())
     search = v.get('search', {}) | (dict(agent=agent) if agent else {})
     if 'batch' in v:

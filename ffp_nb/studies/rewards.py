@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..core.budget import Cost, random_scores, solve, uniform
 from ..core.elastic import ElasticModel, Weights
-from ..core.runs import RunDir, config_id, find_record
+from ..core.runs import RunDir, config_id
 from ..core.text import Blocks, Convention, load_corpus, token_blocks
 from ..pipeline.bench import Bench
 from ..pipeline.config import PruneConfig, run_config
@@ -31,7 +31,7 @@ from ..pipeline.tasks import SEVEN, TaskLM, load_tasks, quiet
 from ..search.loop import Evaluator, Search, search_summary
 from .cells import Facts, Lab
 from .study import (
-    Measurement, Plan, Study, only_one, paired_differences, read_records)
+    Measurement, Plan, Study, find_measured, only_one, paired_differences, read_records)
 
 # %% ../../nbs/studies/13_rewards.ipynb #0bda08ad
 class TaskGroups:
@@ -201,7 +201,7 @@ def search_wanted(lab: Lab, facts: Facts, reward: str, seed: int, scale, pool) -
                      key | dict(weights=bench.fingerprint))
         return measure_search(bench, config, reward, scale, pool, run)
     return Measurement(key, measure,
-                       find_record(lab.runs / 'spine', same) if reward == 'ppl' else None)
+                       find_measured(lab.runs / 'spine', same) if reward == 'ppl' else None)
 
 
 def measure_search(bench: Bench, config: PruneConfig, reward: str, scale, pool,

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup)
 
-from ..core.families import fingerprint, load_model
+from ..core.families import fingerprint, load_model, seeded
 from ..core.runs import CorruptFile, RunDir, atomic_write, config_id, save_record
 from ..core.text import Corpus, split_text
 from ..pipeline.bench import Bench
@@ -183,8 +183,7 @@ def build_model(c: Training):
                llama=dict(intermediate_size=3 * h, num_key_value_heads=c.heads // 2),
                mistral=dict(intermediate_size=3 * h + h // 6, num_key_value_heads=c.heads // 4,
                             sliding_window=c.block_len // 2))
-    with torch.random.fork_rng([]):
-        torch.manual_seed(c.seed)
+    with seeded(c.seed):
         # eager: matrix products are faster in bfloat16 on a CPU, where fused attention has a slow
         # backward pass
         config = AutoConfig.for_model(c.family, **common, **own[c.family])
@@ -263,6 +262,7 @@ def small_model(family: str = 'opt',  # one of `NAMES`
     save_record(done, key, found, c.steps * c.batch * c.block_len,
                 round(time.perf_counter() - start, 1))
     os.replace(done, out)
+    run.close()
     shutil.rmtree(run.path)
     return out
 
