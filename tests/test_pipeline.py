@@ -2,18 +2,22 @@
 the same again"""
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import make_folder, worked
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ffp_nb.core import ridge
 from ffp_nb.core.budget import bounds, param_cost
-from ffp_nb.core.criteria import taylor_scores
+from ffp_nb.core.criteria import taylor_scores, unit_order
+from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.families import FAMILIES, Layout, load_model
 from ffp_nb.core.perplexity import perplexity
+from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Convention, load_corpus, token_blocks
 from ffp_nb.export.hf import load_pruned
 from ffp_nb.pipeline import bench as benches, prune
@@ -45,6 +49,17 @@ def on_budget(cost, widths, sigma, step=(1, 32)):
     return -1e-6 <= spare < min(open_steps)
 
 
+def plain_perplexity(model, text, length=TINY.block_len, n=TINY.test_blocks):
+    "Of a folder, on the first blocks of the test split of a file: transformers and a loop"
+    net = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True, dtype=torch.float32)
+    read = AutoTokenizer.from_pretrained(model)
+    words = read(load_corpus(str(text))['test'], add_special_tokens=False)['input_ids']
+    blocks = [torch.tensor([words[i * length:(i + 1) * length]]) for i in range(n)]
+    with torch.inference_mode():
+        losses = [net.eval()(ids, labels=ids).loss for ids in blocks]
+    return float(torch.stack(losses).mean().exp())
+
+
 @pytest.mark.parametrize('family', FAMILIES)
 def test_prune_end_to_end(family, family_folder, ffp, tmp_path, monkeypatch):
     folder, out, held = family_folder(family), tmp_path / 'out', {}
@@ -64,8 +79,8 @@ def test_prune_end_to_end(family, family_folder, ffp, tmp_path, monkeypatch):
     ours = table[table.method == 'ffp']
     assert np.allclose(ours.sparsity, cost.sparsity(widths))
     assert (table.sparsity[table.method != 'dense'] >= SIGMA - 1e-9).all()
-    assert (list(ours.calibration) == ['none', 'static', 'sequential']
-            and np.isfinite(table.ppl).all())
+    assert list(ours.calibration) == ['none', 'static', 'sequential']
+    assert np.allclose(np.log(table.ppl), table.nll, rtol=1e-12, atol=0)
     assert {'dense', 'uniform'} <= set(table.method) and 'sequential' in result.stdout
 
     model, tokenizer = load_pruned(out / 'model')
@@ -83,6 +98,8 @@ def test_prune_end_to_end(family, family_folder, ffp, tmp_path, monkeypatch):
     dense = sum(p.numel() for p in load_model(str(folder / 'dense'), 'float32')[0].parameters())
     assert dense - small == cost.dense - cost.total(
         widths), 'the folder holds what the budget counts'
+    assert (f'{dense:,} parameters before, {small:,} after' in
+            (out / 'model' / 'README.md').read_text())
 
     seen = {}
     def spy(*a, **kw):
@@ -94,6 +111,7 @@ def test_prune_end_to_end(family, family_folder, ffp, tmp_path, monkeypatch):
     last = ours[ours.calibration == 'sequential'].iloc[0]
     assert (seen['p'].ppl == pytest.approx(last.ppl, rel=1e-6)
             and seen['p'].mean_nll == pytest.approx(last.nll, rel=1e-7))
+    assert plain_perplexity(out / 'model', folder / 'text.txt') == pytest.approx(last.ppl, rel=1e-5)
     if family == 'llama':
         for name in ('retention.png', 'search.png'):
             assert (out / name).read_bytes().startswith(b'\x89PNG')
@@ -112,23 +130,124 @@ def test_whole_modules_may_go(family, family_folder, ffp, tmp_path):
     cost = param_cost(Layout(load_model(str(folder / 'dense'), 'float32')[0]))
     assert (widths == 0).any() and on_budget(cost, widths, 0.85)
     table = pd.read_csv(out / 'table.csv')
-    assert np.isfinite(table.ppl).all()
-    model, tokenizer = load_pruned(out / 'model')
-    blocks = token_blocks(load_corpus(str(folder / 'text.txt'))['test'], tokenizer,
-                          Convention(32, 32, max_blocks=2))
-    assert perplexity(model, blocks).ppl == pytest.approx(table.ppl.iloc[-1], rel=1e-5)
+    assert (plain_perplexity(out / 'model', folder / 'text.txt')
+            == pytest.approx(table.ppl.iloc[-1], rel=1e-5))
 
 
-def test_dense_folder_evaluates_as_the_table_says(family_folder, ffp, tmp_path):
-    folder = family_folder('llama')
-    worked(ffp('prune', *base(folder, method='uniform-ffn', calibration='static'), '--out',
-               tmp_path / 'out'))
-    table = pd.read_csv(tmp_path / 'out' / 'table.csv')
+def test_no_output_replaces_what_is_read(tmp_path, ffp, monkeypatch):
+    "Refused before anything is loaded, whatever the flags"
+    mine = tmp_path / 'mine'
+    mine.mkdir()
+    make_folder(mine)
+    shutil.move(mine / 'dense', mine / 'model')
+    shutil.copytree(mine / 'model', mine / 'search')
+    shutil.copy(mine / 'text.txt', mine / 'table.csv')
+    (tmp_path / 'link').symlink_to(mine)
+    before = {o: o.read_bytes() for o in tmp_path.rglob('*') if o.is_file()}
+    monkeypatch.setattr(benches.Bench, 'load', lambda *a, **kw: pytest.fail('it loads'))
+    monkeypatch.setattr('ffp_nb.export.hf.load_model', lambda *a, **kw: pytest.fail('it loads'))
+    text = ('--text', mine / 'text.txt')
+    for command in (
+            ('prune', '--model', mine / 'model', '--out', mine, '--overwrite', *text),
+            ('prune', '--model', mine / 'model', '--out', tmp_path / 'link', '--overwrite', *text),
+            ('prune', '--model', mine / 'model', '--out', mine / 'model' / '..', '--overwrite',
+             *text),
+            ('prune', '--model', mine / 'model', '--out', mine / 'model', *text),
+            ('search', '--model', mine / 'search', '--out', mine, '--no-resume', *text),
+            ('search', '--model', mine / 'model', '--out', mine, '--text', mine / 'table.csv'),
+            ('eval', '--model', mine / 'model', '--csv', mine / 'text.txt', *text),
+            ('eval', '--model', mine / 'model', '--csv', mine / 'model' / 'config.json', *text)):
+        result = ffp(*command)
+        assert result.exit_code == 1 and 'read' in result.stderr, command
+        assert 'Choose another' in result.stderr and result.stderr.count('\n') == 1
+    assert {o: o.read_bytes() for o in tmp_path.rglob('*') if o.is_file()} == before
+
+
+def test_no_report_replaces_what_is_read(family_folder, tmp_path, ffp, monkeypatch):
+    "Neither the pictures of a run, nor a page of the studies"
+    out, nbs = tmp_path / 'out', tmp_path / 'nbs'
+    worked(ffp('search', *base(family_folder('llama')), '--out', out))
+    (nbs / 'studies').mkdir(parents=True)
+    (nbs / 'studies' / 'page.ipynb').write_text('{}')
+    monkeypatch.setattr('ffp_nb.studies.registry.find_notebooks', lambda *a: nbs)
+    monkeypatch.setattr('ffp_nb.studies.registry.write_report', lambda *a: pytest.fail('it works'))
+    before = {o: o.read_bytes() for o in tmp_path.rglob('*') if o.is_file()}
+    for command in (('report', out, '--out', out), ('report', out / 'search', '--out', out),
+                    ('study', 'report', '--out', nbs / 'studies' / 'page.ipynb')):
+        result = ffp(*command)
+        assert result.exit_code == 1 and 'Choose another' in result.stderr, command
+    assert {o: o.read_bytes() for o in tmp_path.rglob('*') if o.is_file()} == before
+
+
+def test_overwrite_replaces_saved_models_only(tiny_folder, ffp, monkeypatch):
+    out = tiny_folder / 'out'
+    (out / 'model').mkdir(parents=True)
+    (out / 'model' / 'thesis.tex').write_text('x')
+    monkeypatch.setattr(benches.Bench, 'load', lambda *a, **kw: pytest.fail('it loads'))
+    result = ffp('prune', *base(tiny_folder), '--out', out, '--overwrite')
+    assert result.exit_code == 1 and 'no model that was saved by ffp_nb' in result.stderr
+    assert (out / 'model' / 'thesis.tex').read_text() == 'x'
+
+
+def test_the_table_says_what_folders_give(family_folder, ffp, tmp_path):
+    "The dense model and the two uniform policies, each measured on its own folder"
+    folder, found = family_folder('llama'), {}
+    for method in ('uniform-ffn', 'uniform'):
+        worked(ffp('prune', *base(folder, method=method, calibration='static'), '--out',
+                   tmp_path / method))
+        table = pd.read_csv(tmp_path / method / 'table.csv')
+        assert (set(table.method) == {'dense', 'uniform', 'uniform-ffn'}
+                and table.calibration[table.method == method].tolist() == ['none', 'static'])
+        rows = table[(table.calibration == 'static') | (table.method == 'dense')]
+        found[method] = rows.set_index('method').ppl
+    pd.testing.assert_series_equal(*(p.sort_index() for p in found.values()))
+    models = {m: tmp_path / m / 'model' for m in found} | dict(dense=folder / 'dense')
+    for method, model in models.items():
+        assert (plain_perplexity(model, folder / 'text.txt')
+                == pytest.approx(found['uniform'][method], rel=1e-5)), method
+
+
+def test_settings_reach_rewards_and_repair(family_folder, tmp_path):
+    "The folder is the model that the parts of `core` make of the widths, with these settings"
+    folder = family_folder('opt')
+    config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), alpha=0.5,
+                         sequential_alpha=0.2, **SMALL_UNITS)
+    table = prune.prune(config, tmp_path / 'out', progress=False)
+    widths = np.array(record(tmp_path / 'out')['result']['widths'])
     model, tokenizer = load_model(str(folder / 'dense'), 'float32')
-    blocks = token_blocks(load_corpus(str(folder / 'text.txt'))['test'], tokenizer,
-                          Convention(32, 32, max_blocks=2))
-    assert (perplexity(model, blocks).ppl
-            == pytest.approx(table.ppl[table.method == 'dense'].item(), rel=1e-6))
+    corpus = load_corpus(str(folder / 'text.txt'))
+    cut = lambda split, n=None: token_blocks(corpus[split], tokenizer, Convention(32, 32), n)
+    calibration, layout = cut('calibration', TINY.calibration_blocks), Layout(model)
+    stats = collect_stats(model, layout, calibration, progress=False)
+    em = ElasticModel(model, unit_order(layout, stats))
+    static = ridge.Calibrator(em, stats.permute(em.columns), 0.5)
+    fitted, other = (ridge.sequential_calibrate(em, widths, calibration[:TINY.sequential_blocks],
+                                                0.2, static, target, progress=False)
+                     for target in ('residual', 'module'))
+    saved, _ = load_pruned(tmp_path / 'out' / 'model')
+    test = cut('test', TINY.test_blocks)
+    ours = table[table.method == 'ffp'].ppl
+    for ppl, weights in zip(ours, (None, static, fitted), strict=True):
+        with em.at(widths, weights):
+            assert perplexity(em.model, test).ppl == pytest.approx(ppl, rel=1e-5)
+    with em.at(widths, fitted), torch.inference_mode():
+        torch.testing.assert_close(saved(test.ids).logits, em.model(test.ids).logits, rtol=1e-4,
+                                   atol=1e-4)
+    # rewards: the search split, the static repair
+    text, log = cut('search'), (tmp_path / 'out' / 'search' / 'policies.jsonl').read_text()
+    for row in map(json.loads, log.splitlines()[-2:]):
+        nll = [0, 0]
+        for i, (w, weights) in enumerate(((layout.full, None), (np.array(row['widths']), static))):
+            with em.at(w, weights):
+                nll[i] = perplexity(em.model, text[row['blocks']]).mean_nll
+        assert row['reward'] == pytest.approx(np.exp(nll[0] - nll[1]), rel=1e-5)
+    # the other target; what several policies share is what one of them would compute
+    bench = benches.Bench.load(replace(config, sequential_target='module'), progress=False)
+    own = bench.sequential(widths, False).weights
+    given = bench.sequential(widths, False, goals=bench.goals).weights
+    for key, (w, _) in own.items():
+        assert torch.equal(w, given[key][0])
+        torch.testing.assert_close(w, other.weights[key][0], rtol=1e-4, atol=1e-4)
 
 
 def test_opt_is_calibrated_with_intercept(family_folder, tmp_path, monkeypatch):
@@ -144,14 +263,15 @@ def test_opt_is_calibrated_with_intercept(family_folder, tmp_path, monkeypatch):
         model, _ = load_pruned(tmp_path / calibration / 'model')
         bench = benches.Bench.load(config, progress=False)
         widths = benches.find_widths(bench)[0]
+        assert fits == [True] * 2 * dense.n_layers * (calibration == 'sequential')
+        final = bench.sequential(widths, False) if calibration == 'sequential' else bench.static
         for i, layer in enumerate(model.model.decoder.layers):
             for lin, kind, j in ((layer.self_attn.out_proj, 'attn', 0), (layer.fc2, 'ffn', 1)):
                 was, same = dense.modules[i, kind].out.bias, calibration == 'none'
                 assert torch.equal(lin.bias, was) == same
-                if calibration == 'static':
-                    W, b = bench.static(i, kind, int(widths[i, j]))
+                if calibration != 'none':
+                    W, b = final(i, kind, int(widths[i, j]))
                     assert torch.equal(lin.weight, W) and torch.equal(lin.bias, b)
-    assert fits == [True] * 2 * dense.n_layers
 
 
 def test_static_intercept_keeps_the_mean_output(family_folder):
@@ -259,11 +379,13 @@ def test_interrupted_by_the_user(family_folder, ffp, tmp_path, steps, monkeypatc
     with monkeypatch.context() as m:
         m.setattr(rivals.SEARCHERS["ffp"], 'ask', interrupted)
         result = ffp('search', *base(folder), '--out', tmp_path / 'out')
-    assert (result.exit_code == 130 and 'the same command goes on' in result.stderr
+    assert (result.exit_code == 130 and 'goes on from the last finished' in result.stderr
             and 'Traceback' not in result.output)
     worked(ffp('search', *base(folder), '--out', tmp_path / 'out'))
     assert steps == [0, 1, 0, 1, 1]
-    for name in ('search/policies.jsonl', 'widths.json'):
+    for name in ('out', 'whole'):  # and so is what is made of it
+        worked(ffp('prune', *base(folder), '--out', tmp_path / name))
+    for name in ('search/policies.jsonl', 'widths.json', 'table.csv', 'model/model.safetensors'):
         assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
 
 
@@ -273,11 +395,13 @@ def test_another_repair_uses_the_same_search(family_folder, ffp, tmp_path, steps
     worked(ffp('prune', *base(folder), '--out', out))
     first = pd.read_csv(out / 'table.csv')
     worked(ffp('prune', *base(folder, calibration='static'), '--overwrite', '--out', out))
+    unlike = plain_perplexity(out / 'model', folder / 'text.txt')
     second = pd.read_csv(out / 'table.csv')
     assert steps == [0, 1] and len(list(out.glob('prune-*.json'))) == 2
     assert list(second.calibration[second.method == 'ffp']) == ['none', 'static']
     pd.testing.assert_frame_equal(second,
                                   first[first.calibration != 'sequential'].reset_index(drop=True))
+    assert unlike == pytest.approx(second.ppl.iloc[-1], rel=1e-5)
 
 
 def test_a_moved_text_is_another_configuration_only_if_it_differs(tmp_path, ffp):

@@ -250,7 +250,7 @@ def test_study_records(lab, data, monkeypatch):
     assert (searches.measured > 0).all()
     for r in found[-4:]:
         assert 0.8 * 6_000 < r['result']['forward_tokens'] <= 6_000
-        assert r['config']['search']['agent'] == dict(std=0.5)
+        assert r['config']['search']['agent']['std'] == 0.5
     others = dict(model=None, predicted=Prediction('gp'))
     monkeypatch.setattr(prediction, 'KINDS', others)
     assert list(prediction.STUDY.read(lab.runs)[2].kind) == [

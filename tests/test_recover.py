@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.families import tiny_model
+from ffp_nb.core.families import load_model, tiny_model
 from ffp_nb.core.perplexity import block_nll
 from ffp_nb.core.ridge import Calibrator
 from ffp_nb.core.runs import ConfigMismatch, RunDir
 from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Blocks
 from ffp_nb.export.hf import load_pruned
+from ffp_nb.recover import train
 from ffp_nb.recover.train import LR, Recipe, recover, save_recovered
 
 STRANGER = '''
@@ -218,3 +219,57 @@ def test_a_run_folder_belongs_to_its_settings(text, tmp_path):
                     for p, q in zip(a.model.state_dict().values(), b.model.state_dict().values())))
     with pytest.raises(ConfigMismatch, match='lr'):
         RunDir(tmp_path, vars(small('lora', lr=1e-5)))
+
+
+def split(folder):
+    "The model of a folder with its last layers in memory and on disk, as accelerate splits it"
+    places = {f'model.{n}': 'cpu' for n in ('embed_tokens', 'rotary_emb', 'norm', 'layers.0')}
+    places |= {'lm_head': 'cpu', 'model.layers.1': 'cpu', 'model.layers.2': 'disk'}
+    return ElasticModel(load_model(str(folder / 'dense'), 'float32', device_map=places)[0])
+
+
+@pytest.mark.parametrize('method', LR)
+def test_a_split_model_is_trained_like_a_whole_one(method, text, family_folder):
+    folder = family_folder('llama')
+    whole = ElasticModel(load_model(str(folder / 'dense'), 'float32', device='cpu')[0])
+    widths = whole.layout.full // 2
+    a, b = (recover(em, widths, text, small(method), progress=False)
+            for em in (whole, split(folder)))
+    assert a.losses == b.losses
+    assert all(torch.equal(p, q)
+               for p, q in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+
+
+def test_a_split_model_that_computes_on_a_gpu_is_never_trained_on_the_cpu(text, family_folder,
+                                                                          monkeypatch):
+    em, went = split(family_folder('llama')), []
+    widths = em.layout.full // 2
+    em.model._hf_hook.execution_device = 'meta'  # no GPU is needed to see where the copy goes
+    settle, steps = train._settle, []
+    monkeypatch.setattr(train, '_train', lambda *a: steps.append(0) or [])
+    monkeypatch.setattr(train, '_settle',
+                        lambda own, *a: (settle(own, *a), went.append(own.device)))
+    monkeypatch.setattr(train, 'spare_bytes', lambda device: 10**9)
+    recover(em, widths, text, small('lora'), progress=False)
+    assert [d.type for d in went] == ['meta'] and steps
+    # it does not fit: 16 bytes for each of the numbers that finetune trains, and nothing is trained
+    with em.at(widths):
+        count = sum(p.numel() for p in em.sliced().parameters())
+    monkeypatch.setattr(train, 'spare_bytes', lambda device: 16 * count - 1)
+    del steps[:]
+    with pytest.raises(ValueError, match=r'^training with finetune takes \d.\d GB, and meta has '
+                                         r"\d.\d GB to spare.*Use a larger GPU.*device='cpu'"):
+        recover(em, widths, text, small('finetune'), progress=False)
+    assert not steps
+    monkeypatch.setattr(train, 'spare_bytes', lambda device: 16 * count)
+    recover(em, widths, text, small('finetune'), progress=False)
+    assert steps
+
+
+def test_new_weights_are_drawn_on_the_cpu_for_every_device():
+    "A seed gives a GPU what it gives a CPU"
+    torch.manual_seed(0)
+    before, lin = torch.get_rng_state(), torch.nn.Linear(6, 4, device='meta')
+    adapted = train.Adapted(lin, 2)
+    assert {p.device.type for p in adapted.parameters()} == {'meta'}
+    assert not torch.equal(torch.get_rng_state(), before)

@@ -1,4 +1,5 @@
-"A search killed with -9 at any moment ends, resumed, bit for bit as an uninterrupted one"
+"""A search killed with -9 at any moment ends, resumed, bit for bit as an uninterrupted one; one
+that is stopped keeps others out"""
 import json
 import random
 import signal
@@ -92,3 +93,25 @@ r = search.run''')
     child = start(tmp_path / 'run')
     assert child.stdout.readline() == 'update 3\n' and child.wait() == 0
     assert finished(tmp_path / 'run') == (want, want_rows)
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGSTOP'), reason='signals')
+def test_stopped_keeps_others_out(reference, tmp_path):
+    "A second process is refused while the first is stopped; continued, that ends as if alone"
+    (want, want_rows), _ = reference
+    folder = tmp_path / 'run'
+    first = start(folder)
+    assert first.stdout.readline() == 'update 0\n'
+    while not (folder / 'checkpoint.pt').exists():
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
+    before = {o.name: o.read_bytes() for o in folder.iterdir()}
+    second = subprocess.run([sys.executable, '-c', CHILD, str(folder)], capture_output=True,
+                            text=True)
+    last = second.stderr.strip().splitlines()[-1]
+    assert second.returncode == 1 and 'FolderInUse' in last
+    assert str(folder) in last and f'process {first.pid}' in last
+    assert {o.name: o.read_bytes() for o in folder.iterdir()} == before
+    first.send_signal(signal.SIGCONT)
+    assert first.wait() == 0
+    assert finished(folder) == (want, want_rows)

@@ -1,10 +1,13 @@
 """Files survive what happens to them: kills, full disks, missing rights, damage, another
 configuration"""
 import errno
+import gc
 import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 import warnings
 
@@ -14,8 +17,9 @@ import torch
 
 from ffp_nb.core import runs
 from ffp_nb.core.runs import (
-    Checkpoints, ConfigMismatch, CorruptFile, PolicyLog, RunDir, atomic_write, cached, config_id,
-    environment, find_record, load_records, read_config, save_record, write_json)
+    Checkpoints, ConfigMismatch, CorruptFile, FolderInUse, PolicyLog, RunDir, atomic_write, cached,
+    config_id, environment, find_record, load_records, read_run_config, save_record,
+    write_json)
 
 CONFIG = dict(method='ffp', sparsity=0.2, agent=dict(lr=1e-4))
 posix = pytest.mark.skipif(os.name != 'posix', reason='forks')
@@ -308,7 +312,7 @@ def test_config_mismatch_names_what_differs(tmp_path):
     assert RunDir(tmp_path, other, resume=False).rows() == []
     assert len(PolicyLog(tmp_path/'old-1'/'policies.jsonl').rows()) == 1
     RunDir(tmp_path, CONFIG, resume=False)
-    assert read_config(tmp_path/'old-2')[0] == other
+    assert read_run_config(tmp_path/'old-2')[0] == other
 
 
 def test_unreadable_config(tmp_path):
@@ -329,7 +333,7 @@ def test_kill_while_starting_over(tmp_path, monkeypatch, moment):
         die_at(monkeypatch, 'replace', moment)
         RunDir(tmp_path, CONFIG, resume=False)
     assert in_child(child) == signal.SIGKILL
-    assert read_config(tmp_path)[0] == CONFIG  # still says whose it is
+    assert read_run_config(tmp_path)[0] == CONFIG  # still says whose it is
     assert RunDir(tmp_path, CONFIG, resume=False).rows() == []
     assert sum((o/'policies.jsonl').exists() for o in tmp_path.glob('old-*')) == 1
 
@@ -393,3 +397,133 @@ def test_config_id_does_not_change():
     "Committed records are found by it"
     assert config_id(dict(method='ffp', sparsity=0.2, steps=(1, 32), model=None)) == 'c4f0471a9e'
     assert json.dumps(environment())
+
+
+OTHER = '''
+import sys
+from ffp_nb.core.runs import RunDir
+run = RunDir(sys.argv[1], dict(a=1), resume=sys.argv[2:] != ['--no-resume'])
+run.log(dict(t=0))
+'''
+
+
+def other_writer(folder, *args):
+    "Another process opens the folder and logs a row; its last line of errors"
+    child = subprocess.run([sys.executable, '-c', OTHER, str(folder), *args], text=True,
+                           capture_output=True)
+    return (child.stderr.strip().splitlines() or [''])[-1]
+
+
+@pytest.mark.parametrize('args', [(), ('--no-resume',)])
+def test_a_second_writer_is_refused(tmp_path, args):
+    run = RunDir(tmp_path, dict(a=1))
+    run.log([dict(t=5), dict(t=6)])
+    before = {o.name: o.read_bytes() for o in tmp_path.iterdir()}
+    error = other_writer(tmp_path, *args)
+    assert 'FolderInUse' in error and f'process {os.getpid()}' in error
+    assert str(tmp_path) in error and '--out' in error
+    assert {o.name: o.read_bytes() for o in tmp_path.iterdir()} == before
+    again = RunDir(tmp_path, dict(a=1))  # the same process may
+    del run
+    gc.collect()
+    assert 'FolderInUse' in other_writer(tmp_path)  # its last one is still there
+    again.close()
+    assert other_writer(tmp_path) == ''
+    assert [o['t'] for o in PolicyLog(tmp_path/'policies.jsonl').rows()] == [5, 6, 0]
+    assert not (tmp_path/'.writer').exists()
+
+
+@posix
+def test_a_killed_writer_holds_nothing(tmp_path):
+    def child():
+        RunDir(tmp_path, dict(a=1)).log(dict(t=0))
+        RunDir(tmp_path, dict(a=1))
+        held = RunDir(tmp_path, dict(a=1))
+        held.log(dict(t=1))
+        time.sleep(60)
+    assert in_child(child, kill_after=1.5) == signal.SIGKILL
+    assert (tmp_path/'.writer').exists()  # it had no time to clean up
+    assert len(RunDir(tmp_path, dict(a=1)).rows()) == 2
+
+
+@posix
+def test_a_forked_child_neither_has_nor_frees_the_lock(tmp_path):
+    run = RunDir(tmp_path, dict(a=1))
+    def child():
+        with pytest.raises(FolderInUse, match=f'process {os.getppid()}'):
+            RunDir(tmp_path, dict(a=1))
+        run.close()
+        gc.collect()
+    assert in_child(child) is None
+    assert 'FolderInUse' in other_writer(tmp_path)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def no_lock(self, *a, **kw):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr(runs.FileLock, 'acquire', no_lock)
+    with pytest.warns(UserWarning, match='without locks.*no other process'):
+        run = RunDir(tmp_path, dict(a=1))
+    run.log(dict(t=0))
+    assert len(run.rows()) == 1
+
+
+def test_a_resume_with_another_version_says_so(tmp_path, monkeypatch):
+    run = RunDir(tmp_path, CONFIG)
+    config, code = read_run_config(tmp_path)
+    assert (config, code) == (CONFIG, runs.code_hash())
+    monkeypatch.setattr(runs, 'code_hash', lambda: 'feed'*4)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert RunDir(tmp_path, CONFIG).rows() == []  # there is nothing yet that could mix
+        assert read_run_config(tmp_path)[1] == 'feed'*4
+    run.log(dict(t=0))
+    monkeypatch.setattr(runs, 'code_hash', lambda: 'beef'*4)
+    with pytest.warns(UserWarning, match=f'{"feed"*4}.*{"beef"*4}.*--no-resume'):
+        again = RunDir(tmp_path, CONFIG)
+    assert again.id == run.id == config_id(CONFIG) and len(again.rows()) == 1
+    write_json(tmp_path/'config.json', CONFIG)  # as it was before the hash
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert len(RunDir(tmp_path, CONFIG).rows()) == 1
+        RunDir(tmp_path, CONFIG, resume=False)
+    assert read_run_config(tmp_path) == (CONFIG, 'beef'*4)
+
+
+def test_leftovers_of_killed_writers(tmp_path, monkeypatch):
+    "Old ones go wherever something is written; young ones and those of others stay"
+    names = '.a.json.0123abcd.tmp', '.model.77.tmp', '.report.89abcdef.tmp', '.checkpoint.tmp'
+    def leave(folder):
+        folder.mkdir(exist_ok=True)
+        (folder/names[2]).mkdir()
+        (folder/names[2]/'a.png').touch()
+        os.utime(folder/names[2]/'a.png', (0, 0))
+        for name in (*names, '.mine.tmp'):
+            if name != names[2]:
+                (folder/name).touch()
+            os.utime(folder/name, (0, 0))
+    for write in (lambda f: RunDir(f, CONFIG), runs.check_writable,
+                  lambda f: save_record(f, CONFIG, {})):
+        leave(tmp_path/'a')
+        write(tmp_path/'a')
+        assert [o.name for o in (tmp_path/'a').glob('.*.tmp')] == ['.mine.tmp']
+    (tmp_path/'a'/names[0]).touch()
+    runs.check_writable(tmp_path/'a')
+    assert (tmp_path/'a'/names[0]).exists()
+
+
+@posix
+def test_large_files_are_written_as_they_come(tmp_path):
+    atomic_write(tmp_path/'a.pt', lambda f: torch.save(torch.arange(9), f))
+    assert torch.load(tmp_path/'a.pt').tolist() == list(range(9))
+    before = (tmp_path/'a.pt').read_bytes()
+    def child():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        for write in (lambda f: torch.save(torch.zeros(10_000), f),
+                      lambda f: f.write(bytes(10_000))):
+            with pytest.raises(OSError, match='cannot write .*a.pt'):
+                atomic_write(tmp_path/'a.pt', write)
+    assert in_child(child) is None
+    assert (tmp_path/'a.pt').read_bytes() == before
+    assert [o.name for o in tmp_path.iterdir()] == ['a.pt']

@@ -28,7 +28,9 @@ def model():
 def make(model, name, run=None, seed=3, config=CONFIG, **kw):
     pool = Blocks(torch.randint(0, 211, (12, 32), generator=torch.Generator().manual_seed(0)), 31)
     cost = param_cost(model.layout)
-    searcher = SEARCHERS[name](len(cost.full), seed=seed, **RIVALS.get(name, {}) | kw)
+    # as AMC: those of the cost model
+    shares = dict(share=cost.unit * cost.full) if name == 'ddpg' else {}
+    searcher = SEARCHERS[name](len(cost.full), seed=seed, **shares | RIVALS.get(name, {}) | kw)
     return Search(Evaluator(model, pool), cost, config, run, searcher=searcher)
 
 
@@ -71,7 +73,8 @@ def test_a_model_that_breaks_is_survived(model, name):
 
 @pytest.mark.parametrize('name', RIVALS)
 def test_a_configuration_names_it(model, name):
-    "The way a study goes: method and settings in the configuration, seed from it"
+    """The way a study and the shell go: method and settings in the configuration, seed from it;
+    what walks over the modules sees their costs"""
     config = replace(CONFIG, method=name, seed=3, agent=RIVALS[name])
     a = Search(make(model, name).evaluator, param_cost(model.layout), config)
     a.step()

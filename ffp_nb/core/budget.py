@@ -168,8 +168,8 @@ class InfeasibleBudget(ValueError):
     ):
         self.sparsity, self.lo, self.hi, self.name = sparsity, lo, hi, name
         super().__init__(f"sparsity {sparsity:g} ({name}) is infeasible: these bounds on the "
-                         f"widths allow {lo:.4f} to {hi:.4f}; change the target, or p_min, "
-                         "p_max, lower or upper")
+                         f"widths allow {lo:.4f} to {hi:.4f}; change the target, or the bounds "
+                         "(p_min; --remove lets whole modules go)")
 
     def __reduce__(self):
         return type(self), (self.sparsity, self.lo, self.hi, self.name)

@@ -119,6 +119,6 @@ def taylor_scores(model: PreTrainedModel,  # a dense causal LM
     for key, t in total.items():
         if not torch.isfinite(t).all():
             raise ValueError(f'layer {key[0]} {key[1]}: a gradient is NaN or infinite on the '
-                             'calibration text. Load the model in another dtype (bfloat16 or '
-                             'float32).')
+                             'calibration text. Load the model in another dtype (--dtype '
+                             'bfloat16 or float32).')
     return {k: t / len(blocks) for k, t in total.items()}

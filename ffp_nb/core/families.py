@@ -174,7 +174,8 @@ def fixed_macs(self: Layout,
 
 # %% ../../nbs/core/01_families.ipynb #bddec75e
 def check_dense(config: dict,
-                fp8: bool = True) -> None:  # let FP8 pass: `load_model` makes it plain weights
+                fp8: bool = True,  # let FP8 pass: `load_model` makes it plain weights
+                name: str | Path = 'this model') -> None:
     "UnsupportedModel if a configuration is that of quantised weights"
     key = next((k for k in ('quantization_config', 'compression_config')
                 if config.get(k) is not None), None)
@@ -183,8 +184,9 @@ def check_dense(config: dict,
     words = [f'quant_method {found.get("quant_method", "unknown")}']
     words += [f'{k} {found[k]}' for k in ('load_in_4bit', 'load_in_8bit', 'bnb_4bit_quant_type',
                                           'bits', 'format') if found.get(k)]
-    raise UnsupportedModel(f'the weights are quantised ({key}: {", ".join(words)}). Give the dense '
-                           'model that they were made from: only plain weights can be pruned.')
+    raise UnsupportedModel(f'{name} has quantised weights ({key}: {", ".join(words)}). Give the '
+                           'dense model that they were made from: only plain weights can be '
+                           'pruned.')
 
 
 def _is_fp8(config):
@@ -219,7 +221,7 @@ def check_config(config, name: str = 'unknown') -> tuple[str, Family]:
 # %% ../../nbs/core/01_families.ipynb #df68a7e1
 @contextmanager
 def seeded(seed: int):
-    """Random numbers of the CPU start at a seed inside a with block, and the caller's go on after it.
+    """Inside a with block, random numbers of the CPU start at a seed; the caller's go on after it.
 
     Those of a GPU are left alone; `torch.manual_seed` would seed them, too."""
     with torch.random.fork_rng([]):
@@ -318,9 +320,9 @@ def read_part(path: Path) -> dict:
     return found
 
 # %% ../../nbs/core/01_families.ipynb #eda6a24e
-ADAPTER = ('a PEFT adapter is there (adapter_config.json), which changes a model and is none. Merge it '
-           'into its base first (merge_and_unload), save the result in a folder of its own, and '
-           'give that; if it is merged already, take the adapter files away.')
+ADAPTER = ('a PEFT adapter is there (adapter_config.json), which changes a model and is none. '
+           'Merge it into its base first (merge_and_unload), save the result in a folder of its '
+           'own, and give that; if it is merged already, take the adapter files away.')
 
 
 def read_config(folder: str | Path) -> dict:
@@ -439,7 +441,7 @@ def _why(e):
     "What a library said, but never its advice to run what came with a model"
     text = f'{type(e).__name__}: {e}'
     if isinstance(e, pickle.UnpicklingError) or 'weights_only' in text:
-        return 'its pickled weights hold more than tensors and may run code'
+        return 'its pickled weights hold more than tensors; reading those could run foreign code'
     if 'trust_remote_code' in text: return 'it needs code of its own, which is not run here'
     return text
 
@@ -497,7 +499,7 @@ def load_tokenizer(path: str | Path):
                                     'tokenizer files of the model it was made from to this folder.')
         parts = (folder / n for n in (*TOKENIZERS, 'tokenizer_config.json', 'merges.txt'))
         for part in filter(Path.exists, parts):
-            check_file(part)
+            (read_part if part.suffix == '.json' else check_file)(part)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as e:  # the library tokenizers raises plain ones
@@ -550,8 +552,8 @@ def has_bfloat16(device: str | None = None) -> bool:
 
 def find_dtype(dtype: str | torch.dtype = 'auto',  # one of `DTYPES`
                device: str | None = None) -> torch.dtype:
-    """A dtype by name; 'auto' is bfloat16 where the device has it, float32 elsewhere. ValueError for
-    other names"""
+    """A dtype by name; 'auto' is bfloat16 where the device has it, float32 elsewhere. ValueError
+    for other names"""
     name = str(dtype).removeprefix('torch.')
     if name not in DTYPES: raise ValueError(f'dtype {name!r}; expected one of {", ".join(DTYPES)}')
     if name == 'auto':
@@ -572,12 +574,12 @@ def _load_folder(name, dtype, device_map):
     "Model and tokenizer of a folder or a hub id"
     looks_local = name.startswith(('.', '/', '~')) or Path(name).exists()
     path = str(Path(name).expanduser()) if looks_local else name
-    hub = f'If there is no hub here, give a local folder or one of {", ".join(SMOLLM2)}.'
+    remedy = 'Download or save the model again.'
     if looks_local:
-        config, remedy = read_config(path), 'Download or save the model again.'
+        config = read_config(path)
     else:
-        remedy = hub
-        with reading(name, hub):
+        remedy = f'If there is no hub here, give a local folder or one of {", ".join(SMOLLM2)}.'
+        with reading(name, remedy):
             config = PretrainedConfig.get_config_dict(path)[0]
             adapter = find_adapter_config_file(path)
         if adapter: raise UnsupportedModel(f'{name}: {ADAPTER}')
@@ -585,20 +587,26 @@ def _load_folder(name, dtype, device_map):
         check_config(SimpleNamespace(**config))
     except UnsupportedModel as e:
         raise UnsupportedModel(f'{name}: {e}') from e
+    with reading(f'{name}/config.json', remedy):
+        whole = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if looks_local and 'transformers_weights' not in config:
         check_weights(Path(path))
+        if not weight_files(Path(path)):
+            remedy = ('Convert pytorch_model.bin to safetensors with a tool that you trust, or '
+                      'download the model again.')
     tokenizer = load_tokenizer(path)
-    return _read_model(name, path, dtype, device_map, _is_fp8(config), remedy), tokenizer
+    fp8 = whole if _is_fp8(config) else None
+    return _read_model(name, path, dtype, device_map, fp8, remedy), tokenizer
 
-
+# %% ../../nbs/core/01_families.ipynb #d9217324
 def _read_model(name, path, dtype, device_map, fp8, remedy):
     "The model alone, every tensor of it from the files"
     kw = dict(dtype=dtype, device_map=device_map, trust_remote_code=False)
+    if fp8 is not None:  # plain weights on a GPU too, where transformers would keep FP8
+        fp8.quantization_config['dequantize'] = True
+        kw['config'] = fp8
     with _split_quietly() as spare:
         with reading(name, remedy):
-            if fp8:  # plain weights on a GPU too, where transformers would keep FP8
-                kw['config'] = AutoConfig.from_pretrained(path, trust_remote_code=False)
-                kw['config'].quantization_config['dequantize'] = True
             model, info = AutoModelForCausalLM.from_pretrained(path, offload_folder=spare, **kw,
                                                                **REPORT)
         check_tensors(name, info)
@@ -618,8 +626,9 @@ def load_model(name: str = 'smollm2',  # 'smollm2', 'smollm2-mistral', a local f
                # instead of `device`: split over devices, memory and 'disk' with accelerate
                device_map: str | dict | None = None,
                ):  # (model in eval mode without gradients, tokenizer)
-    """Load a causal LM that `Layout` understands, with its tokenizer. UnsupportedModel, CorruptFile,
-    OSError or ValueError name the folder, what is wrong, and what to do"""
+    """Load a causal LM that `Layout` understands, with its tokenizer. UnsupportedModel,
+    CorruptFile, OSError or ValueError say what is wrong with the folder or device, and what to
+    do"""
     check_device(device)
     dtype = find_dtype(dtype, device)
     if device is not None and device_map is not None:

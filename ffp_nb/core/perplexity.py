@@ -26,21 +26,23 @@ def block_nll(model: PreTrainedModel, blocks: Blocks,
               ) -> np.ndarray:
     "Negative log-likelihood of each block; NaN or infinity where the model gives it"
     head, out = model.get_output_embeddings(), []
-    for ids in tqdm(blocks.ids.split(batch), desc='perplexity', disable=not progress):
-        ids = ids.to(model.device)
-        hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, -blocks.scored - 1:-1]
-        target, n = ids[:, -blocks.scored:].reshape(-1), len(ids)
+    todo = list(zip(blocks.ids.split(batch), torch.from_numpy(blocks.counts).split(batch)))
+    for ids, counts in tqdm(todo, desc='perplexity', disable=not progress):
+        ids, n = ids.to(model.device), int(counts.max())
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, -n - 1:-1]
         nll = [F.cross_entropy(head(h).float(), t, reduction='none')
-               for h, t in zip(hidden.reshape(n * blocks.scored, -1).split(head_chunk),
-                               target.split(head_chunk))]
-        out.append(torch.cat(nll).view(n, blocks.scored).double().sum(1).cpu())
+               for h, t in zip(hidden.reshape(len(ids) * n, -1).split(head_chunk),
+                               ids[:, -n:].reshape(-1).split(head_chunk))]
+        other = torch.arange(n, 0, -1) > counts[:, None]  # another block of the batch scores more
+        nats = torch.cat(nll).view(len(ids), n).double().masked_fill(other.to(model.device), 0)
+        out.append(nats.sum(1).cpu())
     return torch.cat(out).numpy()
 
 # %% ../../nbs/core/03_perplexity.ipynb #19a53161
 def block_loss(model: PreTrainedModel,
                ids: torch.Tensor,  # (blocks, block_len)
                scored: int) -> torch.Tensor:  # tokens of a block that count -> scalar
-    "Mean nats per scored token, as `block_nll` counts them, with gradients"
+    "Mean nats per token of the last `scored` of each block, with gradients"
     hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, -scored - 1:-1]
     logits = model.get_output_embeddings()(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -52,10 +54,13 @@ class Perplexity:
     "Perplexity, with the data needed for comparisons"
     nll: np.ndarray  # (n,) mean nats per token of each block
     tokens: int  # scored tokens
+    counts: np.ndarray | None = None  # (n,) of them in each block; None: equally many
 
     @property
     def mean_nll(self) -> float:
-        return float(np.mean(self.nll))
+        "Mean nats per scored token"
+        return float(np.mean(self.nll) if self.counts is None else
+                     np.average(self.nll, weights=self.counts))
 
     @property
     def ppl(self) -> float:
@@ -67,8 +72,9 @@ class Perplexity:
 def perplexity(model: PreTrainedModel, blocks: Blocks, batch: int = 1,
                progress: bool = False) -> Perplexity:
     "Perplexity of a model on blocks"
-    return Perplexity(block_nll(model, blocks, batch, progress=progress) / blocks.scored,
-                      len(blocks) * blocks.scored)
+    n = blocks.counts
+    return Perplexity(block_nll(model, blocks, batch, progress=progress) / n, int(n.sum()),
+                      n if np.ptp(n) else None)
 
 # %% ../../nbs/core/03_perplexity.ipynb #7b85a0ad
 def paired_interval(a: np.ndarray,  # (n,) mean nats per token of one model's blocks

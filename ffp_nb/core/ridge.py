@@ -63,7 +63,7 @@ PRECISION = 1e-4
 def _factorise(W, gram, alpha, dtype):
     """M and P on W's device, computed in `dtype`. None if the matrix is not positive definite, or
     if float32 is not precise enough for it"""
-    A = gram.to(W.device, dtype, copy=True)
+    A = gram.to(W.device).to(dtype, copy=True)
     diag = A.diagonal().clone()
     # An input that is always zero (a dead ReLU channel) has no scale: a tiny value keeps A regular
     # and its weight zero.
@@ -177,22 +177,25 @@ class _Cache:
         size = _size(out)
         if self.held + size > self.limit:
             self.limit = may_hold()  # memory is looked at only when there is need
-        while self.held + size > self.limit:
+        fits = size <= self.limit
+        while self.held + fits * size > self.limit:
             old, (tensors, used) = next(iter(self.entries.items()), (None, (None, 0)))
             recent = self.lookups - used < self.modules and self.held <= self.limit
             if old is None or recent: return
             del self.entries[old]
             self.held -= _size(tensors)
-        self.entries[key] = out, self.lookups
-        self.held += size
+        if fits:
+            self.entries[key] = out, self.lookups
+            self.held += size
 
 # %% ../../nbs/core/08_ridge.ipynb #2efdb549
-_LEAST, _POLICIES = 768 << 20, 4  # without a given size: as many bytes, or dense policies
+# Without a given size: bytes however little is free, and the most: bytes, or dense policies
+_LEAST, _MOST, _POLICIES = 64 << 20, 768 << 20, 4
 
 
 def _cache_bytes(given):
     "The size that a user has set; None: none. ValueError unless it is a number of bytes"
-    name, value, unit = 'cache_bytes', given, 1
+    name, value, unit = 'cache_bytes', given, 1.0
     if given is None and (text := os.environ.get('FFP_CACHE_GB')):
         name, value, unit = 'FFP_CACHE_GB', text, 1e9
     if value is None: return None
@@ -213,15 +216,14 @@ def _held(self: Calibrator):
 @patch
 def _may_hold(self: Calibrator, device):
     "Bytes that the cache of a device may hold now"
-    held, dense = self._caches[device].held, self.elastic.dense_out
-    if self.cache_bytes is not None: return self.cache_bytes - self._held + held
-    here = {key: dense(key)[0] for key in self.elastic.layout.modules
-            if dense(key)[0].device == device}
+    cache, modules = self._caches[device], self.elastic.layout.modules
+    if self.cache_bytes is not None: return self.cache_bytes * cache.modules / len(modules)
+    here = {key: W for key in modules if (W := self.elastic.dense_out(key)[0]).device == device}
     # room that the factors will need
     due = sum(4 * W.shape[1] * sum(W.shape) for key, W in here.items() if key not in self._factors)
     room = spare_bytes(device) - due
-    most = max(_LEAST, _POLICIES * _size(here.values()))
-    return min(most, held + (room / 8 if room > 0 else room))
+    most = max(_MOST, _POLICIES * _size(here.values()))
+    return min(most, max(_LEAST, cache.held + (room / 8 if room > 0 else room)))
 
 def _size(out):
     return sum(t.numel() * t.element_size() for t in out if t is not None)
@@ -245,7 +247,7 @@ def _limits(root='/sys/fs/cgroup', own='/proc/self/cgroup'):
     "[(limit, used)] in bytes of the control groups around this process: containers, batch systems"
     found = []
     try:
-        lines = [line.split(':', 2) for line in Path(own).read_text().split()]
+        lines = [line.split(':', 2) for line in Path(own).read_text().splitlines()]
     except OSError:
         return found  # not Linux
     for _, kinds, path in lines:
@@ -314,12 +316,14 @@ def _first_inputs(elastic, blocks, batch):
     def share(t):
         same = lambda o: (o.shape, o.dtype, o.device) == (t.shape, t.dtype, t.device)
         found = next((o for o in held if o is t or same(o) and torch.equal(o, t)), t)
-        if found is t: held.append(t)
+        if found is t:
+            held.append(t)
         return found
 
     def note(i, *args, **kwargs):
         h = args[0] if args else kwargs.pop('hidden_states')
-        if i == 0: hidden.append(h)
+        if i == 0:
+            hidden.append(h)
         calls[i].append(recursively_apply(share, kwargs))
         if i == len(layers) - 1: raise _Stop
         return h,  # some versions take the first output; the next layer does not look at it

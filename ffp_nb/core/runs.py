@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['atomic_write', 'save_figure', 'sweep', 'check_writable', 'check_output', 'failed_write', 'CorruptFile', 'write_json',
            'read_json', 'config_id', 'code_hash', 'environment', 'Checkpoints', 'PolicyLog', 'FolderInUse',
-           'lock_folder', 'ConfigMismatch', 'RunDir', 'read_config', 'save_record', 'find_record', 'load_records',
-           'cached']
+           'lock_folder', 'writing', 'ConfigMismatch', 'RunDir', 'read_run_config', 'save_record', 'find_record',
+           'load_records', 'cached']
 
 # %% ../../nbs/core/09_runs.ipynb #ac902808
 import dataclasses
@@ -24,7 +24,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib import metadata
@@ -102,8 +102,10 @@ def atomic_write(
             _write_all(f, data)
         os.replace(temp, path)
         _sync_folder(path.parent)
-    except OSError as e:
-        raise _explain(e, path) from e
+    except (OSError, RuntimeError) as e:
+        cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides the system's
+        if not isinstance(cause, OSError): raise
+        raise _explain(cause, path) from e
     finally:
         try:
             temp.unlink(missing_ok=True)  # there only if something failed
@@ -131,7 +133,8 @@ def sweep(
 ) -> None:
     "Remove what killed writers left; errors are ignored"
     for o in Path(folder).glob('.*.tmp'):
-        if not _TEMPORARY.fullmatch(o.name): continue  # somebody else's
+        # somebody else's, or a model that `put_right` looks after
+        if not _TEMPORARY.fullmatch(o.name) or o.with_suffix('.lock').exists(): continue
         try:
             newest = max(p.lstat().st_mtime for p in (o, *o.glob('**/*')))
             if time.time() - newest <= 3600*hours: continue
@@ -181,9 +184,10 @@ _OUTPUTS = '.csv', '.md', '.png', '.gguf'
 def failed_write(
     e: Exception,  # what stopped a write
     path,  # what could not be written
-) -> Exception:  # to be raised from `e`: an OSError, or a RuntimeError where the system had no part
+) -> OSError:  # to be raised from `e`; without errno where the system had no part in it
     "Cause and remedy of a write that failed; what was there is as it was"
-    own, code = e, None
+    own: BaseException | None = e
+    code = None
     while own is not None and code is None:
         # safetensors and tokenizers give the system's number in words
         words = re.search(r'os error (\d+)', str(own))
@@ -191,12 +195,15 @@ def failed_write(
         own = own.__cause__
     said = ' '.join(str(e).split())
     if code is None:
-        return RuntimeError(f'cannot write {path}: {type(e).__name__}: {said}. An earlier one is '
-                            'untouched.')
-    why = getattr(e, 'strerror', None) or os.strerror(code)
-    remedy = _REMEDY.get(code, '').partition(':')[0]
-    return OSError(code, f'cannot write {path}: {why}. An earlier one is untouched.'
+        return OSError(f'cannot write {path}: {type(e).__name__}: {said}; an earlier one is '
+                       'untouched.')
+    why = os.strerror(code)  # `e` may be explained already
+    remedy = (_REMEDY | _TOO_LARGE).get(code, '').partition(':')[0]
+    return OSError(code, f'cannot write {path}: {why}; an earlier one is untouched.'
                          + f' To go on: {remedy}.'*bool(remedy))
+
+
+_TOO_LARGE = {errno.EFBIG: 'choose a disk that takes files of this size'}
 
 # %% ../../nbs/core/09_runs.ipynb #fff9bd70
 class CorruptFile(ValueError):
@@ -517,7 +524,7 @@ def _free(lock: FileLock, writer: Path, pid: int, getpid=os.getpid):
         pass
     lock.release()
 
-
+# %% ../../nbs/core/09_runs.ipynb #016e6ab7
 def lock_folder(
     folder,  # is made if it is not there
 ) -> Any:  # keep it as long as the folder is written
@@ -533,6 +540,16 @@ def lock_folder(
         return held
     except OSError as e:
         raise _explain(e, folder) from e
+
+
+@contextmanager
+def writing(folder):
+    "Hold the lock of a folder, see `lock_folder`, for a block of code"
+    held = lock_folder(folder)
+    try:
+        yield
+    finally:
+        del held
 
 # %% ../../nbs/core/09_runs.ipynb #c4a64bac
 class ConfigMismatch(ValueError):
@@ -586,7 +603,7 @@ class RunDir:
         return f'RunDir({self.path}, {self.id})'
 
 # %% ../../nbs/core/09_runs.ipynb #c55b29da
-def read_config(
+def read_run_config(
     folder,  # of a `RunDir`
 ) -> tuple[dict, str | None]:  # its configuration; `code_hash` of the version that began the run
     "What a run folder belongs to. Errors as in `read_json`"
@@ -600,7 +617,7 @@ def _open(self: RunDir):
     config, code, path = self.config, code_hash(), self.path
     begun = any((path/o).exists() for o in _RUN_FILES if o != self.config_path.name)
     if self.config_path.exists():
-        there, old = read_config(path)
+        there, old = read_run_config(path)
         if diff := _differences(there, config):
             raise ConfigMismatch(f"{path} holds a run of another configuration "
                                  f"({'; '.join(diff)}): use another folder (--out), or start "
@@ -682,6 +699,7 @@ def save_record(
     name, idx = str(config.get('name', 'run')), config_id(config)
     if not name or set(name) & set('/\\*?[') or name.startswith('.'):
         raise ValueError(f"config['name'] is {name!r}; give a name that can stand in a file name")
+    sweep(folder)
     record = dict(config=_canonical(config), config_id=idx, result=result,
                   forward_tokens=forward_tokens, wall_s=wall_s,
                   created=datetime.now(timezone.utc).isoformat(timespec='seconds'),

@@ -42,9 +42,8 @@ def _check_activations(total):
     for key, t in total.items():
         if not torch.isfinite(t).all():
             raise ValueError(f'layer {key[0]} {key[1]}: its activations hold NaN or infinity on '
-                             'the calibration text. Check the weights with '
-                             'ffp_nb.core.families.check_finite, or load the model in another '
-                             'dtype.')
+                             'the calibration text. Check the weights, or load the model in '
+                             'another dtype (--dtype float32).')
 
 # %% ../../nbs/core/04_stats.ipynb #4b35c44e
 @torch.inference_mode()

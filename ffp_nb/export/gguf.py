@@ -32,7 +32,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..core.families import (
     UnsupportedModel, check_file, load_tokenizer, read_config, reading, weight_files)
 from ..core.modeling import FAMILIES, PRUNED
-from ..core.runs import CorruptFile
+from ..core.runs import CorruptFile, check_output, failed_write
 from .gguf_tokenizer import add_tokenizer
 
 # %% ../../nbs/export/02_gguf.ipynb #a9308910
@@ -223,7 +223,7 @@ def _encode(a: np.ndarray, fmt: GGMLQuantizationType, name: str) -> np.ndarray:
     top = np.abs(a).max(initial=0)
     if top > _LIMIT.get(fmt, np.inf):
         raise ValueError(f"{name} holds a value of size {top:.4g}; {fmt.name} ends at "
-                         f"{_LIMIT[fmt]:.4g}. Use quant='f32'.")
+                         f"{_LIMIT[fmt]:.4g}. Use quant f32 (--quant f32).")
     return gguf.quants.quantize(np.ascontiguousarray(a, dtype=np.float32), fmt)
 
 # %% ../../nbs/export/02_gguf.ipynb #28a91578
@@ -314,13 +314,12 @@ def _write(writer: GGUFWriter, tensors: list[tuple], quant: str, path: Path):
 # %% ../../nbs/export/02_gguf.ipynb #6eeff2dc
 def _unwritten(e: OSError, out: Path) -> OSError:
     "What a failed write says; NumPy reports a full disk without an errno"
-    why = e.strerror or 'the disk took only a part of the data'
-    return OSError(e.errno or errno.ENOSPC,
-                   f'cannot write {out}: {why}; an earlier file is untouched. Free some space, or '
-                   'choose a folder that you may write to.')
+    if e.errno is None:
+        e = OSError(errno.ENOSPC, 'the disk took only a part of the data')
+    return failed_write(e, out)
 
 
-def _check_target(out, quant, overwrite):
+def _check_target(folder, out, quant, overwrite):
     "What can be refused before anything is read"
     if quant not in QUANTS:
         raise ValueError(f'quant {quant!r}; expected one of {", ".join(QUANTS)}')
@@ -329,6 +328,15 @@ def _check_target(out, quant, overwrite):
                                               f'{out}/model-{quant}.gguf.')
     if out.exists() and not overwrite:
         raise FileExistsError(f'{out} exists. Name another file, or overwrite=True (--overwrite).')
+    check_output(out, folder)
+    if out.exists() and not _is_gguf(out):
+        raise FileExistsError(f'{out} is no GGUF file: it is not replaced, with --overwrite '
+                              'neither. Name another file.')
+
+
+def _is_gguf(path):
+    with open(path, 'rb') as f:
+        return f.read(4) in (b'GGUF', b'')
 
 # %% ../../nbs/export/02_gguf.ipynb #a1f43302
 def export_gguf(folder: str | Path,  # written by `save_pruned`, or a dense folder of transformers
@@ -341,7 +349,7 @@ def export_gguf(folder: str | Path,  # written by `save_pruned`, or a dense fold
     inconsistent folder, ValueError for values out of range, OSError if the file cannot be written;
     an earlier file then stays unchanged."""
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
-    _check_target(out, quant, overwrite)
+    _check_target(folder, out, quant, overwrite)
     config, weights, tokenizer = _open_folder(folder)
     dense = dict(heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
                  ffn=config.intermediate_size)

@@ -42,7 +42,8 @@ class Sliceable(Protocol):
     widths: np.ndarray  # (n_layers, 2)
 
     @property
-    def model(self) -> nn.Module: ...
+    def model(self) -> nn.Module:
+        ...  # whose configuration names its source
 
     def sliced(self) -> PreTrainedModel:
         ...  # a copy at these widths
@@ -250,7 +251,7 @@ def load_pruned(folder: str | Path,
     if found['model_type'] not in PRUNED:
         raise CorruptFile(f'{folder}: pruned models of type {found["model_type"]!r} do not exist. '
                           'Save the model again.')
-    check_dense(found, fp8=False)
+    check_dense(found, fp8=False, name=folder)
     check_weights(folder)
     with reading(folder, 'Do weights and pruned_widths fit? Save the model again.', CorruptFile):
         config = AutoConfig.from_pretrained(folder)

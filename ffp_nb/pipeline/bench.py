@@ -27,7 +27,8 @@ from ..core.runs import ConfigMismatch, RunDir, config_id
 from ..core.stats import cached_stats
 from ..core.text import Blocks, Convention, Corpus, Splits, load_corpus
 from .config import Profile, PruneConfig, run_config
-from ..search.diagnose import RunLog, calibration_gain, trace, uniform_rewards
+from ..search.diagnose import (
+    RunLog, calibration_gain, held_out_rewards, trace, uniform_rewards)
 from ..search.heuristics import BASELINES, HEURISTICS, Problem
 from ..search.loop import Evaluator, Search, SearchResult
 from ..search.report import winner
@@ -57,18 +58,17 @@ class Bench:
                  cache: str | Path | None = None,  # keep statistics here
                  progress: bool = True,
                  how: dict | None = None):  # arguments of `load_model` that gave this model
-        # what records name is the type of the weights, whatever was asked for
+        # the type that the weights really have, for the records
         self.config = config = replace(config, dtype=str(model.dtype).removeprefix('torch.'))
-        self.corpus, self.tokenizer, self.how = corpus, tokenizer, how or {}
-        p = config.profile
+        self.corpus, self.tokenizer, self.how, p = corpus, tokenizer, how or {}, config.profile
         self.text = Splits(corpus, tokenizer, model, Convention(p.block_len, p.block_len),
                            p.calibration_blocks, p.test_blocks)
-        # too little text of any kind is an error now
+        # now, so that too little text of any kind is an error at once
         calibration, *_ = self.text.calibration, self.text.search, self.text.selection
         layout, self.fingerprint = Layout(model), fingerprint(model)
         stats = cached_stats(model, layout, calibration, p.forward_batch, cache, progress)
-        order = _order(model, layout, stats, config, calibration, progress)
-        self.elastic = ElasticModel(model, order)
+        self.elastic = ElasticModel(model, _order(model, layout, stats, config, calibration,
+                                                  progress))
         self.stats, self.cost = stats.permute(self.elastic.columns), param_cost(self.elastic.layout)
         self.static = Calibrator(self.elastic, self.stats, config.alpha)
 
@@ -76,8 +76,7 @@ class Bench:
     def load(cls, config: PruneConfig, cache=None, progress=True,
              **how) -> 'Bench':  # of `load_model`: device, device_map
         "Load the configuration's model and text"
-        # first, so that a wrong file name fails before a model is loaded
-        corpus = load_corpus(config.text)
+        corpus = load_corpus(config.text)  # first: a wrong name fails before a model is loaded
         model, tokenizer = load_model(config.model, config.dtype, **how)
         return cls(model, tokenizer, corpus, config, cache, progress, how)
 
@@ -186,7 +185,7 @@ def load_bench(run: RunLog, progress: bool = True, **load) -> Bench:
 def measure_run(bench: Bench, run: RunLog,
                 points: int = 8,  # of the trace
                 blocks: int = 4,  # of the selection split, for the gain of the repair by module
-                # plain values: uniforms, trace, gain, cost, and the update at which the run was
+                # plain values: uniforms, held_out, trace, gain, cost, the run's last update
                 ) -> dict:
     "All diagnostics that need the model, for `report`"
     p, text, final = bench.problem(), bench.text.selection, bench.config.profile.final_blocks
@@ -195,7 +194,7 @@ def measure_run(bench: Bench, run: RunLog,
     if widths is not None:
         gain = calibration_gain(on(min(blocks, len(text))), widths, bench.cost.full, bench.static)
     return dict(config_id=config_id(run.config), update=run.log[-1]['update'],
-                uniforms=uniform_rewards(p, final),
+                uniforms=uniform_rewards(p, final), held_out=held_out_rewards(on(final), p, widths),
                 trace=trace(on(final), run.log, run.updates, p, points).to_dict('records'),
                 gain=gain.to_dict('records'),
                 cost=dict(unit=bench.cost.unit.tolist(), full=bench.cost.full.tolist(),

@@ -11,6 +11,9 @@ __all__ = ['app', 'console', 'Methods', 'Profiles', 'Criteria', 'Calibrations', 
            'print_table', 'prune', 'search', 'evaluate', 'report', 'export', 'study_list', 'study_run', 'study_report']
 
 # %% ../../nbs/pipeline/04_cli.ipynb #b968ed25
+import io
+import sys
+import warnings
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
@@ -27,12 +30,16 @@ from ..core.runs import atomic_write
 from ..core.text import Convention, load_corpus, token_blocks
 from ..export.gguf import QUANTS
 from .config import METHODS, PROFILES, PruneConfig
+from ..search.rivals import SEARCHERS
 
 # %% ../../nbs/pipeline/04_cli.ipynb #72f10b84
+# No markup anywhere: brackets and colons in names, paths and help are text
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  rich_markup_mode=None,
                   help='Structured pruning of causal language models, with a searched width for '
                        'every layer.')
-console = Console(force_jupyter=False)  # a shell's output, in a notebook too
+# a shell's output, in a notebook too
+console = Console(force_jupyter=False, markup=False, emoji=False)
 
 Methods = Enum('Methods', {m: m for m in METHODS})
 Profiles = Enum('Profiles', {p: p for p in PROFILES})
@@ -58,7 +65,7 @@ Dtype = Annotated[str, typer.Option(
     help='auto (bfloat16 where the device has it, else float32), bfloat16, float32 or float16')]
 Remove = Annotated[Optional[list[Kinds]], typer.Option(
     help='modules of this kind may be removed altogether; give it twice for both')]
-FfnStep = Annotated[int, typer.Option(help='FFN widths are multiples of this')]
+FfnStep = Annotated[int, typer.Option(min=1, help='FFN widths are multiples of this')]
 Device = Annotated[Optional[str], typer.Option(
     help="default: a GPU where there is one; 'auto' splits a large model over GPUs, memory and "
          'disk')]
@@ -114,40 +121,91 @@ Markdown = Annotated[Optional[Path], typer.Option(
     help='write the Markdown to this file; default: to the terminal')]
 
 # %% ../../nbs/pipeline/04_cli.ipynb #b6a6d72c
+_RESUMES = 'the same command without --no-resume goes on from the last finished update'
+_KEPT = 'what was there before is as it was'
+# of each command: what holds when it is stopped, and what needs less memory
+_WORDS = dict(
+    prune=(_RESUMES, 'a smaller --profile, fewer --workers, --dtype bfloat16, or --device auto'),
+    eval=(_KEPT, 'a smaller --batch or --block-len, --dtype bfloat16, or --device auto'),
+    report=(_KEPT, '--device auto, or leave --measure out'),
+    export=(_KEPT, 'to end other programs'),
+    study=('finished records are kept', 'a smaller --profile'))
+_WORDS['search'] = _WORDS['prune']
+
+# %% ../../nbs/pipeline/04_cli.ipynb #b07dd5df
+def _needs_memory(error) -> bool:
+    "Python, the system and PyTorch on each device say it in their own ways"
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        o in text for o in ('out of memory', "can't allocate memory", 'cannot allocate memory'))
+
+
+def _say(error, command: str) -> str:
+    "One line about an error"
+    # str of a KeyError has quotes
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    text = ' '.join(str(text).split())  # libraries write several lines
+    if _needs_memory(error):
+        return f'out of memory; try {_WORDS[command][1]} ({text or type(error).__name__})'
+    known = ValueError, OSError, RuntimeError, KeyError, ImportError
+    if isinstance(error, known) and text: return text
+    return (f'{type(error).__name__}{f": {text}" if text else ""} (not foreseen; --debug shows '
+            'where it arose)')
+
+
+_format_warning = warnings.formatwarning
+
+
+def _warn_in_a_line(message, category, filename, lineno, line=None) -> str:
+    if issubclass(category, UserWarning): return f'warning: {" ".join(str(message).split())}\n'
+    return _format_warning(message, category, filename, lineno, line)
+
+# %% ../../nbs/pipeline/04_cli.ipynb #e1b31be5
 class _told:
     "Turn errors that a user can fix into one line on stderr and exit status 1"
-    def __init__(self, debug: bool):
-        self.debug = debug
+    def __init__(self, debug: bool, command: str):
+        self.debug, self.command = debug, command
 
     def __enter__(self):
+        # a terminal that lacks a character shows another one
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors='replace')
+        warnings.formatwarning = _warn_in_a_line
         return self
 
     def __exit__(self, kind, error, trace):
+        warnings.formatwarning = _format_warning
         if self.debug or kind is None: return False
-        if issubclass(kind, KeyboardInterrupt):
-            err = Console(stderr=True, force_jupyter=False)
-            err.print('stopped; the same command goes on from the last update')
-            raise typer.Exit(130)
-        if issubclass(kind, (ValueError, OSError, RuntimeError, KeyError, ImportError)):
-            # str of a KeyError has quotes
-            text = error.args[0] if kind is KeyError and error.args else error
-            err = Console(stderr=True, force_jupyter=False)
-            err.print('error:', style='bold red', end=' ')
-            # libraries write several lines
-            err.print(' '.join(str(text).split()), markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(1)
-        return False
+        # --help, wrong options and the like are typer's
+        if kind.__module__.startswith(('typer', 'click')): return False
+        err = Console(stderr=True, force_jupyter=False, markup=False, emoji=False, highlight=False)
+        if issubclass(kind, (KeyboardInterrupt, BrokenPipeError)):
+            pipe = kind is not KeyboardInterrupt
+            err.print(f'stopped{" (nobody reads the output)" * pipe}; {_WORDS[self.command][0]}',
+                      soft_wrap=True)
+            raise typer.Exit(1 if pipe else 130)
+        if not issubclass(kind, Exception): return False
+        err.print('error:', style='bold red', end=' ')
+        err.print(_say(error, self.command), soft_wrap=True)
+        raise typer.Exit(1)
 
-
+# %% ../../nbs/pipeline/04_cli.ipynb #0f140bb9
 def print_table(df, title: str) -> None:
-    "Print a data frame as a table on the terminal"
+    "Print a data frame as a table; no cell is cut off"
     table = Table(title=title)
     for c in df.columns:
         words = df[c].dtype == object or str(df[c].dtype).startswith('str')
-        table.add_column(c, justify='left' if words else 'right')
+        table.add_column(c, justify='left' if words else 'right', overflow='fold')
     for row in df.itertuples(index=False):
         table.add_row(*(f'{v:.4g}' if isinstance(v, float) else str(v) for v in row))
-    console.print(table)
+    # a file or another program has no width
+    wide = None if console.is_terminal else 1000
+    Console(force_jupyter=False, markup=False, emoji=False, width=wide).print(table)
+
+
+def _say_where(text: str) -> None:
+    "Print a line that is not broken inside a path"
+    console.print(text, highlight=False, soft_wrap=True)
 
 # %% ../../nbs/pipeline/04_cli.ipynb #763eff5b
 def _config(model, text, sparsity, method, profile, seed, criterion, dtype, remove, ffn_step, **kw):
@@ -167,14 +225,15 @@ def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.
           calibration: Repair = Calibrations.sequential, alpha: Alpha = 0.1,
           overwrite: Overwrite = False, debug: Debug = False):
     "Search widths, repair, measure on the test split, save the model with a table and pictures."
-    with _told(debug):
+    with _told(debug, 'prune'):
         from ffp_nb.pipeline.prune import prune as run
         config = _config(model, text, sparsity, method, profile, seed, criterion, dtype, remove,
                          ffn_step, calibration=calibration.value, alpha=alpha)
         table = run(config, out, resume, overwrite, workers=workers, device=device)
         print_table(table, f'{model}, sparsity {sparsity:.0%}: perplexity on the test split of '
                            f'{config.text}')
-        console.print(f'model, table.csv, retention.png, search.png and the record are in {out}')
+        pictures = 'retention.png' + ', search.png' * (config.method in SEARCHERS)
+        _say_where(f'model, table.csv, {pictures} and the record are in {out}')
 
 # %% ../../nbs/pipeline/04_cli.ipynb #aef540e1
 @app.command()
@@ -185,29 +244,46 @@ def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0
            remove: Remove = None, ffn_step: FfnStep = 32, workers: Workers = 0,
            debug: Debug = False):
     "Only find the widths: log, pictures and widths.json, but no test split and no model."
-    with _told(debug):
-        from ffp_nb.core.runs import check_writable, save_figure, write_json
+    with _told(debug, 'search'):
+        from ffp_nb.core.runs import check_writable, writing
         from ffp_nb.pipeline.bench import Bench, find_widths, open_run
-        from ffp_nb.search.diagnose import plot_retention, plot_search
+        from ffp_nb.pipeline.prune import check_place
         from ffp_nb.search.workers import import_ray
         config = _config(model, text, sparsity, method, profile, seed, criterion, dtype, remove,
                          ffn_step)
         if workers:
             import_ray()  # before anything is loaded
+        check_place(out, config)
         check_writable(out)
-        bench = Bench.load(config, device=device)
-        widths, result = find_widths(bench, run=open_run(out / 'search', bench, resume=resume),
-                                     workers=workers)
-        found = (dict(reward=result.reward, source=result.source,
-                      forward_tokens=result.forward_tokens, broken=result.broken) if result else {})
-        write_json(out / 'widths.json',
-                   dict(widths=widths, sparsity=bench.cost.sparsity(widths), **found))
-        save_figure(plot_retention(widths, bench.cost.full, f'{model}, {sparsity:.0%}'),
-                    out / 'retention.png')
-        if result:
-            save_figure(plot_search(result.updates), out / 'search.png')
-        console.print(f'sparsity {bench.cost.sparsity(widths):.3%}', found,
-                      f'widths.json and pictures are in {out}')
+        with writing(out / 'search'):
+            bench = Bench.load(config, device=device)
+            widths, result = find_widths(bench, run=open_run(out / 'search', bench, resume=resume),
+                                         workers=workers)
+            found = _write_search(out, bench, widths, result)
+        _say_where(f'sparsity {bench.cost.sparsity(widths):.3%} {found or ""}')
+        _say_where(f'widths.json and pictures are in {out}')
+
+# %% ../../nbs/pipeline/04_cli.ipynb #c8e25322
+def _write_search(out, bench, widths, result) -> dict:
+    "widths.json and pictures of a search; what it found, in plain values"
+    from ffp_nb.core.runs import save_figure, write_json
+    from ffp_nb.search.diagnose import plot_retention, plot_search
+    found = (dict(reward=result.reward, source=result.source,
+                  forward_tokens=result.forward_tokens, broken=result.broken) if result else {})
+    write_json(out / 'widths.json',
+               dict(widths=widths, sparsity=bench.cost.sparsity(widths), **found))
+    title = f'{bench.config.model}, {bench.config.sparsity:.0%}'
+    save_figure(plot_retention(widths, bench.cost.full, title), out / 'retention.png')
+    if result:
+        save_figure(plot_search(result.updates), out / 'search.png')
+    return found
+
+# %% ../../nbs/pipeline/04_cli.ipynb #0733eec7
+def _refuse(ctx: typer.Context, when: str, *names: str) -> None:
+    "ValueError if any of these options was given, as it would have no effect"
+    given = [f'--{n.replace("_", "-")}' for n in names
+             if (source := ctx.get_parameter_source(n)) and source.name != 'DEFAULT']
+    if given: raise ValueError(f'no effect {when}: {", ".join(given)}; leave that out')
 
 # %% ../../nbs/pipeline/04_cli.ipynb #d94e92be
 @app.command('eval')
@@ -215,27 +291,36 @@ def evaluate(model: Model = 'smollm2', text: Text = 'auto', dtype: Dtype = 'auto
              device: Device = None, split: Split = 'test', block_len: BlockLen = 512,
              stride: Stride = None, bos: Bos = False, max_blocks: MaxBlocks = None,
              tasks: Tasks = None, limit: Limit = None, part: Part = None, metric: Metric = None,
-             data: Data = None, csv: Csv = None, batch: Batch = 1, debug: Debug = False):
+             data: Data = None, csv: Csv = None, batch: Batch = 1, debug: Debug = False, *,
+             ctx: typer.Context):
     """Perplexity (with --tasks: zero-shot accuracy) of a model: a name, a hub id, or a folder,
     dense or saved by `ffp prune`."""
-    with _told(debug):
+    with _told(debug, 'eval'):
+        from ffp_nb.core.runs import check_output, check_writable
         from ffp_nb.export.hf import open_model
         if batch < 1: raise ValueError(f'batch {batch}; expected at least 1')
-        if tasks is None and (part, metric) != (None, None):
-            raise ValueError('--part and --metric choose among --tasks; name some, or leave them '
-                             'out')
-        if tasks is not None:
-            table = _zero_shot(lambda: open_model(model, dtype, device), tasks, limit, part,
-                               metric or 'acc_norm', data, batch)
+        if tasks is None:
+            _refuse(ctx, 'without --tasks', 'limit', 'part', 'metric', 'data')
         else:
-            table = _perplexity(lambda: open_model(model, dtype, device), text, split,
-                                Convention(block_len, stride or block_len, bos, max_blocks), batch)
-        table.insert(0, 'model', model)
-        print_table(table,
-                    'perplexity' if tasks is None else f'zero-shot accuracy, part {part}' if part
-                    else 'zero-shot accuracy')
+            _refuse(ctx, 'with --tasks', 'text', 'split', 'block_len', 'stride', 'bos',
+                    'max_blocks')
         if csv:
-            atomic_write(csv, table.to_csv(index=False))
+            check_output(csv, model, text, data)
+            check_writable(csv.parent)  # before hours of work
+        load = lambda: open_model(model, dtype, device)
+        if tasks is None:
+            stride = block_len if stride is None else stride
+            table = _perplexity(load, text, split,
+                                Convention(block_len, stride, bos, max_blocks), batch)
+        else:
+            table = _zero_shot(load, tasks, limit, part, metric or 'acc_norm', data, batch)
+        table.insert(0, 'model', model)
+        try:
+            if csv:
+                atomic_write(csv, table.to_csv(index=False))
+        finally:  # whatever happens to one, the other is not lost
+            print_table(table, 'perplexity' if tasks is None else 'zero-shot accuracy'
+                        + (f', part {part}' if part else ''))
 
 # %% ../../nbs/pipeline/04_cli.ipynb #20b88df5
 def _perplexity(load, text, split, convention, batch):
@@ -266,36 +351,39 @@ def _zero_shot(load, tasks, limit, part, metric, data, batch):
 # %% ../../nbs/pipeline/04_cli.ipynb #4e9c9da1
 @app.command()
 def report(runs: Runs, out: ReportOut = None, measure: Measure = False, points: Points = 8,
-           blocks: GainBlocks = 4, device: Device = None, debug: Debug = False):
+           blocks: GainBlocks = 4, device: Device = None, debug: Debug = False, *,
+           ctx: typer.Context):
     """Did the reward rise, did exploration collapse, was the budget met, do seeds agree? Pictures
     and plain sentences."""
-    with _told(debug):
+    with _told(debug, 'report'):
         from ffp_nb.pipeline.bench import load_bench, measure_run
         from ffp_nb.search.report import report as write
         for name, value in (('points', points), ('blocks', blocks)):
             if value < 1: raise ValueError(f'{name} {value}; expected at least 1')
+        if not measure:
+            _refuse(ctx, 'without --measure', 'points', 'blocks', 'device')
         again = lambda run: measure_run(load_bench(run, device=device), run, points, blocks)
         table, path = write(runs, out, again if measure else None)
         print_table(table, 'key figures')
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding='utf-8').splitlines():
             if line.startswith(('## ', '- ')):
-                console.print(line, markup=False, highlight=False)
-        console.print(f'{path} and its pictures: '
-                      f'{", ".join(sorted(f.name for f in path.parent.glob("*.png")))}')
+                console.print(line, highlight=False)
+        _say_where(f'{path} and its pictures: '
+                   f'{", ".join(sorted(f.name for f in path.parent.glob("*.png")))}')
 
 # %% ../../nbs/pipeline/04_cli.ipynb #f054df94
 @app.command()
 def export(model: Folder, gguf: Gguf, quant: Quant = Quants.f16, overwrite: Overwrite = False,
            debug: Debug = False):
     "Write a model and its tokenizer as one GGUF file, which llama.cpp serves."
-    with _told(debug):
+    with _told(debug, 'export'):
         from ffp_nb.export.gguf import export_gguf
         path = export_gguf(model, gguf, quant.value, overwrite)
-        console.print(f'{path}: {path.stat().st_size / 1e6:.1f} MB')
+        _say_where(f'{path}: {path.stat().st_size / 1e6:.1f} MB')
 
 # %% ../../nbs/pipeline/04_cli.ipynb #4635d599
 studies = typer.Typer(
-    no_args_is_help=True,
+    no_args_is_help=True, rich_markup_mode=None,
     help='The studies: list them, run their pages, report what their records say.')
 app.add_typer(studies, name='study')
 
@@ -314,7 +402,7 @@ def _registry():
 @studies.command('list')
 def study_list(nbs: Nbs = None, debug: Debug = False):
     "Every study with its page, and whether its records are whole."
-    with _told(debug):
+    with _told(debug, 'study'):
         registry = _registry()
         print_table(registry.study_table(registry.find_notebooks(nbs)), 'studies')
 
@@ -324,21 +412,28 @@ def study_run(name: StudyName, profile: ProfileOpt = Profiles.cpu,
               out: Pages = Path('runs/studies'), records: Missing = False, nbs: Nbs = None,
               debug: Debug = False):
     "Execute the page of a study; the copy with its outputs goes to --out."
-    with _told(debug):
+    with _told(debug, 'study'):
         registry = _registry()
         study, folder = registry.get_study(name), registry.find_notebooks(nbs)
         if records:
             registry.make_records(study, folder, profile.value)
         page = registry.execute_page(registry.study_page(folder, name), out / f'{name}.ipynb',
                                      profile.value)
-        console.print(f'{page}: profile {profile.value}')
+        _say_where(f'{page}: profile {profile.value}')
 
 
 @studies.command('report')
 def study_report(out: Markdown = None, nbs: Nbs = None, debug: Debug = False):
     "What all records say: the claims of the papers, and the conclusion of each study."
-    with _told(debug):
+    with _told(debug, 'study'):
+        from ffp_nb.core.runs import check_output
         from rich.markdown import Markdown as Rendered
         registry = _registry()
-        text = registry.write_report(registry.find_notebooks(nbs))
-        console.print(f'written to {atomic_write(out, text)}' if out else Rendered(text))
+        folder = registry.find_notebooks(nbs)
+        if out:
+            check_output(out, folder)
+        text = registry.write_report(folder)
+        if out:
+            _say_where(f'written to {atomic_write(out, text)}')
+        else:
+            console.print(Rendered(text))

@@ -53,10 +53,9 @@ class PruneConfig:
     alpha: float = 0.1  # ridge penalty of the static calibration
     calibration: str = 'sequential'  # of the saved model: 'none', 'static', 'sequential'
     sequential_alpha: float = 1.0  # penalty of the sequential calibration
-    # 'module' or 'residual'; the first study chose it on the selection split
+    # 'module' or 'residual'; the first study chose it on the selection split, at this penalty
     sequential_target: str = 'residual'
-    # 'auto': bfloat16 where the device has it, else float32. A bench and its records name the type
-    dtype: str = 'auto'
+    dtype: str = 'auto'  # bfloat16 where the device has it, else float32; records name the type
     step: tuple[int, int] = (1, 32)
     # least retention, or one for attention and one for FFN; 0: it may be removed
     p_min: float | tuple[float, float] = 0.1

@@ -201,7 +201,7 @@ def _select(name, task, part, limit, seed):
     "Keep only the selected documents in a task"
     docs = task.eval_docs
     keep = [i for i, d in enumerate(docs) if part is None or part_of(name, d) == part]
-    if not keep: raise ValueError(f'{name} has no documents in part {part!r}; use part=None')
+    if not keep: raise ValueError(f'{name} has no documents in part {part!r}; leave the part out')
     if limit is not None and seed is not None:
         keep = [keep[i] for i in np.random.default_rng(seed).permutation(len(keep))]
     split = task.config.test_split if task.has_test_docs() else task.config.validation_split
@@ -234,7 +234,7 @@ def load_tasks(tasks: str | list | tuple = SEVEN,  # see `find_tasks`
         raise ValueError(f"part {part!r}; expected 'dev', 'test' or None")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise ValueError(f'limit {limit!r}; expected a whole number of documents, at least 1, or '
-                         'None for all')
+                         'none for all')
     data = data or os.environ.get('FFP_DATA_DIR') or None
     loaded = {}
     for name in names:

@@ -88,9 +88,7 @@ class Adapted(nn.Module):
         self.up = nn.Linear(rank, lin.out_features, dtype=torch.float32)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
-        # drawn on the CPU: a seed gives the same numbers for every device
-        self.down.to(lin.weight.device)
-        self.up.to(lin.weight.device)
+        self.to(lin.weight.device)  # drawn on the CPU: a seed gives the same on every device
 
     def forward(self, x):  # (..., n) -> (..., D)
         return self.lin(x) + self.up(F.gelu(self.down(x.float()))).to(x.dtype)
@@ -282,7 +280,10 @@ def save_recovered(found: Recovered, tokenizer, folder: str | Path,
                    overwrite: bool = False,
                    # more files for the folder, by name
                    files: dict[str, str | bytes] | None = None,
+                   # the dense model's folder; None: as the configuration says
+                   source: str | Path | None = None,
                    ) -> Path:
-    "Save a recovered model like `save_pruned`. ValueError if it has adapters, FileExistsError"
+    """Save a recovered model like `save_pruned`, with its errors. ValueError, too, if it has
+    adapters"""
     found.check_mergeable()  # before anything is touched
-    return save_pruned(found, tokenizer, folder, overwrite, files)
+    return save_pruned(found, tokenizer, folder, overwrite, files, source)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['plot_retention', 'plot_search', 'RunLog', 'read_run', 'tiny_problem', 'tiny_run', 'recorded_run', 'log_cost',
-           'reward_frame', 'uniform_rewards', 'plot_rewards', 'exploration_frame', 'plot_exploration', 'slack_frame',
-           'plot_slack', 'incumbent', 'trace', 'plot_trace', 'agreement', 'plot_seeds', 'calibration_gain', 'plot_gain']
+           'reward_frame', 'uniform_policies', 'uniform_rewards', 'held_out_rewards', 'plot_rewards',
+           'exploration_frame', 'plot_exploration', 'slack_frame', 'plot_slack', 'incumbent', 'trace', 'plot_trace',
+           'agreement', 'plot_seeds', 'calibration_gain', 'plot_gain']
 
 # %% ../../nbs/search/07_diagnose.ipynb #64d08227
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from ..core.families import KINDS, Layout, tiny_model
 from ..core.perplexity import Perplexity, paired_interval
 from ..core.ridge import Calibrator
 from ..core.runs import (
-    Checkpoints, CorruptFile, PolicyLog, RunDir, _read_checkpoint, read_config, read_json)
+    Checkpoints, CorruptFile, PolicyLog, RunDir, _read_checkpoint, read_run_config, read_json)
 from ..core.stats import collect_stats
 from ..core.text import Blocks
 from .heuristics import BASELINES, HEURISTICS, Problem
@@ -108,7 +109,7 @@ def read_run(folder: str | Path) -> RunLog:  # the folder of `--out`, or `search
         raise FileNotFoundError(f'{folder} is no run: it has no search/config.json. Give a '
                                 'folder that `ffp search` or `ffp prune` wrote to (--out).')
     # checkpoint first: the log is never behind it
-    (config, _), state = read_config(found), _last_state(found)
+    (config, _), state = read_run_config(found), _last_state(found)
     log = PolicyLog(found / 'policies.jsonl').rows()
     for i, row in enumerate(log, 1):
         missing = [k for k in _ROW if k not in row] if isinstance(row, dict) else _ROW
@@ -228,7 +229,11 @@ def log_cost(log: list[dict],  # rows of a search
 # %% ../../nbs/search/07_diagnose.ipynb #274369dd
 def reward_frame(run: RunLog) -> pd.DataFrame:
     """A row per update: mean, best, worst and spread of rewards; how many policies differ or broke
-    the model"""
+    the model; how far they lie `apart`: standard deviation of the widths over the policies, mean
+    over modules, in shares of the widest one in the log"""
+    widths = np.array([r['widths'] for r in run.log]).reshape(len(run.log), -1)
+    updates = pd.Series([r['update'] for r in run.log])
+    apart = pd.DataFrame(widths / widths.max(0)).groupby(updates).std(ddof=0).mean(axis=1)
     d = pd.DataFrame([{k: r[k] for k in ('update', 'episode', 'forward_tokens', 'target', 'reward')}
                       | dict(blocks=len(r['blocks']), key=str(r['widths'])) for r in run.log])
     return d.groupby('update').agg(episode=('episode', 'min'),
@@ -239,22 +244,38 @@ def reward_frame(run: RunLog) -> pd.DataFrame:
                                    spread=('reward', lambda r: r.std(ddof=0)),
                                    broken=('reward', lambda r: int((r == 0).sum())),
                                    policies=('reward', 'size'),
-                                   distinct=('key', 'nunique')).reset_index()
+                                   distinct=('key', 'nunique')).assign(apart=apart).reset_index()
+
+# %% ../../nbs/search/07_diagnose.ipynb #1cfe52d0
+def uniform_policies(p: Problem) -> dict[str, np.ndarray]:  # name -> (n_layers, 2)
+    "The two uniform policies at the final target; infeasible ones are left out"
+    out = {}
+    for name in ('uniform', 'uniform-ffn'):
+        try:
+            out[name] = BASELINES[name](p)[0]
+        except InfeasibleBudget:
+            pass  # no such policy exists
+    return out
 
 
 def uniform_rewards(p: Problem,
                     final_blocks: int,  # of the search text
-                    ) -> dict[str, float]:  # name -> reward; infeasible ones are left out
-    """Rewards of the two uniform policies at the final target, on the blocks on which a search
-    chooses its winner"""
-    evaluator, out = p.evaluator(), {}
+                    ) -> dict[str, float]:  # name -> reward
+    """Rewards of the uniform policies on the blocks on which a search chooses its winner: a level
+    for pictures of its rewards, not for its winner, which was chosen there"""
+    evaluator = p.evaluator()
     idx = final_idx(len(evaluator.pool), p.seed, final_blocks)
-    for name in ('uniform', 'uniform-ffn'):
-        try:
-            out[name] = evaluator.reward(BASELINES[name](p)[0], idx)
-        except InfeasibleBudget:
-            pass  # no such policy exists
-    return out
+    return {name: evaluator.reward(w, idx) for name, w in uniform_policies(p).items()}
+
+
+def held_out_rewards(measure: Callable[[np.ndarray], Perplexity],  # of a policy, on held-out text
+                     p: Problem,
+                     widths: np.ndarray | None,  # of the winner; None: uniform policies alone
+                     ) -> dict[str, float]:  # name -> reward
+    "PPL_dense / PPL of the winner and the uniform policies on text that chose none of them"
+    policies = ({} if widths is None else dict(winner=widths)) | uniform_policies(p)
+    dense = measure(p.cost.full).mean_nll
+    return {name: float(np.exp(dense - measure(w).mean_nll)) for name, w in policies.items()}
 
 # %% ../../nbs/search/07_diagnose.ipynb #d1773c72
 def plot_rewards(frame: pd.DataFrame,  # from `reward_frame`; for several runs with a column `run`
@@ -302,14 +323,15 @@ def _legend(ax):
 # %% ../../nbs/search/07_diagnose.ipynb #d374dd7a
 _LABELS = dict(std='exploration width', entropy='policy entropy', clipped='share of clipped ratios',
                value='expected reward', spread='spread of rewards',
-               distinct='share of policies that differ')
+               distinct='share of policies that differ', apart='how far apart policies lie',
+               kl='KL divergence of an update', epochs='epochs of an update')
 
 
 def exploration_frame(run: RunLog) -> pd.DataFrame:
     "Long form: update, episode, forward_tokens, statistic, value"
     frame = reward_frame(run)
     wide = frame[['update', 'episode', 'forward_tokens', 'spread']]
-    wide = wide.assign(distinct=frame.distinct / frame.policies)
+    wide = wide.assign(distinct=frame.distinct / frame.policies, apart=frame.apart)
     number = lambda v: np.isscalar(v) and not isinstance(v, str)
     own = pd.DataFrame([{k: v for k, v in u.items()
                          if k == 'update' or (k not in _OWN and number(v))} for u in run.updates])

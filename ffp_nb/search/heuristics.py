@@ -134,7 +134,7 @@ def gate_saliency(model: PreTrainedModel,  # a dense causal LM
             h.remove()
     if not np.isfinite(total).all():
         raise ValueError('a gate has a gradient of NaN or infinity on the calibration text. '
-                         'Load the model in another dtype (bfloat16 or float32).')
+                         'Load the model in another dtype (--dtype bfloat16 or float32).')
     return total / len(blocks)
 
 

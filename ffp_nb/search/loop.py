@@ -52,7 +52,7 @@ class Evaluator:
 
     def _measure(self, idx):
         self.forward_tokens += len(idx) * self.pool.ids.shape[1]
-        return block_nll(self.elastic.model, self.pool[idx], self.batch) / self.pool.scored
+        return block_nll(self.elastic.model, self.pool[idx], self.batch) / self.pool.counts[idx]
 
     def dense(self, idx) -> np.ndarray:  # (k,) blocks of the pool -> (k,) nats per token
         "The dense model on these blocks; each is measured once"
@@ -84,8 +84,7 @@ def _keep_dense(self: Evaluator, idx, nats):
     self._dense[idx] = nats
     if not np.isfinite(nats).all():
         raise ValueError('the dense model gives NaN or infinity on the search text. Check '
-                         'its weights with ffp_nb.core.families.check_finite, or load it in '
-                         'another dtype.')
+                         'its weights, or load it in another dtype (--dtype float32).')
 
 # %% ../../nbs/search/04_loop.ipynb #467ce209
 @patch
@@ -189,7 +188,7 @@ class TextSampler:
         "Indices of the next k blocks. ValueError if there are fewer in all"
         if k > self.n:
             raise ValueError(f'{k} blocks are needed for a reward, the search text has {self.n}. '
-                             'Use fewer or more text.')
+                             'Give more text, or use fewer blocks (a smaller --profile).')
         while len(self.queue) < k:
             # remaining blocks come first; the new order must not repeat them in the same draw
             fresh = [int(i) for i in self.rng.permutation(self.n)]
@@ -356,9 +355,8 @@ def finish(self: Search) -> SearchResult:
                     key=lambda x: -x[0])
     if not ranked or ranked[0][0] == 0:
         raise RuntimeError('no policy of this search could be measured: every episode gave NaN '
-                           'or infinity. Check the weights with '
-                           'ffp_nb.core.families.check_finite, or load the model in another '
-                           'dtype.')
+                           'or infinity. Check the weights, or '
+                           'load the model in another dtype (--dtype float32).')
     used, (reward, name, scores) = self.evaluator.forward_tokens, ranked[0]
     self.evaluator.load_state_dict(before)
     return SearchResult(self.solve(scores, c.sparsity), scores, reward, name, self.log,

@@ -20,7 +20,7 @@ from ..core.budget import Cost, solve
 from ..core.runs import (
     atomic_write, check_writable, config_id, read_json, save_figure, write_json)
 from .diagnose import (
-    RunLog, agreement, exploration_frame, incumbent, log_cost, plot_exploration, plot_gain,
+    RunLog, _is_run, agreement, exploration_frame, incumbent, log_cost, plot_exploration, plot_gain,
     plot_retention, plot_rewards, plot_seeds, plot_slack, plot_trace,
     read_run, reward_frame, slack_frame)
 
@@ -44,16 +44,18 @@ def _rise(run, frame):
 
 
 def _exploration(run, frame):
-    last = frame.iloc[-1]
+    at_target = frame[frame.target == run.config['sparsity']]
+    first, last = (at_target if len(at_target) else frame).iloc[0], frame.iloc[-1]
     width = [u['std'] for u in run.updates if 'std' in u]
-    collapsed = (last.distinct < last.policies / 2 or bool(width)
-                 and width[-1] < COLLAPSED * width[0])
-    say = f'The width went from {width[0]:.2f} to {width[-1]:.2f}; ' if width else ''
-    figures = (dict(distinct=last.distinct / last.policies)
+    collapsed = last.distinct < last.policies / 2 or last.apart < COLLAPSED * first.apart
+    say = f' The width went from {width[0]:.2f} to {width[-1]:.2f}.' if width else ''
+    figures = (dict(distinct=last.distinct / last.policies, apart_first=first.apart,
+                    apart_last=last.apart)
                | (dict(width_first=width[0], width_last=width[-1]) if width else {}))
-    return figures, (f"Did exploration collapse? {'Yes' if collapsed else 'No'}. "
-                     f"{say}{int(last.distinct)} of the {int(last.policies)} "
-                     'policies of the last update differ.')
+    return figures, (f"Did exploration collapse? {'Yes' if collapsed else 'No'}: policies lay "
+                     f'{first.apart:.1%} of a width apart in update {int(first["update"]) + 1}, '
+                     f'the first at the final target, {last.apart:.1%} in the last one, where '
+                     f'{int(last.distinct)} of {int(last.policies)} differ.{say}')
 
 
 def _broken(run, frame):
@@ -83,17 +85,19 @@ def _fidelity(run, frame):
 
 
 def _winner(run, measured):
-    r, uniforms = run.result or {}, (measured or {}).get('uniforms', {})
-    figures = {f'reward_{k}': v for k, v in uniforms.items()}
-    say = [f'{k} gets {v:.3f}' for k, v in uniforms.items()]
+    r, held_out = run.result or {}, (measured or {}).get('held_out', {})
+    figures, lines = {f'reward_{k}': v for k, v in held_out.items()}, []
     if r.get('reward') is not None:
-        figures = dict(reward_winner=r['reward']) | figures
-        say = [f"the winner ({r.get('source', 'of the run')}) gets {r['reward']:.3f}"] + say
-    if not say:
-        return {}, ('The folder holds no result of a finished run, and the uniform policies were '
-                    'not measured (--measure).')
-    missing = '' if uniforms else ' The uniform policies were not measured (--measure).'
-    return figures, 'On the final blocks ' + ', '.join(say) + ' of the dense 1.' + missing
+        figures |= dict(reward_chosen=r['reward'])
+        lines.append(f"The winner ({r.get('source', 'of the run')}) gets {r['reward']:.3f} of the "
+                     'dense 1 on the blocks that it was chosen on, which flatters it.')
+    if held_out:
+        lines.append('On held-out text '
+                     + ', '.join(f'{k} gets {v:.3f}' for k, v in held_out.items()) + '.')
+    else:
+        lines.append('On held-out text neither the winner nor the uniform policies were measured '
+                     '(--measure).')
+    return figures, ' '.join(lines)
 
 # %% ../../nbs/search/08_report.ipynb #9ca725c0
 def _known(measured):
@@ -181,6 +185,9 @@ def report(folders: str | Path | list,  # run folders; seeds of one target are c
     folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
     if not folders: raise ValueError('no run folder; give at least one')
     runs = [read_run(f) for f in folders]
+    if out and any(_is_run(Path(out) / f) for f in ('config.json', 'search/config.json')):
+        raise ValueError(f'{out} is a run: a report would replace its pictures. Choose another '
+                         'folder (--out).')
     out = check_writable(Path(out) if out else Path(folders[0]) / 'report')
     kept = _kept(out / 'measured.json', runs)
     if measure:

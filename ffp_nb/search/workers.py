@@ -215,6 +215,7 @@ class Replica:
     alpha: float  # ridge penalty
     ids: np.ndarray  # (blocks, block_len): the search text
     scored: int
+    whole: np.ndarray | None  # (blocks,), as in `Blocks`
     batch: int  # blocks of one forward pass
 
     def __call__(self) -> Evaluator:
@@ -229,7 +230,8 @@ class Replica:
         tensors = lambda arrays: {k: torch.from_numpy(a) for k, a in arrays.items()}
         elastic = ElasticModel(model, tensors(self.units))
         stats = GramStats(tensors(self.gram), tensors(self.total), self.tokens)
-        pool = Blocks(torch.from_numpy(self.ids), self.scored)
+        pool = Blocks(torch.from_numpy(self.ids), self.scored,
+                      None if self.whole is None else torch.from_numpy(self.whole))
         return Evaluator(elastic, pool, Calibrator(elastic, stats, self.alpha), self.batch)
 
 # %% ../../nbs/search/06_workers.ipynb #65ab8055
@@ -238,6 +240,7 @@ def replica_of(evaluator: Evaluator,  # with a `Calibrator`
                fingerprint: str) -> Replica:  # of the weights
     "The data with which a worker measures the same as this evaluator"
     em, path, how = evaluator.elastic, Path(model).expanduser(), dict(how)
+    pool = evaluator.pool
     static: Any = evaluator.weights
     if model not in SMOLLM2 and path.exists():
         model = str(path.resolve())
@@ -247,7 +250,8 @@ def replica_of(evaluator: Evaluator,  # with a `Calibrator`
     units = {k: em.columns[k][::m.cols] // m.cols for k, m in em.layout.modules.items()}
     return Replica(model, dtype, how, fingerprint, arrays(units), arrays(static.stats.gram),
                    arrays(static.stats.total), static.stats.tokens, static.alpha,
-                   evaluator.pool.ids.numpy(), evaluator.pool.scored, evaluator.batch)
+                   pool.ids.numpy(), pool.scored,
+                   None if pool.whole is None else pool.whole.numpy(), evaluator.batch)
 
 
 def gpus_of(model: torch.nn.Module) -> set[torch.device]:

@@ -27,10 +27,10 @@ PARTS = dict(published='published agent: learning rate 1e-4, a learned value as 
              unrepaired='repair only after the search',
              clip='published mapping in place of the budget solver')
 # the agent with an end to its updates and a width that moves, and changes of it
-TRUSTED = {'trust': 'an update ends at a KL divergence of 0.5, the width has a rate of its own',
-           'trust-fixed': 'the same, exploration width stays at 1',
-           'trust-calm': 'the same, no entropy bonus',
-           'trust-curious': 'the same, entropy bonus 0.05'}
+TRUSTED = {'trust': 'updates end at a KL divergence of 0.5, the width has a rate of its own',
+           'trust-fixed': 'such updates, width stays at 1',
+           'trust-calm': 'such updates and rate, no entropy bonus',
+           'trust-curious': 'such updates and rate, entropy bonus 0.05'}
 
 
 def study_cells(models=('llama', 'opt'),
@@ -39,7 +39,7 @@ def study_cells(models=('llama', 'opt'),
     return [Cell(m, 0.5, 'ffp', seed, v, TOKENS, ('static',)) for m in models
             for seed in (0, 1, 2) for v in variants]
 
-
+# %% ../../nbs/studies/09_ablation.ipynb #8766627e
 def plan(lab: Lab, cells: list[Cell] | None = None) -> Plan:
     "The searches of each model, then their policies on the selection split"
     cells = cells or study_cells()

@@ -74,8 +74,7 @@ class Lab:
     "Where the models, the text and the records of all studies are"
     def __init__(self, nbs: str | Path = '..',  # the folder of the notebooks
                  profile: str = 'cpu', text: str = 'wikitext2',
-                 # folder of all records; None: that of the notebooks
-                 runs: str | Path | None = None,
+                 runs: str | Path | None = None,  # of all records; None: beside the notebooks
                  work: str | Path | None = None,  # of unfinished runs and of trained models
                  dry: bool = False):  # open no model
         self.profile, self.text, self.dry = profile, text, dry
@@ -95,16 +94,17 @@ class Lab:
             if model in NAMES:
                 bench = self.twin(model).bench(criterion)
             else:
-                config = base_config(model, self.profile, self.text, criterion)
-                bench = Bench.load(config, os.environ.get('FFP_CACHE_DIR'), progress=False)
+                c = base_config(model, self.profile, self.text, criterion)
+                bench = Bench.load(c, os.environ.get('FFP_CACHE_DIR'), progress=False)
             self._open = key, bench
         return self._open[1]
 
     def facts(self, model: str, criterion: str = 'wanda') -> Facts:
         if not self.dry: return Facts.of(self.bench(model, criterion))
-        config = base_config(model, self.profile, self.text, criterion)
-        sha, weights, dtype = self._recorded.get(config.model, ({}, '', config.dtype))
-        return Facts(replace(config, dtype=dtype), sha, weights, lambda: param_cost(Layout(_untrained(model))), np.inf)
+        c = base_config(model, self.profile, self.text, criterion)
+        sha, weights, dtype = self._recorded.get(c.model, ({}, '', c.dtype))
+        return Facts(replace(c, dtype=dtype), sha, weights,
+                     lambda: param_cost(Layout(_untrained(model))), np.inf)
 
     @cached_property
     def _recorded(self):

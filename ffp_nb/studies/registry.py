@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.runs import atomic_write, read_json
+from ..core.runs import atomic_write, check_output, read_json
 from . import (
     ablation, allocation, criteria, dynamic, families, prediction, recovery, rewards, scaling,
     schedules, searchers, speed, spine)
@@ -179,8 +179,7 @@ def execute_page(page: Path, out: Path, profile: str,
     the old copy stays"""
     import nbformat
     from tqdm.auto import tqdm
-    if out.resolve() == page.resolve():
-        raise ValueError(f'{out} is the page itself; choose another folder (--out)')
+    check_output(out, page, page.parent)
     make, kernel = _clients()
     nb, failed = nbformat.read(page, as_version=4), []
     cells = sum(c.cell_type == 'code' for c in nb.cells)

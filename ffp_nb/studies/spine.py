@@ -27,7 +27,7 @@ SPARSITIES, SEEDS = (0.2, 0.3, 0.5), (0, 1, 2)
 CELLS = [(s, m, seed) for s in SPARSITIES
          for m, seeds in (('uniform', (0,)), ('uniform-ffn', (0,)), ('random', (0,)),
                           ('ffp', SEEDS)) for seed in seeds]
-GRID = [('module', 1.0), ('residual', 1.0)]  # target and penalty of the sequential calibration
+GRID = [('module', 1.0), ('residual', 1.0)]  # targets of the sequential calibration, one penalty
 
 
 def of_model(facts: Facts) -> dict:
@@ -61,7 +61,7 @@ def measure_dense(lab: Lab) -> dict:
 
 
 def choose_sequential(lab: Lab) -> dict:
-    "Sequential calibration's target and penalty on the selection split, for uniform-ffn at 0.3"
+    "Sequential calibration's target on the selection split, for uniform-ffn at 0.3"
     bench = lab.bench('smollm2')
     widths = uniform(bench.cost, 0.3, ('ffn',))
     blocks = bench.text.selection[slice(0, bench.config.profile.final_blocks)]

@@ -28,7 +28,7 @@ from transformers import (
 
 from ..core.families import fingerprint, load_model, seeded
 from ..core.runs import CorruptFile, RunDir, atomic_write, config_id, save_record
-from ..core.text import Corpus, split_text
+from ..core.text import Corpus, paragraphs, read_text, split_text
 from ..pipeline.bench import Bench
 from ..pipeline.config import Profile, PruneConfig
 from ..recover.train import descend, shuffled
@@ -90,9 +90,8 @@ def documents(
     if not path.is_file():
         raise FileNotFoundError(f"text {text!r}: no such file. Give 'django', 'pydoc' or a text "
                                 "file.")
-    paragraphs = path.read_text(encoding='utf-8').split('\n\n')
-    return {f'part {i // 20:06}': '\n\n'.join(paragraphs[i:i + 20])
-            for i in range(0, len(paragraphs), 20)}
+    parts = paragraphs(read_text(path))
+    return {f'part {i // 20:06}': '\n\n'.join(parts[i:i + 20]) for i in range(0, len(parts), 20)}
 
 # %% ../../nbs/studies/00_twins.ipynb #1ee431af
 def split_documents(docs: dict[str, str], share: float = 0.12,  # of the characters, held out
@@ -112,8 +111,8 @@ def split_documents(docs: dict[str, str], share: float = 0.12,  # of the charact
 def study_corpus(train: dict[str, str], held: dict[str, str], name: str) -> Corpus:
     "The splits of a pruning study; ValueError where the text is too small for them"
     key = lambda paragraph: ' '.join(paragraph.split())
-    seen = {key(p) for d in train.values() for p in d.split('\n\n')}
-    fresh = '\n\n'.join(p for d in held.values() for p in d.split('\n\n') if key(p) not in seen)
+    seen = {key(p) for d in train.values() for p in paragraphs(d)}
+    fresh = '\n\n'.join(p for d in held.values() for p in paragraphs(d) if key(p) not in seen)
     return Corpus(name, split_text('\n\n'.join(train.values()), dict(calibration=0.5, search=0.5)) |
                   split_text(fresh, dict(selection=0.3, test=0.7)))
 
