@@ -52,7 +52,8 @@ Quants = Enum('Quants', {q: q for q in QUANTS})
 Model = Annotated[str, typer.Option(
     help="'smollm2' (needs no hub), 'smollm2-mistral', a local folder, or a hub id")]
 Text = Annotated[str, typer.Option(
-    help="'wikitext2', 'pydoc', 'auto', a text file, or a hub data set")]
+    help="'wikitext2', 'pydoc', 'auto', a text file, a file or folder of rows (parquet, jsonl, "
+         "csv), or a hub data set")]
 Sparsity = Annotated[float, typer.Option(help='share of the decoder-block parameters to remove')]
 Method = Annotated[Methods, typer.Option(help='how the widths are chosen')]
 ProfileOpt = Annotated[Profiles, typer.Option(help='how much text and how many episodes')]
