@@ -30,9 +30,13 @@ def test_quick_run_writes_a_record(tmp_path):
     assert len(records) == 1 and records['environment.hardware.threads'][0] == 1
     rows = records['result.rows'][0]
     assert {r['part'] for r in rows} == set('abcd')
-    assert all(np.isfinite(r['value']) and r['low'] <= r['value'] <= r['high'] for r in rows)
-    goals = [r['met'] for r in rows if r['goal']]
-    assert goals and all(isinstance(m, bool) for m in goals)
+    assert all(np.isfinite([r['value'], r['low'], r['high']]).all() for r in rows)
+    goals = [r for r in rows if r['goal']]
+    assert {r['part'] for r in goals} == set('abcd')
+    for r in goals:  # such as '<= 1 %'
+        sign, bound, unit = r['goal'].split(maxsplit=2)
+        at_most, at_least = r['value'] <= float(bound), r['value'] >= float(bound)
+        assert r['met'] is {'<=': at_most, '>=': at_least}[sign] and r['unit'] == unit
     assert 'goals met' in done.stdout and 'record:' in done.stdout
 
 

@@ -25,10 +25,11 @@ from ..core.elastic import ElasticModel, Weights
 from ..core.families import Layout, fingerprint, load_model
 from ..core.perplexity import Perplexity, perplexity as measure_perplexity
 from ..core.ridge import Calibrator, dense_goals, sequential_calibrate
-from ..core.runs import ConfigMismatch, RunDir, atomic_write, config_id, sweep
+from ..core.runs import (
+    ConfigMismatch, RunDir, atomic_write, config_id, read_run_config, sweep)
 from ..core.stats import GramStats, collect_stats
 from ..core.text import Blocks, Convention, Corpus, Splits, load_corpus
-from .config import Profile, PruneConfig, run_config
+from .config import Profile, PruneConfig, first_form, run_config
 from ..search.diagnose import (
     RunLog, calibration_gain, held_out_rewards, trace, uniform_rewards)
 from ..search.heuristics import BASELINES, HEURISTICS, Problem
@@ -180,11 +181,15 @@ def open_run(folder: str | Path, bench: Bench,
     solve(np.zeros(bench.cost.full.shape), bench.cost, c.sparsity, c.step, c.p_min)
     key = (run_config(replace(c, dtype=bench.config.dtype), bench.corpus.sha256)
            | dict(weights=bench.fingerprint))
+    key = {k: v for k, v in key.items()
+           if k not in ('calibration', 'sequential_alpha', 'sequential_target')}
     key['profile'] = {k: v for k, v in key['profile'].items()
                       if k not in ('test_blocks', 'sequential_blocks')}
-    return RunDir(folder,
-                  {k: v for k, v in key.items()
-                   if k not in ('calibration', 'sequential_alpha', 'sequential_target')}, resume)
+    # a run of an earlier version, whose configuration names only what was given, goes on
+    if resume and (Path(folder) / 'config.json').exists():
+        old = first_form(key)
+        key = old if config_id(read_run_config(folder)[0]) == config_id(old) else key
+    return RunDir(folder, key, resume)
 
 # %% ../../nbs/pipeline/01_bench.ipynb #0c4bb232
 def load_bench(run: RunLog, progress: bool = True, **load) -> Bench:
