@@ -179,7 +179,7 @@ def execute_page(page: Path, out: Path, profile: str,
     the old copy stays"""
     import nbformat
     from tqdm.auto import tqdm
-    check_output(out, page, page.parent)
+    check_output(out, *page.parent.glob('*.ipynb'))
     make, kernel = _clients()
     nb, failed = nbformat.read(page, as_version=4), []
     cells = sum(c.cell_type == 'code' for c in nb.cells)
