@@ -21,9 +21,13 @@ QUICK = '--text', 'text.txt', '--block-len', 32, '--max-blocks', 3
 NAMES = 'runs [exp1]', 'a[/b]', ':fire: [bold]x'
 
 
+# a shell's background job, in which tests may run, ignores Ctrl-C, and its children inherit that
+MAIN_HEARS = ('import signal; signal.signal(signal.SIGINT, signal.default_int_handler); ' + MAIN)
+
+
 def start(*args, **env):
-    return subprocess.Popen([sys.executable, '-c', MAIN, *map(str, args)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | env)
+    return subprocess.Popen([sys.executable, '-c', MAIN_HEARS, *map(str, args)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | env)
 
 
 def run(*args, **env):
