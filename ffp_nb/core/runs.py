@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['atomic_write', 'save_figure', 'sweep', 'check_writable', 'check_output', 'failed_write', 'write_json', 'read_json',
-           'config_id', 'code_hash', 'environment', 'Checkpoints', 'PolicyLog', 'FolderInUse', 'lock_folder', 'writing',
-           'ConfigMismatch', 'RunDir', 'read_run_config', 'save_record', 'find_record', 'load_records', 'cached']
+           'config_id', 'code_hash', 'environment', 'Checkpoints', 'PolicyLog', 'FolderInUse', 'take', 'lock_folder',
+           'writing', 'ConfigMismatch', 'RunDir', 'read_run_config', 'save_record', 'find_record', 'load_records',
+           'cached']
 
 # %% ../../nbs/core/09_runs.ipynb #ac902808
 import dataclasses
@@ -481,26 +482,37 @@ class FolderInUse(RuntimeError):
     "Another process writes to the folder; the message names both"
 
 
+_NO_LOCKS = errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL
+
+
+def take(lock: FileLock) -> Exception | None:
+    """Take a lock. None, or what the system says where it has no locks; Timeout if another process
+    holds it"""
+    try:
+        lock.acquire()
+    except (NotImplementedError, OSError) as e:  # filelock's words for a system without locks
+        if isinstance(e, OSError) and e.errno not in _NO_LOCKS: raise
+        return e
+    return None
+
+
 class _Held:
     "A lock that this process holds until the object is collected"
     def __init__(self, folder: Path):
         self.writer = folder/'.writer'  # beside the lock: Windows lets nobody read a locked file
         self.lock = FileLock(folder/'.lock', timeout=0, thread_local=False)
         try:
-            self.lock.acquire()
+            if none := take(self.lock):
+                warnings.warn(f'{folder} is on a file system without locks ({none}): see to it '
+                              'that no other process writes there', stacklevel=4)
         except Timeout:
             raise FolderInUse(f'{folder} is being written by {_writer(folder)}: wait for it, end '
                               'it, or use another folder (--out)') from None
-        except (NotImplementedError, OSError) as e:
-            if isinstance(e, OSError) and e.errno not in _NO_LOCKS: raise
-            warnings.warn(f'{folder} is on a file system without locks ({e}): see to it that no '
-                          'other process writes there', stacklevel=4)
         with suppress(OSError):  # only for messages
             self.writer.write_text(f'{os.getpid()} {platform.node()}')
         weakref.finalize(self, _free, self.lock, self.writer, os.getpid())
 
 
-_NO_LOCKS = errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL
 _HELD: weakref.WeakValueDictionary[tuple[int, Path], _Held] = weakref.WeakValueDictionary()
 
 # %% ../../nbs/core/09_runs.ipynb #efc28ef5

@@ -7,7 +7,6 @@ __all__ = ['CARD', 'Sliceable', 'save_pruned', 'put_right', 'check_folder', 'loa
            'model_card']
 
 # %% ../../nbs/export/00_hf.ipynb #b7c83828
-import errno
 import json
 import os
 import re
@@ -33,7 +32,8 @@ from ..core.families import (
     REPORT, SMOLLM2, Layout, check_dense, check_device, check_finite, check_tensors, check_weights,
     find_dtype, load_model, load_tokenizer, read_config, reading, smollm2_path)
 from ..core.modeling import PRUNED, rope_of_4
-from ..core.runs import CorruptFile, atomic_write, check_output, failed_write, read_json
+from ..core.runs import (
+    CorruptFile, atomic_write, check_output, failed_write, read_json, take)
 
 # %% ../../nbs/export/00_hf.ipynb #dcd09c13
 class Sliceable(Protocol):
@@ -90,10 +90,7 @@ def _beside(place: Path, token: str):
 def _alive(lock: Path, seconds: float = 0):
     "Hold a lock while the block runs, or this process lives. Timeout if another one holds it"
     own = FileLock(lock, timeout=seconds, thread_local=False)
-    try:
-        own.acquire()
-    except (NotImplementedError, OSError) as e:
-        if isinstance(e, OSError) and e.errno not in _NO_LOCKS: raise
+    take(own)
     try:
         yield
     finally:
@@ -112,10 +109,6 @@ def _swap(tmp: Path, place: Path, old: Path):
             os.replace(old, place)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-# a file system without locks
-_NO_LOCKS = errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL
 
 # %% ../../nbs/export/00_hf.ipynb #c69d6e50
 def put_right(folder: str | Path,
