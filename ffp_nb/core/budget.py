@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Cost', 'param_cost', 'mac_cost', 'memory_cost', 'bounds', 'InfeasibleBudget', 'feasible_range', 'spendable', 'fill',
-           'solve', 'uniform', 'random_scores', 'retention']
+           'solve', 'relax', 'relax_grad', 'uniform', 'random_scores', 'retention']
 
 # %% ../../nbs/core/07_budget.ipynb #160ad2d2
 from collections.abc import Callable
@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 from fastcore.basics import patch
+from scipy.optimize import brentq
+from scipy.special import expit
 
 # %% ../../nbs/core/07_budget.ipynb #628149dd
 @dataclass(frozen=True, eq=False)
@@ -318,6 +320,38 @@ def solve(
     # stable: ties stay in tie-break order
     order = np.argsort(logit - scores.ravel()[module], kind='stable')
     return fill(module[order], size[order], unit, room, lower)
+
+# %% ../../nbs/core/07_budget.ipynb #b76c6058
+def relax(
+    scores,  # (L, 2) finite scores, higher keeps more
+    cost: Cost,  # cost model
+    sparsity: float,  # share of the dense cost to remove, in [0, 1)
+    lower: np.ndarray, upper: np.ndarray,  # (L, 2) least and largest widths, of `bounds`
+) -> np.ndarray:  # widths, float64 (L, 2)
+    """The real-valued widths that `solve` rounds: exactly on budget. Raises `InfeasibleBudget` if
+    no widths within the bounds meet the target, `ValueError` on bad scores"""
+    scores = _check_scores(scores, cost.full.shape)
+    lo, hi = feasible_range(cost, lower, upper)
+    if not lo - _RTOL <= sparsity <= hi + _RTOL:
+        raise InfeasibleBudget(sparsity, lo, hi, cost.name)
+    widths = lambda shift: lower + (upper - lower) * expit(scores + shift)
+    rest = lambda shift: cost.total(widths(shift)) - (1 - sparsity) * cost.dense
+    end = np.abs(scores).max() + 40  # sigmoid(40) is 1 in float64
+    if rest(-end) >= 0: return lower.astype(float)
+    if rest(end) <= 0: return upper.astype(float)
+    return widths(brentq(rest, -end, end, xtol=1e-13))
+
+
+def relax_grad(
+    grad,  # (L, 2) derivative of some f in the widths
+    widths,  # (L, 2) of `relax`
+    cost: Cost, lower: np.ndarray, upper: np.ndarray,  # as for `relax`
+) -> np.ndarray:  # (L, 2) derivative of f in the scores; its sum is 0
+    "The derivative of f(relax(scores)) in the scores"
+    span = np.maximum(upper - lower, 1e-12)
+    slope = (widths - lower) * (upper - widths) / span
+    price = (slope * grad).sum() / max((slope * cost.unit).sum(), 1e-300)
+    return slope * (grad - price * cost.unit)
 
 # %% ../../nbs/core/07_budget.ipynb #ec0a728c
 def uniform(

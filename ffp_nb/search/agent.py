@@ -22,6 +22,11 @@ from ..core.families import seeded
 class Searcher(Protocol):
     """What the search loop needs of whatever proposes policies; `sparsity` is the present target.
     Searchers that get their methods with `@patch` name it as their base"""
+    def plan(self, batch: int, blocks: int) -> tuple[int, int]:
+        """Policies and blocks of the next update; those of the search's configuration unless a
+        searcher knows better"""
+        return batch, blocks
+
     def ask(self, sparsity: float, n: int) -> np.ndarray:  # (n, n_layers, 2)
         "Scores to try"
         raise NotImplementedError
@@ -48,7 +53,7 @@ class Searcher(Protocol):
         raise NotImplementedError
 
 # %% ../../nbs/search/01_agent.ipynb #8434e6c6
-class RandomSearch:
+class RandomSearch(Searcher):
     "Independent normal scores, see `Searcher`; the search picks the best policy tried"
     def __init__(self, n_layers: int, seed: int = 0, scale: float = 1.0):
         self.n_layers, self.scale, self.rng = n_layers, scale, np.random.default_rng(seed)

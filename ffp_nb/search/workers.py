@@ -52,6 +52,10 @@ class _Worker:
         nats = self.evaluator._measure_dense(idx) if widths is None else self.evaluator(widths, idx)
         return nats, self.evaluator.forward_tokens - before
 
+    def slopes(self, widths, idx, span):
+        "The slopes of each batch of these blocks"
+        return self.evaluator._slope_parts([widths], idx, span)[0]
+
 # %% ../../nbs/search/08_workers.ipynb #d41d52c4
 class Workers:
     "Ray actors with a queue: `map` answers every job once, even if workers die"
@@ -120,23 +124,24 @@ def close(self: Workers):
 
 @patch
 def map(self: Workers,
-        jobs: list[tuple]) -> list:  # arguments of `_Worker.measure`; answers in this order
+        jobs: list[tuple],  # arguments of a method of `_Worker`; answers in this order
+        what: str = 'measure') -> list:
     """Answers to all jobs. RuntimeError if one cannot be computed; re-raises a worker's exception.
     Both end the workers"""
     try:
-        return self.start()._map(jobs)
+        return self.start()._map(jobs, what)
     except BaseException:
         self.close()
         raise
 
 # %% ../../nbs/search/08_workers.ipynb #8a358edc
 @patch
-def _map(self: Workers, jobs: list[tuple]) -> list:
+def _map(self: Workers, jobs: list[tuple], what: str) -> list:
     ray, answers, waiting, deaths = self.ray, {}, deque(range(len(jobs))), Counter()
     while len(answers) < len(jobs):
         while waiting and self._idle:
             worker, i = self._idle.popleft(), waiting.popleft()
-            self._busy[worker.measure.remote(*jobs[i])] = worker, i
+            self._busy[getattr(worker, what).remote(*jobs[i])] = worker, i
         (ref,), _ = ray.wait(list(self._busy), num_returns=1)
         worker, i = self._busy.pop(ref)
         try:
@@ -185,6 +190,13 @@ class WorkerEvaluator(Evaluator):
 
     def _measure_dense(self, idx):
         return self._ask([(None, idx)])[0]
+
+    def _slope_parts(self, policies, idx, span):
+        "As in `Evaluator`; a batch of blocks is a job"
+        parts = [[int(i) for i in idx[k:k + self.batch]] for k in range(0, len(idx), self.batch)]
+        found = self.workers.map([(w, part, span) for w in policies for part in parts], 'slopes')
+        each = iter(sum(found, []))
+        return [[next(each) for _ in parts] for _ in policies]
 
     def _compare(self, policies, idx):
         "As in `Evaluator`; the dense model on new blocks is one more job"
