@@ -27,6 +27,7 @@ def gates(width: float,  # units kept, a real number
     return (float(width) - torch.arange(k, dtype=torch.float64)).clamp(0, 1)
 
 
+@torch.inference_mode(False)  # for a backward pass, wherever this is called
 def gated_out(elastic: ElasticModel, weights: Calibrator | None, key: tuple[int, str],
               gate: torch.Tensor,  # (k,) of the first k units
               # (D, columns of k units) and bias (D,) or None, in the model's type
@@ -85,13 +86,14 @@ def _only(model: PreTrainedModel, wanted):
             p.requires_grad_(False)
         for p in wanted:
             p.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
+        yield
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _backward(model, ids, counts, wanted, dense=None):
     "Nats per token of each block (k,), and the gradients of their mean in the parameters `wanted`"
     n = int(counts.max())
@@ -102,7 +104,8 @@ def _backward(model, ids, counts, wanted, dense=None):
     nats, grad = _head_grad(model.get_output_embeddings(), hidden.flatten(0, 1),
                             ids[:, -n:].flatten().to(hidden.device),
                             (scored / (counts[:, None] * len(ids))).flatten(),
-                            None if dense is None else dense.to(hidden.device).flatten(0, 1))
+                            None if dense is None
+                            else dense[:, -n:].to(hidden.device).flatten(0, 1))
     found = torch.autograd.grad(hidden, wanted, grad.view_as(hidden))
     return (nats.view(scored.shape).double() * scored).sum(1) / counts, found
 
@@ -161,7 +164,7 @@ def _window(widths, full, span):
 
 def _check_here(model):
     "ValueError where accelerate fetches weights from another memory when they are needed"
-    places = set((getattr(model, 'hf_device_map', None) or {}).values())
+    places = {str(p) for p in (getattr(model, 'hf_device_map', None) or {}).values()}
     if ('disk' in places or 'cpu' in places and len(places) > 1
             or any(is_on_disk(p) for p in model.parameters())):
         raise ValueError('slopes need every weight on a device that computes, and this model is '

@@ -7,7 +7,6 @@ __all__ = ['RULES', 'Feedback', 'SlopeSearcher', 'GradientSearch', 'PathwiseAgen
 
 # %% ../../nbs/search/02_gradient.ipynb #a6ad0df7
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +31,7 @@ class SlopeSearcher(Searcher):
     "A `Searcher` that is told slopes: `learn` instead of `tell`"
     slopes: ClassVar[bool] = True
     blocks: int  # blocks of an update, times those of a reward
+    loss: str = 'nats'  # or 'kl': from the dense model's predictions
 
     def plan(self, batch: int, blocks: int) -> tuple[int, int]:
         "Policies and blocks of the next update"
@@ -63,7 +63,7 @@ def _newton(gain, fall, price):
     return ((gain - price) / np.maximum(fall, 0.1 * price)).clip(-2, 2)
 
 
-RULES: dict[str, Callable | None] = dict(ratio=_ratio, mirror=_mirror, newton=_newton, adam=None)
+RULES: dict[str, Any] = dict(ratio=_ratio, mirror=_mirror, newton=_newton, adam=None)
 
 # %% ../../nbs/search/02_gradient.ipynb #03bcc9ea
 class GradientSearch(SlopeSearcher):
@@ -74,16 +74,16 @@ class GradientSearch(SlopeSearcher):
                  rate: float = 0.6, rate_end: float = 0.15,  # of a step, at the start and the end
                  memory: float = 0.6,  # share of the earlier gains in the average
                  average: float = 0.0,  # share of the earlier scores in what is recommended
-                 blocks: int = 2):  # blocks of an update, times those of a reward
-        if rule not in RULES:
-            raise ValueError(f'rule {rule!r}; expected one of {", ".join(RULES)}')
-        for name, value in (('memory', memory), ('average', average)):
-            if not 0 <= value < 1:
-                raise ValueError(f'{name} {value}; expected a share from 0, below 1')
-        if not 0 < rate_end <= rate or blocks < 1:
-            raise ValueError(f'rate {rate}, rate_end {rate_end}, blocks {blocks}; expected rates '
+                 blocks: int = 2,  # blocks of an update, times those of a reward
+                 loss: str = 'nats'):  # or 'kl': from the dense model's predictions
+        for name, value, known in (('rule', rule, RULES), ('loss', loss, ('nats', 'kl'))):
+            if value not in known:
+                raise ValueError(f'{name} {value!r}; expected one of {", ".join(known)}')
+        if not (0 <= memory < 1 and 0 <= average < 1 and 0 < rate_end <= rate and blocks >= 1):
+            raise ValueError(f'memory {memory}, average {average}, rate {rate}, rate_end '
+                             f'{rate_end}, blocks {blocks}; expected two shares below 1, rates '
                              'above 0 that do not rise, and at least 1')
-        self.n_layers, self.rule, self.blocks = n_layers, rule, blocks
+        self.n_layers, self.rule, self.blocks, self.loss = n_layers, rule, blocks, loss
         self.rate, self.rate_end, self.memory, self.average = rate, rate_end, memory, average
         self.scores = np.zeros((n_layers, 2))
         self.mean: Any = None  # of the scores

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
+import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
@@ -23,10 +24,11 @@ from ..core.budget import (
 from ..core.elastic import ElasticModel, Weights
 from ..core.perplexity import block_nll
 from ..core.runs import RunDir, atomic_write
-from ..core.slopes import Slopes, default_span, mean_slopes, measure_slopes
+from ..core.slopes import (
+    Slopes, default_span, dense_states, mean_slopes, measure_slopes)
 from ..core.text import Blocks
 from .agent import Searcher
-from .gradient import Feedback
+from .gradient import Feedback, SlopeSearcher
 from .rivals import SEARCHERS, build_searcher, searcher_settings
 from .schedule import Schedule, Shape
 
@@ -56,6 +58,9 @@ class Evaluator:
                  batch: int = 1):  # blocks of one forward pass
         self.elastic, self.pool, self.weights, self.batch = elastic, pool, weights, batch
         self.forward_tokens, self._dense = 0, np.full(len(pool), np.nan)
+        # last hidden states of the dense model by block, and the blocks for which they were paid
+        self._states: dict[int, torch.Tensor] = {}
+        self._known: set[int] = set()
 
     def _measure(self, idx):
         self.forward_tokens += len(idx) * self.pool.ids.shape[1]
@@ -129,30 +134,43 @@ def close(self: Evaluator):
 def slopes(self: Evaluator, policies: list[np.ndarray],  # n real-valued widths (n_layers, 2)
            idx,  # (k,) blocks of the pool, the same for all policies
            span: np.ndarray | None,  # (n_layers, 2) units around each boundary; None: all units
+           kl: bool = False,  # slopes of the KL divergence from the dense model, not of the nats
            ) -> list[Slopes]:  # of each policy, the mean over the blocks
     "Nats and slopes of each policy, see `measure_slopes`"
-    self.forward_tokens += 3 * len(policies) * len(idx) * self.pool.ids.shape[1]
-    return [mean_slopes(parts) for parts in self._slope_parts(policies, idx, span)]
+    tokens = len(idx) * self.pool.ids.shape[1]
+    self.forward_tokens += 3 * len(policies) * tokens
+    if kl:
+        self.forward_tokens += len({*idx} - self._known) * self.pool.ids.shape[1]
+        self._known |= {*idx}
+    return [mean_slopes(parts) for parts in self._slope_parts(policies, idx, span, kl)]
 
 
 @patch
-def _slope_parts(self: Evaluator, policies, idx, span):
+def _slope_parts(self: Evaluator, policies, idx, span, kl):
     "For each policy, the slopes of each batch of blocks; here one after the other"
     static: Any = self.weights
-    return [[*measure_slopes(self.elastic, w, self.pool[idx], static, self.batch, span)]
+    pool, dense = self.pool[idx], None
+    if kl:
+        for i in (i for i in idx if i not in self._states):
+            one = self.pool[[i]]
+            self._states[i] = dense_states(self.elastic, one.ids, int(one.counts.max())).cpu()
+        dense = torch.cat([self._states[i] for i in idx])
+    return [[*measure_slopes(self.elastic, w, pool, static, self.batch, span, dense)]
             for w in policies]
 
 # %% ../../nbs/search/06_loop.ipynb #fe5cdefe
 @patch
 def state_dict(self: Evaluator):
     "All that a resumed search needs"
-    return dict(forward_tokens=self.forward_tokens, dense=self._dense.copy())
+    return dict(forward_tokens=self.forward_tokens, dense=self._dense.copy(),
+                known=sorted(self._known))
 
 
 @patch
 def load_state_dict(self: Evaluator, state):
     "Continue from a state"
     self.forward_tokens, self._dense = int(state['forward_tokens']), np.array(state['dense'])
+    self._known = {int(i) for i in state.get('known', ())}  # not in old checkpoints
 
 # %% ../../nbs/search/06_loop.ipynb #d424530f
 # settings that are left open, for searchers that are told rewards, and for those told slopes
@@ -172,19 +190,20 @@ class SearchConfig:
     blocks: int = 2  # blocks per reward at full fidelity
     sparsity_start: float | None = None  # None: 5 %, or the target where that is lower
     fidelity_start: float = 0.05
-    sparsity_shape: Shape | None = None  # None: cubic; 'none' for a searcher that follows slopes
-    fidelity_shape: Shape | None = None  # likewise
+    # None: cubic; 'none' for a searcher that follows slopes
+    sparsity_shape: Shape = cast(Any, None)
+    fidelity_shape: Shape = cast(Any, None)
     sparsity_share: float = 0.2  # share of the episodes in which the target moves
     fidelity_share: float = 0.8  # share of the episodes in which the fidelity moves
     # head starts of the attention to try first; (0,) for none; None: 0 to 4; 2 for a searcher that
     # follows slopes
-    balance: tuple[float, ...] | None = None
+    balance: tuple[float, ...] = cast(Any, None)
     step: tuple[int, int] = (1, 32)  # units that come and go together: KV groups, FFN channels
     # least retention of a module, see `bounds`; 0: it may be removed
     p_min: float | tuple[float, float] = 0.1
     # logged policies in the final comparison with the searcher's best guess; None: 4, or none for
     # a searcher that follows slopes
-    candidates: int | None = None
+    candidates: int = cast(Any, None)
     final_blocks: int = 24  # blocks of search text for that comparison
     agent: dict = field(default_factory=dict)  # settings of the searcher
     schedules: ClassVar[Callable[..., tuple[Schedule, Schedule]]]  # these are given below
@@ -367,9 +386,9 @@ def _follow(self: Search, sparsity, asked, scores, idx):
     "The same with slopes, at the real-valued widths of the scores"
     lower, upper = bounds(self.cost, self.config.step, self.config.p_min)
     real = [relax(s, self.cost, sparsity, lower, upper) for s in scores]
-    span, searcher = default_span(self.cost.full), self.searcher
+    span, searcher = default_span(self.cost.full), cast(SlopeSearcher, self.searcher)
     found: list[Feedback] = []
-    for w, slopes in zip(real, self.evaluator.slopes(real, idx, span)):
+    for w, slopes in zip(real, self.evaluator.slopes(real, idx, span, searcher.loss == 'kl')):
         slope, (below, above) = slopes.at(w, span), slopes.sides(w, span)
         with np.errstate(divide='ignore'):
             found.append(Feedback(w, -slope / self.cost.unit, (above - below) / self.cost.unit,

@@ -52,9 +52,9 @@ class _Worker:
         nats = self.evaluator._measure_dense(idx) if widths is None else self.evaluator(widths, idx)
         return nats, self.evaluator.forward_tokens - before
 
-    def slopes(self, widths, idx, span):
+    def slopes(self, widths, idx, span, kl):
         "The slopes of each batch of these blocks"
-        return self.evaluator._slope_parts([widths], idx, span)[0]
+        return self.evaluator._slope_parts([widths], idx, span, kl)[0]
 
 # %% ../../nbs/search/08_workers.ipynb #d41d52c4
 class Workers:
@@ -191,13 +191,6 @@ class WorkerEvaluator(Evaluator):
     def _measure_dense(self, idx):
         return self._ask([(None, idx)])[0]
 
-    def _slope_parts(self, policies, idx, span):
-        "As in `Evaluator`; a batch of blocks is a job"
-        parts = [[int(i) for i in idx[k:k + self.batch]] for k in range(0, len(idx), self.batch)]
-        found = self.workers.map([(w, part, span) for w in policies for part in parts], 'slopes')
-        each = iter(sum(found, []))
-        return [[next(each) for _ in parts] for _ in policies]
-
     def _compare(self, policies, idx):
         "As in `Evaluator`; the dense model on new blocks is one more job"
         jobs = [(w, idx) for w in policies]
@@ -210,6 +203,16 @@ class WorkerEvaluator(Evaluator):
 
     def close(self):
         self.workers.close()
+
+# %% ../../nbs/search/08_workers.ipynb #02416628
+@patch
+def _slope_parts(self: WorkerEvaluator, policies, idx, span, kl):
+    "As in `Evaluator`; a batch of blocks is a job"
+    idx = [int(i) for i in idx]
+    parts = [idx[k:k + self.batch] for k in range(0, len(idx), self.batch)]
+    jobs = [(w, part, span, kl) for w in policies for part in parts]
+    each = iter(sum(self.workers.map(jobs, 'slopes'), []))
+    return [[next(each) for _ in parts] for _ in policies]
 
 # %% ../../nbs/search/08_workers.ipynb #fb6f8ac9
 @dataclass

@@ -9,6 +9,7 @@ __all__ = ['MODES', 'VARIANTS', 'TOKENS', 'Facts', 'base_config', 'Lab', 'Cell',
            'in_study', 'searched', 'read_traces', 'tokens_to_reach', 'against', 'cost_table', 'reached', 'policy_table']
 
 # %% ../../nbs/studies/02_cells.ipynb #e343dd1b
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core.budget import Cost, InfeasibleBudget, bounds, feasible_range, param_cost
 from ..core.families import Layout, load_model
@@ -82,7 +84,12 @@ class Lab:
         self.runs = Path(runs) if runs else self.nbs / 'runs'
         self.work = Path(work) if work else self.nbs.parent / 'runs'
         self.benchmarks = self.nbs.parent / 'benchmarks' / 'results'
+        self.settings: dict = {}  # of `like`
         self._open: tuple = (None, None)  # the last bench, by model and criterion
+
+    like: Callable[..., 'Lab']  # these are given below
+    config: Callable[..., PruneConfig]
+    facts: Callable[..., Facts]
 
     def twin(self, family: str) -> Twin:
         return open_twin(family, self.work / 'models', SETUPS[self.profile])
@@ -94,21 +101,40 @@ class Lab:
             if model in NAMES:
                 bench = self.twin(model).bench(criterion)
             else:
-                c = base_config(model, self.profile, self.text, criterion)
-                bench = Bench.load(c, os.environ.get('FFP_CACHE_DIR'), progress=False)
+                bench = Bench.load(self.config(model, criterion), os.environ.get('FFP_CACHE_DIR'), progress=False)
             self._open = key, bench
         return self._open[1]
-
-    def facts(self, model: str, criterion: str = 'wanda') -> Facts:
-        if not self.dry: return Facts.of(self.bench(model, criterion))
-        c = base_config(model, self.profile, self.text, criterion)
-        sha, weights, dtype = self._recorded.get(c.model, ({}, '', c.dtype))
-        return Facts(replace(c, dtype=dtype), sha, weights,
-                     lambda: param_cost(Layout(_untrained(model))), np.inf)
 
     @cached_property
     def _recorded(self):
         return _known(self.runs)
+
+# %% ../../nbs/studies/02_cells.ipynb #00a77bc6
+@patch
+def like(self: Lab, **settings) -> Lab:  # dtype, and fields of the profile
+    "The same place, where models from outside run with other settings"
+    other = copy.copy(self)
+    other.settings, other._open = self.settings | settings, (None, None)
+    return other
+
+
+@patch
+def config(self: Lab, model: str, criterion: str = 'wanda') -> PruneConfig:
+    "`base_config` with the settings of this lab"
+    c = base_config(model, self.profile, self.text, criterion)
+    if model in NAMES or not self.settings: return c
+    own = {k: v for k, v in self.settings.items() if k != 'dtype'}
+    return replace(c, dtype=self.settings.get('dtype', c.dtype), profile=replace(c.profile, **own))
+
+
+@patch
+def facts(self: Lab, model: str, criterion: str = 'wanda') -> Facts:
+    "What configurations depend on; a dry lab knows it from the records"
+    if not self.dry: return Facts.of(self.bench(model, criterion))
+    c = self.config(model, criterion)
+    sha, weights, dtype = self._recorded.get(c.model, ({}, '', c.dtype))
+    return Facts(replace(c, dtype=self.settings.get('dtype', dtype)), sha, weights,
+                 lambda: param_cost(Layout(_untrained(model))), np.inf)
 
 # %% ../../nbs/studies/02_cells.ipynb #275b9955
 def _untrained(model):
