@@ -102,7 +102,8 @@ def open_model(size, dtype):
 def open_bench(size, calibration_blocks, model=None, tokenizer=None) -> Bench:
     if model is None:
         model, tokenizer = open_model(size, torch.bfloat16)
-    config = PruneConfig(model=size.model, sparsity=size.sparsity, step=size.step, alpha=size.alpha,
+    config = PruneConfig(model=size.model, sparsity=size.sparsity, method='ffp', criterion='wanda',
+                         step=size.step, alpha=size.alpha,
                          profile=Profile(size.block_len, calibration_blocks))
     return Bench(model, tokenizer, load_corpus(config.text), config, progress=False)
 

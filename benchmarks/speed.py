@@ -110,7 +110,8 @@ def tiny_tokenizer():
 
 
 def open_bench(size) -> Bench:
-    config = PruneConfig(model=size.model, dtype='bfloat16', step=(1, size.step),
+    config = PruneConfig(model=size.model, method='ffp', criterion='wanda', dtype='bfloat16',
+                         step=(1, size.step),
                          profile=Profile(size.block_len, size.calibration_blocks))
     if size.model == 'tiny':
         model, tokenizer = tiny_model(vocab=258).bfloat16(), tiny_tokenizer()

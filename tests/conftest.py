@@ -89,7 +89,7 @@ def ffp():
             m.setenv('COLUMNS', '300')
             if not pictures:
                 for module in (prune, diagnose):
-                    for name in ('plot_retention', 'plot_search'):
+                    for name in ('plot_retention', 'plot_search', 'plot_slopes'):
                         m.setattr(module, name, lambda *a, **kw: None)
                 for module in (prune, runs):
                     m.setattr(module, 'save_figure',
@@ -106,6 +106,6 @@ def bench(tmp_path_factory):
     folder = make_folder(tmp_path_factory.mktemp('study'))
     profile = Profile(block_len=32, calibration_blocks=8, sequential_blocks=4, episodes=8, batch=4,
                       blocks=2, final_blocks=3, test_blocks=4)
-    config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), dtype='float32',
-                         step=(1, 8), profile=profile)
+    config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), method='ffp',
+                         criterion='wanda', dtype='float32', step=(1, 8), profile=profile)
     return Bench.load(config, progress=False)

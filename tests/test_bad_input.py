@@ -471,9 +471,9 @@ def test_damaged_run(world, searched, ffp, names, words):
 
 def test_damaged_log_row(world, searched, ffp):
     log = searched / 'search' / 'policies.jsonl'
-    log.write_bytes(log.read_bytes().replace(b'{"episode": 2', b'\x00\xff\x00"', 1))
+    log.write_bytes(log.read_bytes().replace(b'{"episode": 1', b'\x00\xff\x00"', 1))
     before = files(searched)
-    refused(ffp('search', *world[1], '--out', searched), 'line 3', 'policies.jsonl', 'restore')
+    refused(ffp('search', *world[1], '--out', searched), 'line 2', 'policies.jsonl', 'restore')
     kept(before, searched)
 
 

@@ -115,3 +115,15 @@ def test_scaling_counts_the_work():
                  for m in Layout(tiny_model('llama', 1, 8, 4, 2, 24)).modules.values())
     assert s.layer_params == params and scaling.work('forward', s, 10) == params * 10 / 2
     assert scaling.work('factors', s, 10) == 8**3 + 24**3 + 8 * (8**2 + 24**2)
+
+
+def test_slopes_measures_its_jobs(tmp_path):
+    done = subprocess.run([sys.executable, FOLDER / 'slopes.py', '--quick', '--threads', '1',
+                           '--out', tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {r['what']: r for r in load_records(tmp_path)['result.rows'][0]}
+    assert list(rows) == ['dense', 'pruned', 'slopes', 'kl', 'all units']
+    for r in rows.values():
+        assert len(r['seconds']) == 2 and min(r['seconds']) > 0 and (r['peak_bytes'] or 0) >= 0
+    assert rows['pruned']['times_pruned'] == rows['dense']['times_dense'] == 1
+    assert 'mean nothing' in done.stdout and 'record:' in done.stdout

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from inspect import signature
 
 import pandas as pd
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from ffp_nb.core.runs import lock_folder
 from ffp_nb.pipeline import cli
+from ffp_nb.pipeline.config import PruneConfig
 
 MAIN = 'from ffp_nb.pipeline.cli import app; app()'
 QUICK = '--text', 'text.txt', '--block-len', 32, '--max-blocks', 3
@@ -90,6 +92,15 @@ def test_print_table_is_no_markup(capsys):
 def test_help_keeps_its_brackets(command):
     result = worked(CliRunner().invoke(cli.app, [command, '--help']))
     assert 'ffp_nb[ray]' in ' '.join(result.stdout.split())
+
+
+@pytest.mark.parametrize('command', [cli.prune, cli.search])
+def test_the_defaults_are_those_of_python(command):
+    found = {k: p.default for k, p in signature(command).parameters.items()}
+    assert (found['method'].value, found['criterion'].value) == ('gradient', 'greedy')
+    assert (PruneConfig.method, PruneConfig.criterion) == ('gradient', 'greedy')
+    for name in ('model', 'text', 'sparsity', 'seed', 'dtype'):
+        assert found[name] == getattr(PruneConfig, name), name
 
 
 def test_wide_tables_are_not_cut_off(capsys):
@@ -238,6 +249,23 @@ def test_a_heuristic_promises_no_picture_of_a_search(ffp, tiny_folder):
     result = worked(ffp(*common, '--method', 'random-search', '--out', tiny_folder / 'b'))
     assert 'retention.png, search.png and the record are in' in result.stdout
     assert (tiny_folder / 'b' / 'search.png').exists()
+    assert not (tiny_folder / 'b' / 'slopes.png').exists()
+
+
+def test_a_search_by_slopes_shows_them(ffp, tiny_folder):
+    "After `ffp prune` and `ffp search`; the report has its own picture and knows the result"
+    common = ('--model', tiny_folder / 'dense', '--text', tiny_folder / 'text.txt', '--profile',
+              'smoke', '--ffn-step', 8, '--method', 'gradient')
+    result = worked(ffp('prune', *common, '--out', tiny_folder / 'a', pictures=True))
+    assert 'retention.png, search.png, slopes.png and the record are in' in result.stdout
+    worked(ffp('search', *common, '--out', tiny_folder / 'b', pictures=True))
+    for out in (tiny_folder / 'a', tiny_folder / 'b'):
+        assert (out / 'slopes.png').read_bytes().startswith(b'\x89PNG')
+        for more in ((), ('--measure', '--points', 2, '--blocks', 2)):
+            text = ' '.join(worked(ffp('report', out, *more)).stdout.split())
+            assert 'Finished: 2 of 2 updates' in text and 'Did the gains settle?' in text
+            assert 'which flatters it' in text, 'the winner is known'
+        assert (out / 'report' / 'slopes.png').exists()
 
 
 def test_warnings_are_one_line(monkeypatch):

@@ -689,7 +689,7 @@ def smollm2(tmp_path_factory):
     from ffp_nb.core.budget import uniform
     from ffp_nb.pipeline.bench import Bench
     from ffp_nb.pipeline.config import Profile, PruneConfig
-    config = PruneConfig(text='pydoc', sparsity=0.3, dtype='float32',
+    config = PruneConfig(text='pydoc', sparsity=0.3, criterion='wanda', dtype='float32',
                          profile=Profile(64, 6, 4, 8, 4, 1, 2, 3))
     bench = Bench.load(config, progress=False)
     widths = uniform(bench.cost, 0.3)

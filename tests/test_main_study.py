@@ -7,6 +7,7 @@ import pytest
 from ffp_nb.core.budget import InfeasibleBudget
 from ffp_nb.core.runs import RunDir, cached
 from ffp_nb.search.heuristics import HEURISTICS
+from ffp_nb.search.rivals import searcher_settings
 from ffp_nb.studies import cells
 from ffp_nb.studies.cells import (
     VARIANTS, Cell, Facts, Lab, against, cell_settings, clip_in_order, cost_table, fit_episodes,
@@ -19,16 +20,23 @@ def run(bench, folder, *a, **kw):
     return run_cell(bench, Cell('toy', *a, **kw), folder / 'records', folder / 'work')
 
 
+def method_of(variant):
+    "The first method whose searcher has the settings of the variant"
+    own = VARIANTS[variant].get('agent', {}).keys()
+    return next(m for m in ('ffp', 'gradient', 'pathwise')
+                if own <= searcher_settings(m, {}).keys())
+
+
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_every_variant_runs_on_budget_and_leaves_the_bench_alone(bench, tmp_path, variant):
     before = bench.config
-    r = run(bench, tmp_path, 0.4, variant=variant, modes=('static',))
+    r = run(bench, tmp_path, 0.4, method_of(variant), variant=variant, modes=('static',))
     assert bench.config == before
     widths = np.array(r['result']['widths'])
     step = (bench.cost.unit * [1, 8]).max() / bench.cost.dense
     assert -1e-9 <= bench.cost.sparsity(widths) - 0.4 < (step if variant != 'clip' else 1)
     assert r['config']['profile']['batch'] == dict(batch8=8, batch32=32).get(variant, 4)
-    assert (r['result']['before'] > 0) == (variant in ('warm', 'transfer'))
+    assert (r['result']['before'] > 0) == (variant in ('warm', 'transfer', 'refine'))
     assert (len(r['result']['nll']['static']) == 4
             and r['result']['forward_tokens'] > r['result']['before'])
 

@@ -28,6 +28,7 @@ SIGMA = 0.4
 TINY = Profile(32, 4, 2, 8, 4, 1, 2, 2)  # as in the fixture `ffp`
 # finer than the command line's 32 channels
 SMALL_UNITS = dict(step=(1, 4), profile=TINY, dtype='float32', sparsity=SIGMA)
+PAPER = dict(method='ffp', criterion='wanda')  # the way of the paper; without: the default
 
 
 def base(folder, **options):
@@ -60,8 +61,8 @@ def plain_perplexity(model, text, length=TINY.block_len, n=TINY.test_blocks):
     return float(torch.stack(losses).mean().exp())
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-def test_prune_end_to_end(family, family_folder, ffp, tmp_path, monkeypatch):
+@pytest.mark.parametrize('family, how', [*((f, {}) for f in FAMILIES), ('llama', PAPER)])
+def test_prune_end_to_end(family, how, family_folder, ffp, tmp_path, monkeypatch):
     folder, out, held = family_folder(family), tmp_path / 'out', {}
     save = prune.save_pruned
     def keep(elastic, *a, **kw):  # the model in memory, at the moment that it is saved
@@ -70,13 +71,13 @@ def test_prune_end_to_end(family, family_folder, ffp, tmp_path, monkeypatch):
         return save(elastic, *a, **kw)
     monkeypatch.setattr(prune, 'save_pruned', keep)
     ids = torch.randint(0, 211, (2, 17), generator=torch.Generator().manual_seed(0))
-    result = worked(ffp('prune', *base(folder), '--out', out, pictures=family == 'llama'))
+    result = worked(ffp('prune', *base(folder, **how), '--out', out, pictures=family == 'llama'))
     table, found = pd.read_csv(out / 'table.csv'), record(out)['result']
     widths = np.array(found['widths'])
 
     cost = param_cost(Layout(load_model(str(folder / 'dense'), 'float32')[0]))
     assert on_budget(cost, widths, SIGMA)
-    ours = table[table.method == 'ffp']
+    ours = table[table.method == how.get('method', 'gradient')]
     assert np.allclose(ours.sparsity, cost.sparsity(widths))
     assert (table.sparsity[table.method != 'dense'] >= SIGMA - 1e-9).all()
     assert list(ours.calibration) == ['none', 'static', 'sequential']
@@ -98,8 +99,12 @@ def test_prune_end_to_end(family, family_folder, ffp, tmp_path, monkeypatch):
     dense = sum(p.numel() for p in load_model(str(folder / 'dense'), 'float32')[0].parameters())
     assert dense - small == cost.dense - cost.total(
         widths), 'the folder holds what the budget counts'
-    assert (f'{dense:,} parameters before, {small:,} after' in
-            (out / 'model' / 'README.md').read_text())
+    card, made = (out / 'model' / 'README.md').read_text(), record(out)['config']
+    assert f'{dense:,} parameters before, {small:,} after' in card
+    method, criterion = how.values() or ('gradient', 'greedy')
+    assert (made['method'], made['criterion']) == (method, criterion)
+    assert f'method "{method}", order of the units by the criterion "{criterion}"' in card
+    assert method == 'ffp' or 'agent' not in card + found['source']
 
     seen = {}
     def spy(*a, **kw):
@@ -210,8 +215,8 @@ def test_the_table_says_what_folders_give(family_folder, ffp, tmp_path):
 def test_settings_reach_rewards_and_repair(family_folder, tmp_path):
     "The folder is the model that the parts of `core` make of the widths, with these settings"
     folder = family_folder('opt')
-    config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), alpha=0.5,
-                         sequential_alpha=0.2, **SMALL_UNITS)
+    config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), method='ffp',
+                         criterion='wanda', alpha=0.5, sequential_alpha=0.2, **SMALL_UNITS)
     table = prune.prune(config, tmp_path / 'out', progress=False)
     widths = np.array(record(tmp_path / 'out')['result']['widths'])
     model, tokenizer = load_model(str(folder / 'dense'), 'float32')
@@ -306,7 +311,7 @@ def test_taylor_order_comes_from_gradients(family_folder, ffp, tmp_path):
     assert record(tmp_path / 'out')['config']['criterion'] == 'taylor'
 
 
-@pytest.mark.parametrize('method', ['ffp', 'random-search', 'random'])
+@pytest.mark.parametrize('method', ['gradient', 'ffp', 'random-search', 'random'])
 def test_seeds(family_folder, tmp_path, method):
     "The same seed gives the same widths, another seed others; all on budget"
     folder, found = family_folder('llama'), []
@@ -346,45 +351,49 @@ def steps(monkeypatch):
     return done
 
 
-def test_resume_and_no_resume(family_folder, ffp, tmp_path, steps):
+@pytest.mark.parametrize('how, rows', [({}, 2), (PAPER, TINY.episodes)])
+def test_resume_and_no_resume(family_folder, ffp, tmp_path, steps, how, rows):
     folder, out = family_folder('llama'), tmp_path / 'out'
-    worked(ffp('search', *base(folder), '--out', out))
+    command = base(folder, **how)
+    worked(ffp('search', *command, '--out', out))
     assert steps == [0, 1]
     log = (out / 'search' / 'policies.jsonl').read_bytes()
     widths = (out / 'widths.json').read_bytes()
-    assert len(log.splitlines()) == TINY.episodes
-    worked(ffp('search', *base(folder), '--resume', '--out', out))
-    worked(ffp('prune', *base(folder), '--out', out))  # the same search serves it
+    assert len(log.splitlines()) == rows
+    worked(ffp('search', *command, '--resume', '--out', out))
+    worked(ffp('prune', *command, '--out', out))  # the same search serves it
     assert steps == [0, 1]
     assert ((out / 'search' / 'policies.jsonl').read_bytes() == log
             and (out / 'widths.json').read_bytes() == widths)
     assert record(out)['result']['widths'] == json.loads(widths)['widths']
-    worked(ffp('search', *base(folder), '--no-resume', '--out', out))
+    worked(ffp('search', *command, '--no-resume', '--out', out))
     assert steps == [0, 1, 0, 1]
     assert (out / 'search' / 'policies.jsonl').read_bytes() == log  # the same seed
     assert (out / 'search' / 'old-1' / 'policies.jsonl').read_bytes() == log
-    worked(ffp('search', *base(folder, seed=1), '--no-resume', '--out', out))
+    worked(ffp('search', *base(folder, **how, seed=1), '--no-resume', '--out', out))
     assert steps == [0, 1] * 3 and (out / 'search' / 'policies.jsonl').read_bytes() != log
 
 
-def test_interrupted_by_the_user(family_folder, ffp, tmp_path, steps, monkeypatch):
+@pytest.mark.parametrize('how', [{}, PAPER])
+def test_interrupted_by_the_user(family_folder, ffp, tmp_path, steps, monkeypatch, how):
     "Ctrl-C after the first update: status 130, a line, and the same command goes on"
-    folder = family_folder('llama')
-    worked(ffp('search', *base(folder), '--out', tmp_path / 'whole'))
-    ask, asked = rivals.SEARCHERS["ffp"].ask, []
+    command = base(family_folder('llama'), **how)
+    worked(ffp('search', *command, '--out', tmp_path / 'whole'))
+    searcher, asked = rivals.SEARCHERS[how.get('method', 'gradient')], []
+    ask = searcher.ask
     def interrupted(self, *a):
         asked.append(1)
         if len(asked) == 2: raise KeyboardInterrupt
         return ask(self, *a)
     with monkeypatch.context() as m:
-        m.setattr(rivals.SEARCHERS["ffp"], 'ask', interrupted)
-        result = ffp('search', *base(folder), '--out', tmp_path / 'out')
+        m.setattr(searcher, 'ask', interrupted)
+        result = ffp('search', *command, '--out', tmp_path / 'out')
     assert (result.exit_code == 130 and 'goes on from the last finished' in result.stderr
             and 'Traceback' not in result.output)
-    worked(ffp('search', *base(folder), '--out', tmp_path / 'out'))
+    worked(ffp('search', *command, '--out', tmp_path / 'out'))
     assert steps == [0, 1, 0, 1, 1]
     for name in ('out', 'whole'):  # and so is what is made of it
-        worked(ffp('prune', *base(folder), '--out', tmp_path / name))
+        worked(ffp('prune', *command, '--out', tmp_path / name))
     for name in ('search/policies.jsonl', 'widths.json', 'table.csv', 'model/model.safetensors'):
         assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
 
@@ -398,7 +407,7 @@ def test_another_repair_uses_the_same_search(family_folder, ffp, tmp_path, steps
     unlike = plain_perplexity(out / 'model', folder / 'text.txt')
     second = pd.read_csv(out / 'table.csv')
     assert steps == [0, 1] and len(list(out.glob('prune-*.json'))) == 2
-    assert list(second.calibration[second.method == 'ffp']) == ['none', 'static']
+    assert list(second.calibration[second.method == 'gradient']) == ['none', 'static']
     pd.testing.assert_frame_equal(second,
                                   first[first.calibration != 'sequential'].reset_index(drop=True))
     assert unlike == pytest.approx(second.ppl.iloc[-1], rel=1e-5)

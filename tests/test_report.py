@@ -20,10 +20,11 @@ from ffp_nb.search.report import findings, log_cost, read_run, reward_frame
 def world(tmp_path_factory, ffp):
     "A finished `ffp prune`, a finished `ffp search` with another seed, a uniform run; only read"
     folder = make_folder(tmp_path_factory.mktemp('report'))
-    base = '--model', folder / 'dense', '--text', folder / 'text.txt', '--sparsity', 0.4, *COMMON
+    base = ('--model', folder / 'dense', '--text', folder / 'text.txt', '--sparsity', 0.4,
+            '--method', 'ffp', '--criterion', 'wanda', *COMMON)
     worked(ffp('prune', *base, '--out', folder / 'pruned'))
     worked(ffp('search', *changed(base, seed=1), '--out', folder / 'searched'))
-    worked(ffp('prune', *base, '--method', 'uniform', '--out', folder / 'uniform'))
+    worked(ffp('prune', *changed(base, method='uniform'), '--out', folder / 'uniform'))
     return folder
 
 

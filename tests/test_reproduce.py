@@ -39,8 +39,9 @@ def make_record(records: Path):
         Path('words.txt').write_text(words())
         profile = Profile(block_len=32, calibration_blocks=8, sequential_blocks=4, episodes=16,
                           batch=4, blocks=2, final_blocks=3, test_blocks=4)
-        bench = Bench.load(PruneConfig('tiny', 'words.txt', dtype='float32', step=(1, 8),
-                                       profile=profile), progress=False)
+        config = PruneConfig('tiny', 'words.txt', method='ffp', criterion='wanda', dtype='float32',
+                             step=(1, 8), profile=profile)
+        bench = Bench.load(config, progress=False)
         run_cell(bench, Cell('tiny', 0.3, 'ffp', seed=3), records, 'work')
         os.chdir(HERE)
 

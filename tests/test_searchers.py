@@ -33,7 +33,8 @@ def make(model, name, run=None, seed=3, config=CONFIG, **kw):
     # as AMC: those of the cost model
     shares = dict(share=cost.unit * cost.full) if name in ('ddpg', 'evopress') else {}
     searcher = SEARCHERS[name](len(cost.full), seed=seed, **shares | RIVALS.get(name, {}) | kw)
-    return Search(Evaluator(model, pool), cost, config, run, searcher=searcher)
+    return Search(Evaluator(model, pool), cost, replace(config, method=name), run,
+                  searcher=searcher)
 
 
 @pytest.mark.parametrize('name', SEARCHERS)

@@ -25,7 +25,7 @@ from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Blocks
 from ffp_nb.pipeline import bench as benches, prune
 from ffp_nb.pipeline.config import Profile, PruneConfig
-from ffp_nb.search.loop import Search
+from ffp_nb.search.loop import Search, SearchConfig
 from ffp_nb.search.workers import WorkerEvaluator, Workers, replica_of
 
 # Ray's own workers would wait behind everything else on a busy machine
@@ -146,6 +146,24 @@ def test_a_search_loses_nothing_with_a_worker(bench, cluster, tmp_path):
         tmp_path), 'each policy once, the lost one twice'
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason='two workers of one CPU each')
+@pytest.mark.parametrize('method, agent', [('gradient', {}), ('gradient', dict(loss='kl')),
+                                           ('pathwise', dict(mix=0.5))])
+def test_workers_follow_the_same_slopes(method, agent, bench, cluster):
+    "A search by slopes is the same, bit for bit"
+    c = SearchConfig(0.4, method, 1, episodes=12, batch=4, blocks=2, step=(1, 8), agent=agent)
+    want = Search(bench.evaluator(), bench.cost, c).run(progress=False)
+    spread = WorkerEvaluator(bench.evaluator(), replica(bench), 2)
+    try:
+        got = Search(spread, bench.cost, c).run(progress=False)
+    finally:
+        spread.close()
+    drop = lambda updates: [{k: v for k, v in u.items() if k != 'wall_s'} for u in updates]
+    assert got.log == want.log and drop(got.updates) == drop(want.updates)
+    assert np.array_equal(got.widths, want.widths) and got.reward == want.reward
+    assert got.forward_tokens == want.forward_tokens
+
+
 def test_a_worker_killed_from_outside(cluster, tmp_path):
     "Answers that are there are kept, the job in flight is done again, an exception is not retried"
     workers = Workers(fake(tmp_path), 1)
@@ -236,8 +254,10 @@ def test_a_split_model_is_the_same_model(family, family_folder):
 
 def test_a_split_model_is_pruned_to_the_same_files(family_folder, tmp_path):
     folder = family_folder('llama')
+    # not by slopes: they need every weight on a device that computes
     config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), sparsity=0.4,
-                         dtype='float32', step=(1, 4), profile=Profile(32, 4, 2, 8, 4, 1, 2, 2))
+                         method='ffp', dtype='float32', step=(1, 4),
+                         profile=Profile(32, 4, 2, 8, 4, 1, 2, 2))
     how = dict(whole={}, split=dict(device_map=split(folder, 'llama')))
     tables = [prune.prune(config, tmp_path / name, progress=False, **kw)
               for name, kw in how.items()]
@@ -294,3 +314,13 @@ def test_weights_on_disk(monkeypatch):
     monkeypatch.setattr(families.os, 'posix_fallocate', full)
     with pytest.raises(OSError, match='do not fit in .*TMPDIR'):
         on_disk(t)
+
+
+def test_slopes_of_a_split_model_are_refused_at_once(family_folder, tmp_path, monkeypatch):
+    "The default needs the whole model on devices that compute; it says what does not"
+    folder = family_folder('llama')
+    monkeypatch.setattr(benches, 'cached_stats', lambda *a: pytest.fail('it reads the text'))
+    config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), sparsity=0.4,
+                         dtype='float32', step=(1, 4), profile=Profile(32, 4, 2, 8, 4, 1, 2, 2))
+    with pytest.raises(ValueError, match='--method ffp'):
+        prune.prune(config, tmp_path / 'out', progress=False, device_map=split(folder, 'llama'))

@@ -28,6 +28,7 @@ from ..core.perplexity import Perplexity, perplexity as measure_perplexity
 from ..core.ridge import Calibrator, dense_goals, sequential_calibrate
 from ..core.runs import (
     ConfigMismatch, RunDir, atomic_write, config_id, read_run_config, sweep)
+from ..core.slopes import _check_here
 from ..core.stats import GramStats, collect_stats
 from ..core.text import Blocks, Convention, Corpus, Splits, load_corpus
 from .config import Profile, PruneConfig, first_form, run_config
@@ -44,7 +45,7 @@ TAYLOR_BLOCKS, FISHER_BLOCKS = 16, 12
 
 # %% ../../nbs/pipeline/01_bench.ipynb #4dd3cabc
 def _kept(cache, kind, key: bytes, make):
-    """What `make` gives, tensors in plain containers, kept in the cache folder under this key; None:
+    """What `make` gives, tensors in plain containers, kept in the cache folder by this key. None:
     nothing is kept. An unreadable file is made again"""
     if cache is None: return make()
     path = Path(cache) / f'{kind}-{hashlib.sha256(key).hexdigest()[:16]}.pt'
@@ -69,6 +70,14 @@ def cached_stats(model, layout: Layout, blocks: Blocks,
     return GramStats(**_kept(cache, 'stats', key, make))
 
 # %% ../../nbs/pipeline/01_bench.ipynb #5b1ae402
+def _load(config, how):
+    "The model and its tokenizer. ValueError, before minutes of work, if it has no slopes to follow"
+    model, tokenizer = load_model(config.model, config.dtype, **how)
+    if config.search_config().by_slopes:
+        _check_here(model)
+    return model, tokenizer
+
+
 def _order(model, layout, stats, config, calibration, progress, cache=None):
     "The order of the units under the configured criterion; what takes minutes is kept"
     how, scores = config.criterion, None
@@ -116,7 +125,7 @@ class Bench:
              **how) -> 'Bench':  # of `load_model`: device, device_map
         "Load the configuration's model and text"
         corpus = load_corpus(config.text)  # first: a wrong name fails before a model is loaded
-        model, tokenizer = load_model(config.model, config.dtype, **how)
+        model, tokenizer = _load(config, how)
         return cls(model, tokenizer, corpus, config, cache, progress, how, order)
 
     @cached_property

@@ -55,13 +55,15 @@ Text = Annotated[str, typer.Option(
     help="'wikitext2', 'pydoc', 'auto', a text file, a file or folder of rows (parquet, jsonl, "
          "csv), or a hub data set")]
 Sparsity = Annotated[float, typer.Option(help='share of the decoder-block parameters to remove')]
-Method = Annotated[Methods, typer.Option(help='how the widths are chosen')]
+Method = Annotated[Methods, typer.Option(
+    help="how the widths are chosen: 'gradient' follows slopes, 'ffp' is the paper's agent")]
 ProfileOpt = Annotated[Profiles, typer.Option(help='how much text and how many episodes')]
 Seed = Annotated[int, typer.Option(help='seed of the search')]
 Out = Annotated[Path, typer.Option(help='folder for everything that is made')]
 Resume = Annotated[bool, typer.Option(help='go on with the search in --out, or start over')]
-Criterion = Annotated[Criteria,
-                      typer.Option(help='criterion for the order in which units are removed')]
+Criterion = Annotated[Criteria, typer.Option(
+    help="order in which units are removed: 'greedy' minds what the others can make up for, "
+         "'wanda' is the paper's")]
 Dtype = Annotated[str, typer.Option(
     help='auto (bfloat16 where the device has it, else float32), bfloat16, float32 or float16')]
 Remove = Annotated[Optional[list[Kinds]], typer.Option(
@@ -69,7 +71,7 @@ Remove = Annotated[Optional[list[Kinds]], typer.Option(
 FfnStep = Annotated[int, typer.Option(min=1, help='FFN widths are multiples of this')]
 Device = Annotated[Optional[str], typer.Option(
     help="default: a GPU where there is one; 'auto' splits a large model over GPUs, memory and "
-         'disk')]
+         "disk (slopes need all of it on GPUs: else --method ffp)")]
 Workers = Annotated[int, typer.Option(
     min=0, help='processes that measure policies, each with a replica of the model (needs '
                 'ffp_nb[ray]); 0: none')]
@@ -219,9 +221,9 @@ def _config(model, text, sparsity, method, profile, seed, criterion, dtype, remo
 # %% ../../nbs/pipeline/04_cli.ipynb #43b234d0
 @app.command()
 def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.2,
-          method: Method = Methods.ffp, profile: ProfileOpt = Profiles.cpu, seed: Seed = 0,
+          method: Method = Methods.gradient, profile: ProfileOpt = Profiles.cpu, seed: Seed = 0,
           out: Out = Path('runs/pruned'), resume: Resume = True,
-          criterion: Criterion = Criteria.wanda, dtype: Dtype = 'auto', device: Device = None,
+          criterion: Criterion = Criteria.greedy, dtype: Dtype = 'auto', device: Device = None,
           remove: Remove = None, ffn_step: FfnStep = 32, workers: Workers = 0,
           calibration: Repair = Calibrations.sequential, alpha: Alpha = 0.1,
           overwrite: Overwrite = False, debug: Debug = False):
@@ -234,14 +236,15 @@ def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.
         print_table(table, f'{model}, sparsity {sparsity:.0%}: perplexity on the test split of '
                            f'{config.text}')
         pictures = 'retention.png' + ', search.png' * (config.method in SEARCHERS)
+        pictures += ', slopes.png' * getattr(SEARCHERS.get(config.method), 'slopes', False)
         _say_where(f'model, table.csv, {pictures} and the record are in {out}')
 
 # %% ../../nbs/pipeline/04_cli.ipynb #aef540e1
 @app.command()
 def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.2,
-           method: Method = Methods.ffp, profile: ProfileOpt = Profiles.cpu, seed: Seed = 0,
+           method: Method = Methods.gradient, profile: ProfileOpt = Profiles.cpu, seed: Seed = 0,
            out: Out = Path('runs/search'), resume: Resume = True,
-           criterion: Criterion = Criteria.wanda, dtype: Dtype = 'auto', device: Device = None,
+           criterion: Criterion = Criteria.greedy, dtype: Dtype = 'auto', device: Device = None,
            remove: Remove = None, ffn_step: FfnStep = 32, workers: Workers = 0,
            debug: Debug = False):
     "Only find the widths: log, pictures and widths.json, but no test split and no model."
@@ -268,7 +271,7 @@ def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0
 def _write_search(out, bench, widths, result) -> dict:
     "widths.json and pictures of a search; what it found, in plain values"
     from ffp_nb.core.runs import save_figure, write_json
-    from ffp_nb.search.diagnose import plot_retention, plot_search
+    from ffp_nb.search.diagnose import plot_retention, plot_search, plot_slopes
     found = (dict(reward=result.reward, source=result.source,
                   forward_tokens=result.forward_tokens, broken=result.broken) if result else {})
     write_json(out / 'widths.json',
@@ -277,6 +280,8 @@ def _write_search(out, bench, widths, result) -> dict:
     save_figure(plot_retention(widths, bench.cost.full, title), out / 'retention.png')
     if result:
         save_figure(plot_search(result.updates), out / 'search.png')
+        if 'gain' in result.updates[-1]:
+            save_figure(plot_slopes(result.updates[-1], title=title), out / 'slopes.png')
     return found
 
 # %% ../../nbs/pipeline/04_cli.ipynb #0733eec7

@@ -25,8 +25,8 @@ class Profile:
     calibration_blocks: int = 128
     sequential_blocks: int = 32  # of the calibration blocks, for sequential calibration
     episodes: int = 320
-    batch: int = 16
-    blocks: int = 2  # blocks per reward at full fidelity
+    batch: int = 16  # episodes of an update; a search by slopes measures one policy instead
+    blocks: int = 2  # blocks per reward at full fidelity; a search by slopes takes twice as many
     final_blocks: int = 24
     test_blocks: int | None = 32  # prefix of the test split; None: all of it
     forward_batch: int = 1  # blocks of one forward pass
@@ -47,9 +47,9 @@ class PruneConfig:
     model: str = 'smollm2'
     text: str = 'auto'
     sparsity: float = 0.2
-    method: str = 'ffp'  # one of `METHODS`
+    method: str = 'gradient'  # one of `METHODS`; 'ffp' is the paper's agent
     seed: int = 0
-    criterion: str = 'wanda'
+    criterion: str = 'greedy'  # one of `CRITERION_NAMES`; 'wanda' is the paper's
     alpha: float = 0.1  # ridge penalty of the static calibration
     calibration: str = 'sequential'  # of the saved model: 'none', 'static', 'sequential'
     sequential_alpha: float = 1.0  # penalty of the sequential calibration

@@ -19,11 +19,12 @@ from ..core.runs import (
 from ..export.hf import check_folder, find_license, model_card, put_right, save_pruned
 from .bench import Bench, find_widths, open_run
 from .config import PruneConfig, run_config
-from ..search.diagnose import plot_retention, plot_search
+from ..search.diagnose import plot_retention, plot_search, plot_slopes
 from ..search.workers import import_ray
 
 # %% ../../nbs/pipeline/02_prune.ipynb #9acf3f7c
-OUTPUTS = 'search', 'table.csv', 'widths.json', 'retention.png', 'search.png'  # besides the model
+# besides the model
+OUTPUTS = ('search', 'table.csv', 'widths.json', 'retention.png', 'search.png', 'slopes.png')
 CARD_FILES = 'README.md', 'retention.png'  # in the folder of the model
 
 
@@ -110,6 +111,9 @@ def write_outputs(bench, widths, result, table, out, wall_s) -> Path:
         save_figure(plot_search(result.updates,
                                 f'{c.method}, sparsity {c.sparsity:.0%}, seed {c.seed}'),
                     out / 'search.png')
+        if 'gain' in result.updates[-1]:
+            save_figure(plot_slopes(result.updates[-1], title=f'{c.model}, sparsity '
+                                    f'{c.sparsity:.0%}, seed {c.seed}'), out / 'slopes.png')
         found = dict(source=result.source, start=result.start, reward=result.reward,
                      episodes=len(result.log), broken=result.broken, updates=result.updates)
     return save_record(out, dict(name='prune') | run_config(c, bench.corpus.sha256),
@@ -124,8 +128,10 @@ def card_files(bench, widths, table, out, record) -> dict[str, str | bytes]:
     size = sum(p.numel() for p in bench.elastic.model.parameters())  # at the present widths
     cut = int(bench.cost.dense - bench.cost.total(widths))
     tokens = f'the first {c.profile.test_blocks} blocks' if c.profile.test_blocks else 'all blocks'
-    how = (f'Test split of {bench.corpus.name}, {tokens} of {c.profile.block_len} tokens without '
-           f'overlap, {c.dtype}; the model in this folder has the calibration "{c.calibration}".')
+    how = (f'Widths by the method "{c.method}", order of the units by the criterion '
+           f'"{c.criterion}". Test split of {bench.corpus.name}, {tokens} of '
+           f'{c.profile.block_len} tokens without overlap, {c.dtype}; the model in this folder has '
+           f'the calibration "{c.calibration}".')
     card = model_card(c.model, bench.cost.sparsity(widths), (size + cut, size), table, how,
                       record.stem, find_license(c.model), 'retention.png')
     return {'README.md': card, 'retention.png': (out / 'retention.png').read_bytes()}

@@ -21,7 +21,9 @@ from .agent import PPOAgent, Searcher
 class Feedback:
     "What one update of a search by slopes learns about a policy; arrays are (n_layers, 2)"
     widths: np.ndarray  # real-valued, on budget
-    gain: np.ndarray  # nats that one more unit of cost saves, at the present widths
+    # nats that one more unit of cost saves, at the present widths; infinite where a unit costs
+    # nothing, NaN where the bounds leave one width
+    gain: np.ndarray
     fall: np.ndarray  # how much of the gain is lost over one span of more units, from the curve
     grad: np.ndarray  # derivative of the nats in the scores, along the budget
     nats: float  # per token
@@ -45,8 +47,9 @@ class SlopeSearcher(Searcher):
 
 # %% ../../nbs/search/02_gradient.ipynb #c0c448a7
 def _price(gain):
-    "The median gain of the FFNs, above 0"
-    found = gain[:, 1][np.isfinite(gain[:, 1])]
+    "The median gain of the FFNs, or of all modules where no FFN has a finite one; above 0"
+    finite = np.isfinite(gain)
+    found = gain[:, 1][finite[:, 1]] if finite[:, 1].any() else gain[finite]
     return max(float(np.median(found)) if len(found) else 0.0, 1e-30)
 
 
@@ -111,28 +114,32 @@ def learn(self: GradientSearch, sparsity, scores, found, progress):
     "One step"
     f, t = found[0], self.moments[2]
     rate = self.rate * (self.rate_end / self.rate) ** progress
+    finite = np.isfinite(f.gain)
     if self.rule == 'adam':
         new, beta = (f.grad, f.grad**2), (self.memory, 0.95)
     else:
-        new, beta = (f.gain, f.fall), (self.memory, self.memory)
+        new = (np.where(finite, f.gain, 0.0), np.where(finite, f.fall, 0.0))
+        beta = (self.memory, self.memory)
     # averages without a bias towards the start
     held = [b * m + (1 - b) * x for m, x, b in zip(self.moments, new, beta)]
     a, b = (m / (1 - c ** (t + 1)) for m, c in zip(held, beta))
     if self.rule == 'adam':
         step = -rate * a / (np.sqrt(b) + 1e-12)
     else:
-        # what costs nothing has an infinite gain
-        step = rate * np.nan_to_num(RULES[self.rule](a, b, _price(a)), nan=2.0)
+        step = RULES[self.rule](a, b, _price(np.where(finite, a, np.nan)))
+        # what costs nothing grows or shrinks, whatever the price; what is pinned stays
+        step = rate * np.where(finite, step, 2 * np.sign(np.nan_to_num(f.gain)))
     self.moments = [*held, t + 1]
     self.scores = self.scores + step
     self.scores -= np.median(self.scores)  # a common shift changes nothing
     old = self.scores if self.mean is None else self.mean
     self.mean = self.average * old + (1 - self.average) * self.scores
-    free = np.isfinite(f.gain)
-    self.last = dict(step=float(np.abs(step).mean()), price=_price(f.gain),
-                     std=float(np.std(np.log(np.maximum(f.gain[free], 1e-30) / _price(f.gain)))))
+    price = _price(f.gain)
+    logs = np.log((f.gain[finite] / price).clip(0.05, 20))  # a unit may hurt
+    self.last = dict(step=float(np.abs(step).mean()), price=price,
+                     std=float(logs.std()) if len(logs) else 0.0)
 
-
+# %% ../../nbs/search/02_gradient.ipynb #1c6d4d08
 @patch
 def state_dict(self: GradientSearch):
     "All that a resumed search needs"

@@ -151,9 +151,9 @@ def _slope_parts(self: Evaluator, policies, idx, span, kl):
     static: Any = self.weights
     pool, dense = self.pool[idx], None
     if kl:
+        most = int(self.pool.counts.max())  # blocks may score different numbers of tokens
         for i in (i for i in idx if i not in self._states):
-            one = self.pool[[i]]
-            self._states[i] = dense_states(self.elastic, one.ids, int(one.counts.max())).cpu()
+            self._states[i] = dense_states(self.elastic, self.pool.ids[[i]], most).cpu()
         dense = torch.cat([self._states[i] for i in idx])
     return [[*measure_slopes(self.elastic, w, pool, static, self.batch, span, dense)]
             for w in policies]
@@ -283,7 +283,9 @@ class SearchResult:
     widths: np.ndarray  # (n_layers, 2)
     scores: np.ndarray  # (n_layers, 2)
     reward: float  # on the final blocks
-    source: str  # 'agent', or the episode in which it was first tried
+    # whose guess it is, 'agent' or (of a search by slopes) 'searcher', or the episode in which it
+    # was first tried
+    source: str
     log: list[dict]  # every evaluated policy
     updates: list[dict]  # what each update saw
     forward_tokens: int
@@ -388,19 +390,23 @@ def _follow(self: Search, sparsity, asked, scores, idx):
     real = [relax(s, self.cost, sparsity, lower, upper) for s in scores]
     span, searcher = default_span(self.cost.full), cast(SlopeSearcher, self.searcher)
     found: list[Feedback] = []
+    gains = []
     for w, slopes in zip(real, self.evaluator.slopes(real, idx, span, searcher.loss == 'kl')):
         slope, (below, above) = slopes.at(w, span), slopes.sides(w, span)
-        with np.errstate(divide='ignore'):
-            found.append(Feedback(w, -slope / self.cost.unit, (above - below) / self.cost.unit,
-                                  relax_grad(slope, w, self.cost, lower, upper),
-                                  float(slopes.nats.mean())))
+        with np.errstate(divide='ignore', invalid='ignore'):  # a unit may cost nothing
+            gain, fall = (np.where(x == 0, 0.0, x / self.cost.unit)
+                          for x in (-slope, above - below))
+        gains.append(gain)
+        found.append(Feedback(w, np.where(upper > lower, gain, np.nan), fall,
+                              relax_grad(slope, w, self.cost, lower, upper),
+                              float(slopes.nats.mean())))
     if self.level is None:  # the dense model is read once; each update has its own text
         self.level = float(self.evaluator.dense(idx).mean())
     searcher.learn(sparsity, asked, found, self.update / max(self.config.updates - 1, 1))
     return ([self.solve(s, sparsity) for s in scores],
             np.exp([self.level - f.nats for f in found]),
             dict(nats=float(np.mean([f.nats for f in found])),
-                 gain=np.mean([f.gain for f in found], 0).tolist()))
+                 gain=np.mean(gains, 0).tolist()))
 
 # %% ../../nbs/search/06_loop.ipynb #b292c3cd
 @patch
@@ -459,7 +465,8 @@ def finish(self: Search) -> SearchResult:
                        key=lambda r: -r['reward'])
     found = {}
     if (guess := self.guess()) is not None:
-        found[self.solve(guess, c.sparsity).tobytes()] = ('agent', guess)
+        whose = 'searcher' if c.by_slopes else 'agent'
+        found[self.solve(guess, c.sparsity).tobytes()] = (whose, guess)
     for r in at_target:
         if len(found) > c.candidates: break
         found.setdefault(np.array(r['widths']).tobytes(),

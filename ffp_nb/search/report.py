@@ -21,7 +21,7 @@ from ..core.runs import (
     atomic_write, check_writable, config_id, read_json, save_figure, write_json)
 from .diagnose import (
     RunLog, _is_run, agreement, exploration_frame, incumbent, log_cost, plot_exploration, plot_gain,
-    plot_retention, plot_rewards, plot_seeds, plot_slack, plot_trace,
+    plot_retention, plot_rewards, plot_seeds, plot_slack, plot_slopes, plot_trace,
     read_run, reward_frame, slack_frame)
 
 # %% ../../nbs/search/10_report.ipynb #b757a376
@@ -37,13 +37,37 @@ def _rise(run, frame):
     lo, hi = (stats.ttest_ind(b, a, equal_var=False).confidence_interval() if np.ptp(d) > 0
               else (0.0, 0.0))
     verdict = 'yes' if lo > 0 else 'no, it fell' if hi < 0 else 'not measurably'
+    roughly = (' Only roughly: each update has its own text, and the dense model was read on the '
+               'first alone.' if run.by_slopes else '')
     return (dict(reward_before=a.mean(), reward_after=b.mean(), rise=b.mean() - a.mean()),
             f'Did the reward rise? {verdict.capitalize()}: {a.mean():.3f} to {b.mean():.3f} from '
             f'the earlier to the later half of the {len(d)} updates at the final target (95 % '
-            f'interval of the rise {lo:+.3f} to {hi:+.3f}).')
+            f'interval of the rise {lo:+.3f} to {hi:+.3f}).{roughly}')
+
+
+def _broken(run, frame):
+    n, total = int(frame.broken.sum()), int(frame.policies.sum())
+    return dict(broken=n), f'Were episodes broken? {n or "None"} of {total} gave NaN or infinity.'
+
+# %% ../../nbs/search/10_report.ipynb #4cfceb54
+def _steps(run):
+    "The same question to a search by slopes: do the gains agree at its end?"
+    first, last = run.updates[0], run.updates[-1]
+    if len(run.updates) < 2: return {}, 'Did the gains settle? Too early to tell: one update.'
+    yes = last['std'] < first['std'] and last['step'] < first['step']
+    figures = {f'{k}_{when}': u[k] for k in ('std', 'step', 'price')
+               for when, u in (('first', first), ('last', last))}
+    return figures, (f"Did the gains settle? {'Yes' if yes else 'No'}: the spread of their "
+                     f"logarithms went from {first['std']:.2f} to {last['std']:.2f}, the mean step "
+                     f"of a score from {first['step']:.3f} to {last['step']:.3f}. The price at the "
+                     f"end is {last['price']:.3g} nats for a unit of cost. Exploration: not "
+                     'applicable, as an update has one policy.')
 
 
 def _exploration(run, frame):
+    if 'price' in (run.updates or [{}])[0]: return _steps(run)
+    if frame.policies.max() == 1:
+        return {}, 'Did exploration collapse? Not applicable: an update has one policy.'
     at_target = frame[frame.target == run.config['sparsity']]
     first, last = (at_target if len(at_target) else frame).iloc[0], frame.iloc[-1]
     width = [u['std'] for u in run.updates if 'std' in u]
@@ -56,11 +80,6 @@ def _exploration(run, frame):
                      f'{first.apart:.1%} of a width apart in update {int(first["update"]) + 1}, '
                      f'the first at the final target, {last.apart:.1%} in the last one, where '
                      f'{int(last.distinct)} of {int(last.policies)} differ.{say}')
-
-
-def _broken(run, frame):
-    n, total = int(frame.broken.sum()), int(frame.policies.sum())
-    return dict(broken=n), f'Were episodes broken? {n or "None"} of {total} gave NaN or infinity.'
 
 # %% ../../nbs/search/10_report.ipynb #871295e8
 def _budget(run, frame, cost):
@@ -77,7 +96,11 @@ def _budget(run, frame, cost):
 
 def _fidelity(run, frame):
     full = run.config['profile']['blocks']
-    reached = frame[frame.blocks == run.config['profile']['blocks']]
+    if run.by_slopes:
+        return {}, ('Did the fidelity reach 1? Not applicable: '
+                    f'{int(frame.blocks.iloc[-1])} blocks in the last update, by the rule of the '
+                    'searcher.')
+    reached = frame[frame.blocks == full]
     say = (f'Yes, at update {int(reached["update"].iloc[0]) + 1}: {full} blocks a reward.'
            if len(reached)
            else f'No: {int(frame.blocks.iloc[-1])} of {full} blocks a reward in the last update.')
@@ -144,6 +167,9 @@ def _figures(run, measured, cost):
     yield 'rewards', 'Rewards of each update: mean, spread and best', plot_rewards(
         reward_frame(run), measured.get('uniforms'), t)
     yield 'exploration', 'Exploration', plot_exploration(exploration_frame(run), t)
+    if run.updates and 'gain' in run.updates[-1]:
+        yield 'slopes', 'Where the next unit of cost would help most', plot_slopes(
+            run.updates[-1], 'units of cost', t)
     if cost:
         yield 'slack', 'Budget slack', plot_slack(slack_frame(run, cost), t)
     if cost and widths is not None:

@@ -58,7 +58,7 @@ def base_config(model: str,  # 'smollm2', a twin of `NAMES`, a local folder or a
                 ) -> PruneConfig:
     "The settings that all cells of a model and a criterion share; twins ignore `text`"
     if model in NAMES: return twin_config(model, SETUPS[profile], criterion=criterion)
-    return PruneConfig(model, text, 0.3, criterion=criterion, profile=PROFILES[profile])
+    return PruneConfig(model, text, 0.3, 'ffp', criterion=criterion, profile=PROFILES[profile])
 
 # %% ../../nbs/studies/02_cells.ipynb #705175a9
 def _known(runs: Path) -> dict[str, tuple[dict, str, str]]:
@@ -101,7 +101,8 @@ class Lab:
             if model in NAMES:
                 bench = self.twin(model).bench(criterion)
             else:
-                bench = Bench.load(self.config(model, criterion), os.environ.get('FFP_CACHE_DIR'), progress=False)
+                bench = Bench.load(self.config(model, criterion), os.environ.get('FFP_CACHE_DIR'),
+                                   progress=False)
             self._open = key, bench
         return self._open[1]
 
@@ -191,6 +192,14 @@ VARIANTS = dict(default={},
                    'trust-fixed': dict(agent=TRUST | dict(learn_std=False)),
                    'trust-calm': dict(agent=TRUST | dict(entropy=0.0)),
                    'trust-curious': dict(agent=TRUST | dict(entropy=0.05))},
+                # the gradient search, and a search by rewards that starts where it ended
+                newton=dict(agent=dict(rule='newton')), mirror=dict(agent=dict(rule='mirror')),
+                adam=dict(agent=dict(rule='adam', rate=0.3, rate_end=0.05)),
+                kl=dict(agent=dict(loss='kl')), bold=dict(agent=dict(rate=1.5, rate_end=0.1)),
+                many=dict(agent=dict(blocks=4)), averaged=dict(agent=dict(average=0.7)),
+                path=dict(search=dict(sparsity_shape='linear', sparsity_share=1.0)),
+                long=dict(updates=72), mixed=dict(agent=dict(mix=0.3)),
+                refine=dict(after='gradient'),
                 # the rest
                 removable=dict(p_min=0.0), unbalanced=dict(search=dict(balance=(0,))),
                 unrepaired=dict(repair='none'), clip=dict(solver='clip'))
@@ -257,6 +266,8 @@ def cell_settings(cell: Cell, facts: Facts) -> PruneConfig:
     search = v.get('search', {}) | (dict(agent=agent) if agent else {})
     if 'batch' in v:
         p = replace(p, batch=v['batch'])
+    if 'updates' in v:
+        p = replace(p, episodes=v['updates'] * p.batch)
     if cell.tokens:
         p = replace(p, final_blocks=min(p.final_blocks, 16))  # one that small searches can afford
     config = replace(base, sparsity=cell.sparsity, method=cell.method, seed=cell.seed, profile=p,
@@ -284,6 +295,12 @@ def _searched(bench, cell, c, run):
         mean = np.clip(mean - np.median(mean), -3, 3)
         # the table already sets the balance
         c = replace(c, search=c.search | dict(balance=(0,), agent=dict(mean=mean.tolist())))
+    if v.get('after'):  # from the scores that another search ends with
+        first = Search(evaluator, bench.cost, replace(c, method=v['after']).search_config())
+        scores = first.run(progress=False).scores
+        before, evaluator.forward_tokens = evaluator.forward_tokens, 0
+        start = dict(mean=np.clip(scores - np.median(scores), -6, 6).tolist(), std=0.2)
+        c = replace(c, search=_flat | dict(balance=(0,), agent=start))
     if v.get('source'):  # an agent trained at an easier target continues at this one
         easy = replace(c, sparsity=v['source'])
         first = Search(evaluator, bench.cost, easy.search_config())
@@ -383,8 +400,8 @@ def plan_selection(lab: Lab, model: str, found: list[dict]) -> Plan:  # records 
     yield Measurement(key, measure)
 
 # %% ../../nbs/studies/02_cells.ipynb #c8a41f81
-def plan_cells(lab: Lab, cells: list[Cell], traced: bool = False,
-               criterion: str = 'wanda') -> Plan:
+def plan_cells(lab: Lab, cells: list[Cell], traced: bool = False, criterion: str = 'wanda',
+               points: int = 10) -> Plan:  # points: of a trace
     "Cells in their order; with `traced` the trace of each search behind it. Returns the records"
     found = []
     for cell in cells:
@@ -392,7 +409,8 @@ def plan_cells(lab: Lab, cells: list[Cell], traced: bool = False,
         key = cell_key(cell, lab.facts(cell.model, criterion))
         r = yield Measurement(key, lambda to: measure_cell(bench(), cell, to, lab.work / 'work'))
         if traced and r and 'search' in r['result']:
-            yield Measurement(trace_key(r), lambda to: measure_trace(bench(), r, to))
+            yield Measurement(trace_key(r, points),
+                              lambda to: measure_trace(bench(), r, to, points))
         found.append(r)
     return found
 

@@ -285,7 +285,7 @@ def twin_config(family: str, setup: Setup = SETUPS['cpu'], sha: str = DJANGO_SHA
                 criterion: str = 'wanda') -> PruneConfig:
     "What all runs on a twin share; known before it is trained, from the hash of its text"
     c = Training(family, **setup.training)
-    return PruneConfig(twin_name(c, sha), Path(c.text).name, 0.3, dtype='float32',
+    return PruneConfig(twin_name(c, sha), Path(c.text).name, 0.3, 'ffp', dtype='float32',
                        criterion=criterion, step=setup.step, profile=setup.profile)
 
 # %% ../../nbs/studies/00_twins.ipynb #aad47e91
