@@ -31,6 +31,7 @@ from ..search.diagnose import trace
 from ..search.heuristics import (
     BASELINES, HEURISTICS, BiasCompensation, output_biases, retention_scores)
 from ..search.loop import Evaluator, Search, save_policies, search_summary
+from ..search.rivals import searcher_settings
 from .study import Measurement, Plan, half_width, read_records
 from .twins import NAMES, SETUPS, Training, Twin, build_model, open_twin, twin_config
 
@@ -236,6 +237,12 @@ def planned_tokens(config: PruneConfig, pool: int) -> int:
     c = config.search_config()
     _, fidelity = c.schedules()
     drawn = [fidelity.n_blocks(u * c.batch, c.blocks) for u in range(c.updates)]
+    if c.by_slopes:  # forward and backward count 3; the dense model on the first and the last text
+        own = searcher_settings(c.method, c.agent)
+        drawn, end = [min(own['blocks'] * k, pool) for k in drawn], min(2 * c.blocks, pool)
+        dense = min(sum(drawn), pool) if own.get('loss') == 'kl' else drawn[0]
+        return config.profile.block_len * (3 * own.get('policies', 1) * sum(drawn) + dense
+                                           + drawn[0] * (own.get('loss') == 'kl') + 2 * end)
     balance = min(2 * c.blocks, pool) if len(set(c.balance)) > 1 else 0
     final = min(c.final_blocks, pool)
     dense = min(pool, balance + sum(drawn) + final)
