@@ -177,7 +177,7 @@ class PathwiseAgent(PPOAgent, SlopeSearcher):
 @patch
 @torch.enable_grad()
 def learn(self: PathwiseAgent, sparsity, scores, found, progress):
-    "A step along the mean slope of the policies; with `mix`, then one PPO update"
+    "A step along the mean slope of the policies; with `mix`, after one PPO update"
     grad = torch.tensor(np.mean([f.grad for f in found], 0), dtype=torch.float32).flatten()
     if self.mix:
         before = {k: v.clone() for k, v in self.net['mean'].state_dict().items()}
