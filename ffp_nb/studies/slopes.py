@@ -92,7 +92,7 @@ def _row(r: dict) -> dict:
                 method=label(c['method'], variant),
                 order='its own' if c['method'] == 'grasprune' else c['criterion'],
                 machine='gpu' if c['dtype'] == 'float32' else 'cpu',
-                forward_tokens=found.get('forward_tokens', 0),
+                forward_tokens=r['forward_tokens'] or 0,
                 seconds=(found.get('search') or {}).get('wall_s', found.get('search_s', 0.0)))
 
 
@@ -128,10 +128,11 @@ def final_table(table: pd.DataFrame, sparsity: float | None = None) -> pd.DataFr
     out = t.pivot_table(index=['sparsity', 'order', 'method'], columns='calibration', values='ppl',
                         aggfunc=spread)
     g = t[t.calibration == 'static'].groupby(['sparsity', 'order', 'method'])
-    out['tokens'], out['seconds'] = g.forward_tokens.mean().round(), g.seconds.mean().round(1)
+    out['tokens'] = g.forward_tokens.mean().map('{:,.0f}'.format)
+    out['seconds'] = g.seconds.mean().map('{:,.0f}'.format)
     first = g.nll.mean().reindex(out.index)
-    return out.loc[first.sort_values().index].sort_index(level=0, sort_remaining=False)[
-        [m for m in NAMES if m in out] + ['tokens', 'seconds']]
+    out = out.loc[first.sort_values().index].sort_index(level=0, sort_remaining=False)
+    return out[[m for m in NAMES if m in out] + ['tokens', 'seconds']].fillna('')
 
 
 def even_table(table: pd.DataFrame) -> pd.DataFrame:
