@@ -12,16 +12,15 @@ Python's help topics, the others from random numbers.
 
 Results go to a JSON record under benchmarks/results/ (with --quick under runs/, which git ignores).
 Close other programs first: the load of the machine at the start is recorded. """
-import argparse
 import os
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
+from common import arguments, load_at_start
 
 from ffp_nb.core.families import Layout, Module, load_model
 from ffp_nb.core.orders import ORDERS, _groups, obs_order
@@ -30,7 +29,6 @@ from ffp_nb.core.runs import save_record
 from ffp_nb.core.stats import GramStats, collect_stats
 from ffp_nb.core.text import load_corpus, token_blocks
 
-ROOT = Path(__file__).resolve().parent.parent
 KEY, ALPHA = (10, 'ffn'), 0.1
 
 
@@ -107,34 +105,13 @@ def measure(size, device, turns, steps) -> list[dict]:
                  peak_bytes=memory.get(name)) for name, s in seconds.items()]
 
 
-def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--quick', action='store_true',
-                        help='tiny matrices: seconds, and no meaningful figures')
-    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
-    parser.add_argument('--out', type=Path, help='folder for the record')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(),
-                        help="PyTorch's threads")
-    args = parser.parse_args(argv)
-    if args.threads < 1:
-        parser.error(f'--threads {args.threads}: expected at least 1')
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        parser.error('--device cuda: PyTorch finds no such device')
-    args.out = args.out or ROOT / ('runs/benchmarks-quick' if args.quick else 'benchmarks/results')
-    return args
-
-
 def main(argv=None):
-    args = arguments(argv)
+    args = arguments(__doc__, 'tiny matrices', argv, device=True)
     size = Size(((96, 24), (160, 32)), 2) if args.quick else Size()
     if args.device == 'cuda' and not args.quick:
         size = Size((*size.sizes, (11008, 4096), (14336, 4096)))
-    torch.set_num_threads(args.threads)
-    load = (os.getloadavg() if hasattr(os, 'getloadavg') else [float('nan')])[0]
+    load = load_at_start(args)
     start, rows = time.perf_counter(), []
-    if load > 0.5 and not args.quick:
-        print(f'warning: load of the machine is {load:.1f}; times may be wrong', flush=True)
     for i, what in enumerate(size.sizes):
         print(f'{what or "SmolLM2"}: measuring', flush=True)
         rows += measure(what, args.device, size.turns, size.steps and i == 0)

@@ -17,16 +17,15 @@ Memory: bytes of the tensors that a stage holds, counted from the objects themse
 
 Results go to a JSON record under benchmarks/results/ (with --quick under runs/, which git ignores).
 Close other programs first: the load of the machine at the start is recorded. """
-import argparse
 import gc
 import os
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from common import arguments, load_at_start
 
 from ffp_nb.core.budget import param_cost, random_scores, solve
 from ffp_nb.core.criteria import unit_order
@@ -37,9 +36,6 @@ from ffp_nb.core.ridge import Calibrator, sequential_calibrate
 from ffp_nb.core.runs import save_record
 from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Blocks
-
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -206,29 +202,11 @@ def run(shapes: dict, size: Size) -> dict:
     return dict(rows=rows, layers=measured, check=dict(projected=last, of=before, ratio=check))
 
 
-def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--quick', action='store_true',
-                        help='tiny shapes: seconds, and no meaningful figures')
-    parser.add_argument('--out', type=Path, help='folder for the record')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(),
-                        help="PyTorch's threads")
-    args = parser.parse_args(argv)
-    if args.threads < 1:
-        parser.error(f'--threads {args.threads}: expected at least 1')
-    args.out = args.out or ROOT / ('runs/benchmarks-quick' if args.quick else 'benchmarks/results')
-    return args
-
-
 def main(argv=None):
-    args = arguments(argv)
+    args = arguments(__doc__, 'tiny shapes', argv)
     size = Size(measured=('a', 'b'), block_len=32, turns=2) if args.quick else Size()
-    torch.set_num_threads(args.threads)
-    load = (os.getloadavg() if hasattr(os, 'getloadavg') else [float('nan')])[0]
+    load = load_at_start(args)
     start = time.perf_counter()
-    if load > 0.5 and not args.quick:
-        print(f'warning: load of the machine is {load:.1f}; times may be wrong', flush=True)
     shapes = SMALL if args.quick else SHAPES
     found = run(shapes, size)
     config = dict(name='scaling', threads=args.threads,

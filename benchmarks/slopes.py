@@ -14,7 +14,6 @@ resident memory of the process, after free memory was given back (Linux only).
 
 Results go to a JSON record under benchmarks/results/ (with --quick under runs/, which git ignores).
 Close other programs first: the load of the machine at the start is recorded. """
-import argparse
 import ctypes
 import gc
 import os
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from common import arguments, load_at_start
 
 from ffp_nb.core.budget import param_cost, solve
 from ffp_nb.core.criteria import unit_order
@@ -36,9 +36,6 @@ from ffp_nb.core.runs import save_record
 from ffp_nb.core.slopes import default_span, dense_states, measure_slopes
 from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Blocks, Convention, load_corpus, token_blocks
-
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @dataclass(frozen=True)
 class Size:
@@ -123,32 +120,11 @@ def measure(size, device) -> list[dict]:
                  peak_bytes=peak_of(todo[name], device)) for name, s in seconds.items()]
 
 
-def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--quick', action='store_true',
-                        help='a tiny model: seconds, and no meaningful figures')
-    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
-    parser.add_argument('--out', type=Path, help='folder for the record')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(),
-                        help="PyTorch's threads")
-    args = parser.parse_args(argv)
-    if args.threads < 1:
-        parser.error(f'--threads {args.threads}: expected at least 1')
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        parser.error('--device cuda: PyTorch finds no such device')
-    args.out = args.out or ROOT / ('runs/benchmarks-quick' if args.quick else 'benchmarks/results')
-    return args
-
-
 def main(argv=None):
-    args = arguments(argv)
+    args = arguments(__doc__, 'a tiny model', argv, device=True)
     size = QUICK if args.quick else Size()
-    torch.set_num_threads(args.threads)
-    load = (os.getloadavg() if hasattr(os, 'getloadavg') else [float('nan')])[0]
+    load = load_at_start(args)
     start = time.perf_counter()
-    if load > 0.5 and not args.quick:
-        print(f'warning: load of the machine is {load:.1f}; times may be wrong', flush=True)
     rows = measure(size, args.device)
     config = dict(name='slopes', device=args.device, threads=args.threads, **asdict(size))
     path = save_record(args.out, config, dict(rows=rows, load_at_start=load),
