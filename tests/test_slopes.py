@@ -19,6 +19,7 @@ from ffp_nb.core.slopes import (
     default_span, dense_states, gated_out, gates, mean_slopes, measure_slopes)
 from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Blocks
+from ffp_nb.search import loop
 from ffp_nb.search.gradient import RULES, Feedback, GradientSearch
 from ffp_nb.search.loop import Evaluator, Search, SearchConfig
 
@@ -354,6 +355,22 @@ def test_divergence_in_a_search_on_unequal_blocks():
     alike(*found)
     order = UNEQUAL[[4, 0, 3, 1]]
     alike(found[0], slopes(em, static, order, dense=dense_states(em, order.ids, 31)))
+
+
+def test_few_dense_states_are_held(monkeypatch):
+    "Those used least lately make place, and are paid again; also after a restart"
+    em, static = tiny()
+    want = Evaluator(em, BLOCKS, static).slopes([WIDTHS], [0, 1, 2], None, True)[0]
+    monkeypatch.setattr(loop, 'KEPT', 2 * 31 * em.model.config.hidden_size * 4)  # of two blocks
+    few, other = Evaluator(em, BLOCKS, static), Evaluator(em, BLOCKS, static)
+    alike(want, few.slopes([WIDTHS], [0, 1, 2], None, True)[0])
+    assert [*few._states] == [1, 2] and few.forward_tokens == (9 + 3) * 32
+    few.slopes([WIDTHS], [2, 1, 0], None, True)
+    assert [*few._states] == [1, 0] and few.forward_tokens == (2 * 9 + 3 + 1) * 32
+    other.load_state_dict(few.state_dict())
+    alike(want, other.slopes([WIDTHS], [0, 1, 2], None, True)[0])
+    few.slopes([WIDTHS], [0, 1, 2], None, True)
+    assert other.forward_tokens == few.forward_tokens == (3 * 9 + 3 + 1 + 1) * 32
 
 
 # Steps

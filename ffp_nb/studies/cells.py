@@ -13,7 +13,7 @@ import copy
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -136,9 +136,15 @@ def facts(self: Lab, model: str, criterion: str = 'wanda') -> Facts:
     c = self.config(model, criterion)
     sha, weights, dtype = self._recorded.get(c.model, ({}, '', c.dtype))
     return Facts(replace(c, dtype=self.settings.get('dtype', dtype)), sha, weights,
-                 lambda: param_cost(Layout(_untrained(model))), np.inf)
+                 lambda: _shape_cost(model), np.inf)
 
 # %% ../../nbs/studies/02_cells.ipynb #275b9955
+@cache
+def _shape_cost(model):
+    "The parameters of a model's units; opening SmolLM2 takes seconds"
+    return param_cost(Layout(_untrained(model)))
+
+
 def _untrained(model):
     "A model with the shapes of this one"
     if model in NAMES: return build_model(Training(model))
@@ -197,8 +203,13 @@ VARIANTS = dict(default={},
                 newton=dict(agent=dict(rule='newton')), mirror=dict(agent=dict(rule='mirror')),
                 adam=dict(agent=dict(rule='adam', rate=0.3, rate_end=0.05)),
                 kl=dict(agent=dict(loss='kl')), bold=dict(agent=dict(rate=1.5, rate_end=0.1)),
-                many=dict(agent=dict(blocks=4)), averaged=dict(agent=dict(average=0.7)),
-                path=dict(search=dict(sparsity_shape='linear', sparsity_share=1.0)),
+                averaged=dict(agent=dict(average=0.7)), many=dict(agent=dict(blocks=4)),
+                few=dict(agent=dict(blocks=4), updates=10),
+                single=dict(agent=dict(blocks=1), updates=40),
+                **{'kl-few': dict(agent=dict(loss='kl', blocks=4), updates=10),
+                   'kl-short': dict(agent=dict(loss='kl'), updates=15)},
+                path=dict(search=dict(sparsity_start=0.1, sparsity_shape='linear',
+                                      sparsity_share=1.0)),
                 long=dict(updates=72), mixed=dict(agent=dict(mix=0.3)),
                 refine=dict(after='gradient'),
                 # the rest
@@ -392,15 +403,16 @@ def trace_cell(bench: Bench, record: dict, records: str | Path, points: int = 10
     return pd.DataFrame(found['result']['rows'])
 
 # %% ../../nbs/studies/02_cells.ipynb #11eeea51
-def plan_selection(lab: Lab, model: str, found: list[dict]) -> Plan:  # records of cells
+def plan_selection(lab: Lab, model: str, found: list[dict],  # records of cells
+                   criterion: str = 'wanda') -> Plan:
     "Nats of finished policies on the selection split with static repair, in one record"
     n = base_config(model, lab.profile).profile.final_blocks
     if not lab.dry:
-        n = len(lab.bench(model).text.selection[:n])
+        n = len(lab.bench(model, criterion).text.selection[:n])
     key = dict(name=f"selection-{found[0]['config']['cell']['model']}", study='main',
                blocks=n, of=sorted(r['config_id'] for r in found))
     def measure(_):
-        bench = lab.bench(model)
+        bench = lab.bench(model, criterion)
         text = bench.text.selection[:n]
         return {r['config_id']: bench.perplexity(np.array(r['result']['widths']), text,
                                                  bench.static).nll.round(5) for r in found}
