@@ -8,7 +8,7 @@ import torch
 from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.families import FAMILIES, load_model, smollm2_path, tiny_model
 from ffp_nb.export.hf import load_pruned, save_pruned
-from ffp_nb.export.vllm import VLLM
+from ffp_nb.export.vllm import VLLM, parallel_sizes
 
 PYTHON = os.environ.get('FFP_VLLM_PYTHON')
 pytestmark = pytest.mark.skipif(not PYTHON, reason='FFP_VLLM_PYTHON names no interpreter with vLLM')
@@ -45,11 +45,20 @@ def test_each_family_at_unequal_widths(family, tmp_path):
     same(made(family, tmp_path, [[1, 37], [0, 96], [most, 0], [most, 96]]), PROMPTS)
 
 
-def test_sliding_and_full_layers_and_a_compiled_graph(tmp_path):
+@pytest.mark.parametrize('eager', [True, False], ids=['eager', 'compiled'])
+def test_sliding_and_full_layers_and_a_compiled_graph(eager, tmp_path):
+    "Compiling needs a C++ compiler and takes two minutes on two cores"
     kinds = ['sliding_attention', 'full_attention'] * 2
     folder = made('qwen3', tmp_path, [[1, 37], [2, 64], [2, 17], [1, 96]], sliding_window=5,
                   use_sliding_window=True, layer_types=kinds)
-    same(folder, PROMPTS)
+    same(folder, PROMPTS, enforce_eager=eager)
+
+
+def test_two_devices_share_it(tmp_path):
+    "Tensor parallelism, on a CPU as two processes"
+    folder = made('llama', tmp_path, [[2, 48], [2, 96], [2, 16], [2, 96]])
+    assert parallel_sizes(folder) == [1, 2]
+    same(folder, PROMPTS, tensor_parallel_size=2)
 
 
 def test_smollm2_for_real(tmp_path):
