@@ -27,6 +27,7 @@ from ffp_nb.core.families import (
     FAMILIES, UnsupportedModel, load_model, smollm2_path, tiny_model, tiny_tokenizer)
 from ffp_nb.export import hf
 from ffp_nb.export.hf import load_pruned, model_card, put_right, save_pruned
+from ffp_nb.export.vllm import parallel_sizes
 
 # Runs without ffp_nb; prints one JSON object: the largest difference in logits, and what
 # generation gave
@@ -377,6 +378,22 @@ def test_nothing_foreign_travels(tmp_path):
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert 'PrunedLlamaForCausalLM' in run.stdout and '[7]' in run.stdout
+
+
+@pytest.mark.parametrize('family', ['qwen2', 'opt'])
+def test_a_folder_of_an_earlier_version_opens(family, tmp_path):
+    "There a removed module had no unit at all, and nothing was said to servers"
+    em = ElasticModel(tiny_model(family)).set([[1, 37], [0, 96], [2, 0]])
+    own, rep = em.sliced(), em.layout.q_per_kv
+    own.config.pruned_widths = [dict(heads=int(a) * rep, kv_heads=int(a), ffn=int(f))
+                                for a, f in em.widths]
+    own.__class__ = modeling.PRUNED[family]
+    own.save_pretrained(tmp_path / 'model')
+    ids = torch.randint(3, 211, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(load_pruned(tmp_path / 'model')[0](ids).logits, em.model(ids).logits)
+    with pytest.raises(ValueError, match='earlier version.*Save the model again'):
+        parallel_sizes(tmp_path / 'model')
 
 
 # What is there already

@@ -33,6 +33,9 @@ def parallel_sizes(folder: str | Path) -> list[int]:
     config = read_config(folder)
     if not (rows := config.get('pruned_widths')):
         raise ValueError(f'{folder} has no pruned_widths in its config: it is a dense model')
+    if 'per_layer_config' not in config:
+        raise ValueError(f'{folder} was saved by an earlier version, and vLLM cannot serve it. '
+                         'Save the model again.')
     return shared_by(config['model_type'], [(w['kv_heads'], w['ffn']) for w in rows])
 
 # %% ../../nbs/export/03_vllm.ipynb #6d38bf61
