@@ -410,5 +410,5 @@ PARAMETER temperature 0
 ```
 
 What does not work: `trust_remote_code` runs `modeling.py` of this folder; without it,
-`transformers` and vLLM stop with a size mismatch. llama.cpp has no architecture for OPT, and none
-for a Qwen3 whose layers have different widths."""
+`transformers` stops with a size mismatch and vLLM refuses the folder. llama.cpp has no architecture
+for OPT, and none for a Qwen3 whose layers have different widths."""

@@ -84,11 +84,13 @@ class VLLM:
             done = subprocess.run([self.python, script, job, out], env=_ENV | os.environ,
                                   capture_output=True, text=True)
             if done.returncode or not out.exists():
-                raise RuntimeError(f'vLLM could not serve {folder}: {_last_error(done.stderr)}')
+                raise RuntimeError(f'vLLM could not serve {folder}: '
+                                   f'{_last_error(done.stdout + done.stderr)}')
             return json.loads(out.read_text())
 
 
 def _last_error(text: str) -> str:
-    "The last line that names an error, or the last line"
+    "The last line that names an error and does not point to another one, or the last line"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((x for x in reversed(lines) if 'Error' in x), (lines or ['no message'])[-1])
+    named = [x for x in lines if 'Error: ' in x and 'root cause' not in x]
+    return (named or lines or ['no message'])[-1]
