@@ -6,9 +6,9 @@
 FFP_VLLM_PYTHON in the environment names an interpreter that has vLLM. `dense` is a plain folder,
 for which vLLM has code of its own. `full` is the same model as `save_pruned` writes it, at full
 widths, which vLLM builds from `transformers`: what that costs. `pruned` has half of the decoder
-blocks' parameters, by scores drawn at random. Each is loaded in a process of its own, in float32. A turn
-goes over the three: prefill is a batch of prompts with one token each, decode the further time that
-more tokens take. A ratio is the median over the turns of the ratio within a turn to `dense`.
+blocks' parameters, by scores drawn at random. Each is loaded in a process of its own, in float32. A
+turn goes over the three: prefill is a batch of prompts with one token each, decode the further time
+that more tokens take. A ratio is the median over the turns of the ratio within a turn to `dense`.
 Prompts are random tokens, without a prefix cache.
 
 Results go to a JSON record under benchmarks/results/ (with --quick under runs/, which git ignores).
