@@ -1,5 +1,6 @@
 """The benchmarks run and write a valid record, and what they compare with computes the same; never
 timings"""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -126,4 +127,18 @@ def test_slopes_measures_its_jobs(tmp_path):
     for r in rows.values():
         assert len(r['seconds']) == 2 and min(r['seconds']) > 0 and (r['peak_bytes'] or 0) >= 0
     assert rows['pruned']['times_pruned'] == rows['dense']['times_dense'] == 1
+    assert 'mean nothing' in done.stdout and 'record:' in done.stdout
+
+
+@pytest.mark.skipif('FFP_VLLM_PYTHON' not in os.environ,
+                    reason='FFP_VLLM_PYTHON names no interpreter with vLLM')
+def test_serving_measures_three_folders(tmp_path):
+    done = subprocess.run([sys.executable, FOLDER / 'serving.py', '--quick', '--threads', '1',
+                           '--out', tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {(r['part'], r['model']): r for r in load_records(tmp_path)['result.rows'][0]}
+    assert set(rows) == {(part, name) for part in ('prefill', 'decode')
+                         for name in ('dense', 'full', 'pruned')}
+    assert all(len(r['seconds']) == 2 and np.isfinite(r['tokens_s']) for r in rows.values())
+    assert rows['prefill', 'dense']['times_dense'] == rows['decode', 'dense']['times_dense'] == 1
     assert 'mean nothing' in done.stdout and 'record:' in done.stdout

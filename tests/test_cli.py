@@ -1,5 +1,6 @@
 """The shell: any terminal, any name, one line for whatever goes wrong, and nothing is lost on the
 way"""
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 import warnings
 from inspect import signature
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,6 +17,7 @@ from conftest import make_folder, worked
 from typer.testing import CliRunner
 
 from ffp_nb.core.runs import lock_folder
+from ffp_nb.export.vllm import parallel_sizes
 from ffp_nb.pipeline import cli
 from ffp_nb.pipeline.config import PruneConfig
 
@@ -250,6 +253,37 @@ def test_a_heuristic_promises_no_picture_of_a_search(ffp, tiny_folder):
     assert 'retention.png, search.png and the record are in' in result.stdout
     assert (tiny_folder / 'b' / 'search.png').exists()
     assert not (tiny_folder / 'b' / 'slopes.png').exists()
+
+
+@pytest.mark.parametrize('family', ['llama', 'opt'])
+def test_widths_that_devices_can_share(family, family_folder, ffp, tmp_path):
+    """--tp keeps every layer divisible, and is recorded as the step alone; what cannot be shared is
+    refused with the numbers that can"""
+    folder, out = family_folder(family), tmp_path / 'out'
+    common = ('--model', folder / 'dense', '--text', folder / 'text.txt', '--profile', 'smoke',
+              '--ffn-step', 5, '--method', 'random', '--sparsity', 0.3)
+    why = dict(llama='a layer has 4 KV groups and 96 FFN channels. Give one of 1, 2, 4.',
+               opt='it can only be served on one device. Leave --tp out.')[family]
+    for command, tp in (('prune', 3), ('search', 5)):
+        result = ffp(command, *common, '--tp', tp, '--out', out)
+        assert result.exit_code == 1 and result.stderr == (
+            f'error: tp {tp}: {tp} devices cannot share this {family} model equally: {why}\n')
+    result = ffp('prune', *common, '--tp', 2, '--remove', 'ffn', '--out', out)
+    assert result.exit_code == 1 and 'Leave one of the two out.' in result.stderr
+    assert ffp('prune', *common, '--tp', 0, '--out', out).exit_code == 2
+    assert not out.exists() or not list(out.rglob('*.json'))
+    tp = 2 if family == 'llama' else 1
+    result = worked(ffp('prune', *common, '--tp', tp, '--out', out))
+    config = json.loads((out / 'model' / 'config.json').read_text())
+    widths = np.array([[w['kv_heads'], w['ffn']] for w in config['pruned_widths']])
+    assert not (widths % tp).any() and (widths[:, 1] % 5 == 0)[widths[:, 1] < 96].all()
+    sizes = ', '.join(map(str, parallel_sizes(out / 'model')))
+    assert f'tensor-parallel sizes that can serve it: {sizes}\n' in result.stdout
+    card = (out / 'model' / 'README.md').read_text()
+    said = f'`--tensor-parallel-size N` may be {sizes}.' if tp > 1 else 'It needs one device'
+    assert said in card and str(tp) in sizes.split(', ')
+    record = json.loads(next(out.glob('prune-*.json')).read_text())['config']
+    assert record['step'] == [tp, 5 * tp] and 'tp' not in record
 
 
 def test_a_search_by_slopes_shows_them(ffp, tiny_folder):

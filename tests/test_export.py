@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import make_qwen2_tokenizer
 from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
 
 import ffp_nb
 from ffp_nb.core import modeling
@@ -26,6 +27,7 @@ from ffp_nb.core.families import (
     FAMILIES, UnsupportedModel, load_model, smollm2_path, tiny_model, tiny_tokenizer)
 from ffp_nb.export import hf
 from ffp_nb.export.hf import load_pruned, model_card, put_right, save_pruned
+from ffp_nb.export.vllm import parallel_sizes
 
 # Runs without ffp_nb; prints one JSON object: the largest difference in logits, and what
 # generation gave
@@ -91,7 +93,8 @@ def stranger(folder, tmp_path, own, ids, mask):
 @pytest.mark.parametrize('family', FAMILIES)
 def test_opens_without_this_package(family, tmp_path):
     em = ElasticModel(tiny_model(family, layers=4, seed=3))
-    own = em.set(random_widths(em.layout.full)).sliced()
+    widths = random_widths(em.layout.full)
+    own = em.set(widths).sliced()
     ids = torch.randint(3, 211, (2, 11), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(2, 11, dtype=torch.long)
     mask[1, :4] = 0  # the second prompt is shorter: left padding
@@ -100,8 +103,11 @@ def test_opens_without_this_package(family, tmp_path):
     assert seen['plain'] == seen['cache'] == seen['static'] and len(seen['plain'][0]) == 19
     assert seen['beams'][0] == seen['beams'][1]
     assert seen['bf16'] == ['torch.bfloat16', True]
+    zeros = (em.layout.unit_params * (widths == 0)).sum()  # one unit for each removed module
+    if family == 'qwen3':  # and the norms of its queries and keys
+        zeros += 2 * em.layout.head_dim * (widths[:, 0] == 0).sum()
     assert (seen['class'].lower() == f'pruned{family}forcausallm'
-            and seen['parameters'] == sum(p.numel() for p in own.parameters()))
+            and seen['parameters'] == sum(p.numel() for p in own.parameters()) + zeros)
     assert 'size' in seen['stock'] and 'mismatch' in seen['stock']
     assert (not list((tmp_path / 'model').glob('*.bin'))
             and list((tmp_path / 'model').glob('*.safetensors')))
@@ -124,12 +130,71 @@ def test_smollm2_for_real(name, tmp_path):
     assert (seen['sdpa'] == seen['eager'] == seen['auto'] == 0.0
             and seen['plain'] == seen['cache'] == seen['static'])
     assert ((folder / 'model.safetensors').stat().st_size < dense_bytes - 4
-            * (em.layout.unit_params * (em.layout.full - widths)).sum() + 200_000)
+            * (em.layout.unit_params * (em.layout.full - np.maximum(widths, 1))).sum() + 200_000)
     again, words = ffp_nb.load_pruned(folder)
     with torch.inference_mode():
         own.set_attn_implementation('sdpa')
         assert torch.equal(again(ids).logits, own(ids).logits)
     assert words('a b c') == tokenizer('a b c')
+
+
+SERVED = dict(
+    llama=[dict(num_attention_heads=2, num_key_value_heads=1, intermediate_size=37),
+           dict(num_attention_heads=2, num_key_value_heads=1, intermediate_size=96),
+           dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=1)],
+    opt=[dict(num_attention_heads=1, ffn_dim=37), dict(num_attention_heads=1, ffn_dim=96),
+         dict(num_attention_heads=2, ffn_dim=1)])
+
+
+@pytest.mark.parametrize('family', SERVED)
+def test_the_configuration_says_what_servers_read(family, tmp_path):
+    "The sizes of each layer by transformers' own names, a removed module as one unit of zeros"
+    em = ElasticModel(tiny_model(family, 3, 64, 4, 2)).set([[1, 37], [0, 96], [2, 0]])
+    folder = save_pruned(em, None, tmp_path / 'model')
+    held = [dict(zero=['attn']) if i == 1 else dict(zero=['ffn']) if i == 2 else {}
+            for i in range(3)]
+    for made in (folder, saved_again(folder)):
+        config = json.loads((made / 'config.json').read_text())
+        dense = {name: config[name] for name in SERVED[family][0]}  # what a copy leaves out
+        assert [dense | config['per_layer_config'].get(str(i), {})
+                for i in range(3)] == SERVED[family]
+        assert made != folder or len(config['per_layer_config']['1']) == len(dense)
+        assert config['head_dim'] == em.layout.head_dim
+        assert config['allow_global_per_layer_attribute_access'] is True
+        name = dict(llama='Llama', opt='OPT')[family]
+        assert config['auto_map'] == dict(
+            AutoModelForCausalLM=f'modeling.Pruned{name}ForCausalLM',
+            AutoModel=f'modeling.Pruned{name}Model')
+        assert [{k: v for k, v in w.items() if k == 'zero'}
+                for w in config['pruned_widths']] == held
+        # the dense sizes stay: they say what a head and a group are
+        assert config['num_attention_heads'] == 4
+
+
+def saved_again(folder):
+    "A copy by transformers' own `save_pretrained`"
+    again = folder.with_name('again')
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).save_pretrained(again)
+    return again
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_backbone_copy_and_biases_are_equal_bit_for_bit(family, tmp_path):
+    """Of a folder with removed modules: the logits, those of a copy, and the hidden states of
+    `AutoModel`"""
+    em = ElasticModel(tiny_model(family, layers=4, seed=5))
+    em.set(random_widths(em.layout.full, 2))
+    ids = torch.randint(3, 211, (2, 9), generator=torch.Generator().manual_seed(0))
+    folder = save_pruned(em, None, tmp_path / 'model')
+    load = lambda auto, place: auto.from_pretrained(place, trust_remote_code=True)
+    with torch.inference_mode():
+        logits = em.model(ids).logits
+        hidden = em.model.base_model(ids).last_hidden_state
+        for place in (folder, saved_again(folder)):
+            assert torch.equal(load(AutoModelForCausalLM, place)(ids).logits, logits)
+            backbone = load(AutoModel, place)
+            assert torch.equal(backbone(ids).last_hidden_state, hidden)
+            assert not hasattr(backbone, 'lm_head')
 
 
 def test_a_pruned_folder_is_not_pruned_again(tmp_path):
@@ -304,7 +369,8 @@ def test_nothing_foreign_travels(tmp_path):
     folder = save_pruned(em.set(em.layout.full // 2), tokenizer, tmp_path / 'model',
                          files={'README.md': card})
     config = json.loads((folder / 'config.json').read_text())
-    assert config['auto_map'] == {'AutoModelForCausalLM': 'modeling.PrunedLlamaForCausalLM'}
+    assert config['auto_map'] == {'AutoModelForCausalLM': 'modeling.PrunedLlamaForCausalLM',
+                                  'AutoModel': 'modeling.PrunedLlamaModel'}
     assert 'quantization_config' not in config
     assert 'auto_map' not in json.loads((folder / 'tokenizer_config.json').read_text())
     snippet = re.search(r'```python\n(.*?)```', (folder / 'README.md').read_text(), re.S)[1]
@@ -312,6 +378,22 @@ def test_nothing_foreign_travels(tmp_path):
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert 'PrunedLlamaForCausalLM' in run.stdout and '[7]' in run.stdout
+
+
+@pytest.mark.parametrize('family', ['qwen2', 'opt'])
+def test_a_folder_of_an_earlier_version_opens(family, tmp_path):
+    "There a removed module had no unit at all, and nothing was said to servers"
+    em = ElasticModel(tiny_model(family)).set([[1, 37], [0, 96], [2, 0]])
+    own, rep = em.sliced(), em.layout.q_per_kv
+    own.config.pruned_widths = [dict(heads=int(a) * rep, kv_heads=int(a), ffn=int(f))
+                                for a, f in em.widths]
+    own.__class__ = modeling.PRUNED[family]
+    own.save_pretrained(tmp_path / 'model')
+    ids = torch.randint(3, 211, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(load_pruned(tmp_path / 'model')[0](ids).logits, em.model(ids).logits)
+    with pytest.raises(ValueError, match='earlier version.*Save the model again'):
+        parallel_sizes(tmp_path / 'model')
 
 
 # What is there already

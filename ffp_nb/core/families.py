@@ -248,9 +248,9 @@ def tiny_model(family: str = 'llama',  # a key of `FAMILIES`
                            **settings)
     else:
         # Qwen3 lets head_dim differ from hidden / heads
-        extra = dict(head_dim=16) if family == 'qwen3' else {}
-        cfg = getattr(tf, f'{prefix}Config')(**common, **extra, intermediate_size=ffn,
-                                             num_key_value_heads=kv_heads, **settings)
+        extra = (dict(head_dim=16) if family == 'qwen3' else {}) | settings
+        cfg = getattr(tf, f'{prefix}Config')(**common, intermediate_size=ffn,
+                                             num_key_value_heads=kv_heads, **extra)
     with seeded(seed):
         model = getattr(tf, f'{prefix}ForCausalLM')(cfg).eval()
         for name, p in model.named_parameters():

@@ -131,6 +131,7 @@ class _Layer:
     heads: int
     kv_heads: int
     ffn: int
+    zero: tuple[str, ...] = ()  # modules that were removed: their units in the folder are zeros
 
     @property
     def widths(self):
@@ -142,12 +143,14 @@ def _layers(widths: list[dict], multiple: int = 1,
     "Layers to write, including zero stubs, with FFN widths rounded up"
     rows = []
     for i, w in enumerate(widths):
-        heads, kv_heads, ffn = w['heads'], w['kv_heads'], w['ffn']
+        zero = tuple(w.get('zero', ()))
+        heads, kv_heads = (0, 0) if 'attn' in zero else (w['heads'], w['kv_heads'])
+        ffn = 0 if 'ffn' in zero else w['ffn']
         attn_bias = not heads and biased(i, 'self_attn.o_proj')
         if not (heads or ffn or attn_bias or biased(i, 'mlp.down_proj')): continue
         if not heads and (attn_bias or not rows):
             heads = kv_heads = 1
-        rows.append(_Layer(i, heads, kv_heads, -(-(ffn or 32) // multiple) * multiple))
+        rows.append(_Layer(i, heads, kv_heads, -(-(ffn or 32) // multiple) * multiple, zero))
     if not rows: raise ValueError('no module is left in any layer: there is nothing to export')
     return rows
 
@@ -188,9 +191,12 @@ def _tensors(c: PretrainedConfig, weights: _Weights, layers: list[_Layer], arch:
     name = lambda key: names.get_name(key, try_suffixes=('.weight', '.bias'))
     permuted = (('self_attn.q_proj', 'self_attn.k_proj')
                 if arch in (MODEL_ARCH.LLAMA, MODEL_ARCH.DECI) else ())
-    def read(source, shape, part):
-        a = (weights.read(source) if source in weights.files
-             else np.zeros([0] * len(shape), np.float32))  # a removed part
+    outputs = 'self_attn.o_proj.bias', 'mlp.down_proj.bias'  # which stay when a module goes
+    def read(source, shape, part, zero):
+        gone = part.split('.')[0] in [dict(attn='self_attn', ffn='mlp')[kind] for kind in zero]
+        a = (weights.read(source)
+             if source in weights.files and not (gone and not source.endswith(outputs))
+             else np.zeros([0] * len(shape), np.float32))
         return _pad(_interleave(a, _head_dim(c)) if part in permuted and a.size else a, shape)
 
     for key in ('model.embed_tokens.weight', 'model.norm.weight', 'lm_head.weight'):
@@ -201,7 +207,7 @@ def _tensors(c: PretrainedConfig, weights: _Weights, layers: list[_Layer], arch:
             for end, size in dict(weight=shape, bias=shape[:1]).items():
                 source = f'model.layers.{o.source}.{part}.{end}'
                 if end == 'bias' and source not in weights.files: continue
-                how = partial(read, source, size, part)
+                how = partial(read, source, size, part, o.zero)
                 yield name(f'model.layers.{i}.{part}.{end}'), size, how
 
 # %% ../../nbs/export/02_gguf.ipynb #9457f0c4

@@ -31,6 +31,7 @@ from ..core.runs import (
 from ..core.slopes import _check_here
 from ..core.stats import GramStats, collect_stats
 from ..core.text import Blocks, Convention, Corpus, Splits, load_corpus
+from ..export.vllm import shared_by
 from .config import Profile, PruneConfig, first_form, run_config
 from ..search.diagnose import (
     RunLog, calibration_gain, held_out_rewards, trace, uniform_rewards)
@@ -69,10 +70,23 @@ def cached_stats(model, layout: Layout, blocks: Blocks,
     make = lambda: vars(collect_stats(model, layout, blocks, batch, progress))
     return GramStats(**_kept(cache, 'stats', key, make))
 
+# %% ../../nbs/pipeline/01_bench.ipynb #9544c7b6
+def _check_shared(layout, tp):
+    "ValueError unless `tp` devices can share the dense model equally"
+    if tp in (sizes := shared_by(layout.family, layout.full)): return
+    groups, channels = (' or '.join(map(str, np.unique(o))) for o in layout.full.T)
+    why = (f'a layer has {groups} KV groups and {channels} FFN channels. Give one of '
+           f'{", ".join(map(str, sizes))}.' if sizes != [1] else
+           'it can only be served on one device. Leave --tp out.')
+    raise ValueError(f'tp {tp}: {tp} devices cannot share this {layout.family} model equally: '
+                     f'{why}')
+
 # %% ../../nbs/pipeline/01_bench.ipynb #5b1ae402
-def _load(config, how):
-    "The model and its tokenizer. ValueError, before minutes of work, if it has no slopes to follow"
+def _load(config, how, tp=1):
+    """The model and its tokenizer. ValueError, before minutes of work, if it has no slopes to
+    follow, or if `tp` devices cannot share it"""
     model, tokenizer = load_model(config.model, config.dtype, **how)
+    _check_shared(Layout(model), tp)
     if config.search_config().by_slopes:
         _check_here(model)
     return model, tokenizer
@@ -121,11 +135,11 @@ class Bench:
         self.static = Calibrator(self.elastic, self.stats, config.alpha)
 
     @classmethod
-    def load(cls, config: PruneConfig, cache=None, progress=True, order=None,
+    def load(cls, config: PruneConfig, cache=None, progress=True, order=None, tp: int = 1,
              **how) -> 'Bench':  # of `load_model`: device, device_map
-        "Load the configuration's model and text"
+        "Load the configuration's model and text. ValueError unless `tp` devices can share it"
         corpus = load_corpus(config.text)  # first: a wrong name fails before a model is loaded
-        model, tokenizer = _load(config, how)
+        model, tokenizer = _load(config, how, tp)
         return cls(model, tokenizer, corpus, config, cache, progress, how, order)
 
     @cached_property

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'Methods', 'Profiles', 'Criteria', 'Calibrations', 'Kinds', 'Quants', 'Model', 'Text', 'Sparsity',
-           'Method', 'ProfileOpt', 'Seed', 'Out', 'Resume', 'Criterion', 'Dtype', 'Remove', 'FfnStep', 'Device',
-           'Workers', 'Debug', 'Nbs', 'Repair', 'Alpha', 'Overwrite', 'Split', 'BlockLen', 'Stride', 'Bos', 'MaxBlocks',
-           'Tasks', 'Limit', 'Part', 'Metric', 'Data', 'Csv', 'Batch', 'Runs', 'ReportOut', 'Measure', 'Points',
-           'GainBlocks', 'Folder', 'Gguf', 'Quant', 'StudyName', 'Pages', 'Missing', 'Markdown', 'studies',
+           'Method', 'ProfileOpt', 'Seed', 'Out', 'Resume', 'Criterion', 'Dtype', 'Remove', 'FfnStep', 'Parallel',
+           'Device', 'Workers', 'Debug', 'Nbs', 'Repair', 'Alpha', 'Overwrite', 'Split', 'BlockLen', 'Stride', 'Bos',
+           'MaxBlocks', 'Tasks', 'Limit', 'Part', 'Metric', 'Data', 'Csv', 'Batch', 'Runs', 'ReportOut', 'Measure',
+           'Points', 'GainBlocks', 'Folder', 'Gguf', 'Quant', 'StudyName', 'Pages', 'Missing', 'Markdown', 'studies',
            'print_table', 'prune', 'search', 'evaluate', 'report', 'export', 'study_list', 'study_run', 'study_report']
 
 # %% ../../nbs/pipeline/04_cli.ipynb #b968ed25
@@ -29,7 +29,8 @@ from ..core.families import KINDS
 from ..core.runs import atomic_write
 from ..core.text import Convention, load_corpus, token_blocks
 from ..export.gguf import QUANTS
-from .config import METHODS, PROFILES, PruneConfig
+from ..export.vllm import parallel_sizes
+from .config import METHODS, PROFILES, PruneConfig, parallel_step
 from ..search.rivals import SEARCHERS
 
 # %% ../../nbs/pipeline/04_cli.ipynb #72f10b84
@@ -69,6 +70,8 @@ Dtype = Annotated[str, typer.Option(
 Remove = Annotated[Optional[list[Kinds]], typer.Option(
     help='modules of this kind may be removed altogether; give it twice for both')]
 FfnStep = Annotated[int, typer.Option(min=1, help='FFN widths are multiples of this')]
+Parallel = Annotated[int, typer.Option(
+    min=1, help='devices that shall share every layer equally (tensor parallelism)')]
 Device = Annotated[Optional[str], typer.Option(
     help="default: a GPU where there is one; 'auto' splits a large model over GPUs, memory and "
          "disk (slopes need all of it on GPUs: else --method ffp)")]
@@ -211,12 +214,16 @@ def _say_where(text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True)
 
 # %% ../../nbs/pipeline/04_cli.ipynb #763eff5b
-def _config(model, text, sparsity, method, profile, seed, criterion, dtype, remove, ffn_step, **kw):
+def _config(model, text, sparsity, method, profile, seed, criterion, dtype, remove, ffn_step, tp,
+            **kw):
     gone = {k.value for k in remove or ()}
+    if gone and tp > 1:
+        raise ValueError(f'--tp {tp} with --remove: a removed module is stored as one unit of '
+                         f'zeros, which {tp} devices cannot share. Leave one of the two out.')
     if gone:
         kw['p_min'] = tuple(0.0 if k in gone else PruneConfig.p_min for k in KINDS)
     return PruneConfig(model, text, sparsity, method.value, seed, criterion.value, dtype=dtype,
-                       step=(1, ffn_step), profile=PROFILES[profile.value], **kw)
+                       step=parallel_step(ffn_step, tp), profile=PROFILES[profile.value], **kw)
 
 # %% ../../nbs/pipeline/04_cli.ipynb #43b234d0
 @app.command()
@@ -224,20 +231,22 @@ def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.
           method: Method = Methods.gradient, profile: ProfileOpt = Profiles.cpu, seed: Seed = 0,
           out: Out = Path('runs/pruned'), resume: Resume = True,
           criterion: Criterion = Criteria.greedy, dtype: Dtype = 'auto', device: Device = None,
-          remove: Remove = None, ffn_step: FfnStep = 32, workers: Workers = 0,
+          remove: Remove = None, ffn_step: FfnStep = 32, tp: Parallel = 1, workers: Workers = 0,
           calibration: Repair = Calibrations.sequential, alpha: Alpha = 0.1,
           overwrite: Overwrite = False, debug: Debug = False):
     "Search widths, repair, measure on the test split, save the model with a table and pictures."
     with _told(debug, 'prune'):
         from ffp_nb.pipeline.prune import prune as run
         config = _config(model, text, sparsity, method, profile, seed, criterion, dtype, remove,
-                         ffn_step, calibration=calibration.value, alpha=alpha)
-        table = run(config, out, resume, overwrite, workers=workers, device=device)
+                         ffn_step, tp, calibration=calibration.value, alpha=alpha)
+        table = run(config, out, resume, overwrite, workers=workers, device=device, tp=tp)
         print_table(table, f'{model}, sparsity {sparsity:.0%}: perplexity on the test split of '
                            f'{config.text}')
         pictures = 'retention.png' + ', search.png' * (config.method in SEARCHERS)
         pictures += ', slopes.png' * getattr(SEARCHERS.get(config.method), 'slopes', False)
         _say_where(f'model, table.csv, {pictures} and the record are in {out}')
+        sizes = ', '.join(map(str, parallel_sizes(out / 'model')))
+        _say_where(f'tensor-parallel sizes that can serve it: {sizes}')
 
 # %% ../../nbs/pipeline/04_cli.ipynb #aef540e1
 @app.command()
@@ -245,7 +254,7 @@ def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0
            method: Method = Methods.gradient, profile: ProfileOpt = Profiles.cpu, seed: Seed = 0,
            out: Out = Path('runs/search'), resume: Resume = True,
            criterion: Criterion = Criteria.greedy, dtype: Dtype = 'auto', device: Device = None,
-           remove: Remove = None, ffn_step: FfnStep = 32, workers: Workers = 0,
+           remove: Remove = None, ffn_step: FfnStep = 32, tp: Parallel = 1, workers: Workers = 0,
            debug: Debug = False):
     "Only find the widths: log, pictures and widths.json, but no test split and no model."
     with _told(debug, 'search'):
@@ -254,13 +263,13 @@ def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0
         from ffp_nb.pipeline.prune import check_place
         from ffp_nb.search.workers import import_ray
         config = _config(model, text, sparsity, method, profile, seed, criterion, dtype, remove,
-                         ffn_step)
+                         ffn_step, tp)
         if workers:
             import_ray()  # before anything is loaded
         check_place(out, config)
         check_writable(out)
         with writing(out / 'search'):
-            bench = Bench.load(config, device=device)
+            bench = Bench.load(config, device=device, tp=tp)
             widths, result = find_widths(bench, run=open_run(out / 'search', bench, resume=resume),
                                          workers=workers)
             found = _write_search(out, bench, widths, result)

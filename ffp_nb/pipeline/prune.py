@@ -9,6 +9,7 @@ __all__ = ['OUTPUTS', 'CARD_FILES', 'check_place', 'prune', 'measure', 'write_ou
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..core.budget import InfeasibleBudget, uniform
@@ -17,6 +18,7 @@ from ..core.families import KINDS, SMOLLM2
 from ..core.runs import (
     atomic_write, check_output, check_writable, save_figure, save_record, writing)
 from ..export.hf import check_folder, find_license, model_card, put_right, save_pruned
+from ..export.vllm import shared_by
 from .bench import Bench, find_widths, open_run
 from .config import PruneConfig, run_config
 from ..search.diagnose import plot_retention, plot_search, plot_slopes
@@ -132,6 +134,7 @@ def card_files(bench, widths, table, out, record) -> dict[str, str | bytes]:
            f'"{c.criterion}". Test split of {bench.corpus.name}, {tokens} of '
            f'{c.profile.block_len} tokens without overlap, {c.dtype}; the model in this folder has '
            f'the calibration "{c.calibration}".')
+    parallel = shared_by(bench.elastic.layout.family, np.maximum(widths, 1))
     card = model_card(c.model, bench.cost.sparsity(widths), (size + cut, size), table, how,
-                      record.stem, find_license(c.model), 'retention.png')
+                      record.stem, find_license(c.model), 'retention.png', parallel)
     return {'README.md': card, 'retention.png': (out / 'retention.png').read_bytes()}
