@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'SIGMAS', 'SEEDS', 'TWINS', 'GOALS', 'RIVALS', 'EQUAL', 'AT_EQUAL_COST', 'CHOICES', 'AGENTS', 'STUDY',
            'default_cells', 'choice_cells', 'equal_cells', 'gpu_cells', 'plan', 'measure_grasprune', 'twin_cells',
-           'measure_path', 'tidy', 'read_selection', 'read_spine', 'final_table', 'even_table', 'choice_table',
-           'twin_table', 'path_table', 'cost_to_reach', 'findings']
+           'measure_path', 'tidy', 'read_selection', 'read_spine', 'of_default', 'final_table', 'even_table',
+           'choice_table', 'twin_table', 'path_table', 'cost_to_reach', 'findings']
 
 # %% ../../nbs/studies/16_slopes.ipynb #2f0adaf0
 from pathlib import Path
@@ -46,7 +46,7 @@ AT_EQUAL_COST = {
 CHOICES = {
     (0.5, 0): [*(('gradient', v) for v in ('bold', 'few', 'single', 'many', 'adam', 'mirror', 'kl',
                                            'kl-few', 'kl-short')), ('pathwise', 'default')],
-    (0.5, 1): [('gradient', 'single'), ('gradient', 'kl')],
+    (0.5, 1): [('gradient', 'single'), ('gradient', 'kl')], (0.3, 0): [('gradient', 'kl')],
     (0.2, 0): [('gradient', 'bold'), ('gradient', 'kl')]}
 
 # %% ../../nbs/studies/16_slopes.ipynb #26f31602
@@ -57,9 +57,9 @@ def default_cells() -> list[Cell]:
 
 def choice_cells() -> list[Cell]:
     "What was tried for the default"
-    twice = (0.5, 1, 'kl')  # the only one with the sequential repair
+    both = (0.5, 1, 'kl'), (0.3, 0, 'kl')  # with the sequential repair
     return [Cell('smollm2', s, m, seed, v,
-                 modes=tuple(GOALS) if (s, seed, v) == twice else ('static',))
+                 modes=tuple(GOALS) if (s, seed, v) in both else ('static',))
             for (s, seed), found in CHOICES.items() for m, v in found]
 
 
@@ -202,7 +202,8 @@ def _twins_of(runs):
     "Searches of the twins with equal tokens: of the main study, and the gradient search's"
     cells = pd.concat([read_cells(runs / folder) for folder in ('main', 'slopes')])
     shown = {(*m, TOKENS) for m in (*AT_EQUAL_COST, *RIVALS['wanda'])}
-    known = [k in {*AGENTS} | shown for k in zip(cells.policy, cells.variant, cells.tokens)]
+    keys = zip(cells.policy, cells.variant, cells.tokens)
+    known = np.array([k in shown.union(AGENTS) for k in keys])
     return _named(cells[cells.model.isin(TWINS) & known])
 
 
@@ -234,6 +235,11 @@ def read_spine(runs: str | Path = '../runs') -> pd.DataFrame:
     return t[t.policy == 'ffp'].assign(order='wanda', method='ffp', seconds=60 * t.search_min)
 
 # %% ../../nbs/studies/16_slopes.ipynb #7cd8afaa
+def of_default(table: pd.DataFrame) -> pd.DataFrame:
+    "The rows of the default, as it ran on a CPU"
+    return table[(table.machine == 'cpu') & (table.method == 'gradient')]
+
+
 def final_table(table: pd.DataFrame, sparsity: float | None = None) -> pd.DataFrame:
     "Test perplexity of each method and order by repair: mean over seeds, least and most; its cost"
     t = table[table.sparsity == sparsity] if sparsity else table
@@ -327,7 +333,8 @@ def _equal_cost(table) -> list[str]:
         best = rivals.loc[rivals.groupby('calibration').ppl.idxmin()].set_index('calibration')
         says = ', '.join(f'{m} {ours[m]:.2f} against {best.ppl[m]:.2f} ({best.method[m]})'
                          for m in GOALS)
-        names = ', '.join(f'{m} {n}' for m, n in rivals.groupby('method').seed.nunique().items())
+        seeds = rivals.groupby('method').seed.nunique().items()
+        names = '; '.join(f'{m}: {n}' for m, n in seeds)
         lines.append(f'- σ = {s}, bfloat16, CPU, rivals under Wanda with at most {EQUAL:,} tokens '
                      f'(seeds: {names}): the worst seed of the default against the best of all '
                      f'rivals and seeds: {says}.')
@@ -341,9 +348,10 @@ def _twins(twins) -> str:
     ours, says = t[t.policy == 'gradient'].nll, []
     for name, d in t[t.policy != 'gradient'].groupby('method'):
         both = (d.nll - ours).dropna()
-        says.append(f'{name} {(both > 0).sum()} of {len(both)} ({both.mean():+.4f} nats)')
-    return ('- **Twins** (six layers, equal tokens, Wanda, static): gradient ends below '
-            + ', '.join(says) + '.')
+        says.append(f'{name}: {(both > 0).sum()} of {len(both)} ({both.mean():+.4f} nats)')
+    return ('- **Twins** (six layers, equal tokens, Wanda, static). In how many pairs of model, '
+            'target and seed the gradient search ends below, and the mean difference: '
+            + '; '.join(says) + '.')
 
 
 def _path(paths) -> str:
@@ -372,8 +380,7 @@ def findings(table: pd.DataFrame, traces: pd.DataFrame, twins: pd.DataFrame,
         f'- **An order by elimination adds to it**: greedy {both("greedy", "gradient")}; weighted '
         f'by the loss (fisher) {both("fisher", "gradient")}.',
         _fragile(gpu)]
-    own = table[(table.machine == 'cpu') & (table.method == 'gradient')
-                & (table.calibration != 'none')]
+    own = of_default(table[table.calibration != 'none'])
     ours = {m: own[(own.calibration == m) & (own.sparsity == 0.5)].ppl for m in GOALS}
     missed = ', '.join(f'{m} {goal:g}: {ours[m].mean() / goal - 1:+.1%}, seeds within '
                        f'{np.ptp(ours[m]) / ours[m].mean():.1%}' for m, goal in GOALS.items())
