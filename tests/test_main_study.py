@@ -111,9 +111,11 @@ def test_traces_and_selection(bench, tmp_path):
     own = cost.set_index(['policy', 'variant']).loc[('eas', 'none')]
     assert own.times_cheaper == own.low == own.high == 1 and own.behind == 0
     lab = Lab(profile='smoke')  # 2 final blocks
-    lab.bench = lambda model: bench
-    [r] = walk(plan_selection(lab, 'toy', found),
+    seen = []  # the criterion decides the order that widths are read in
+    lab.bench = lambda model, criterion: seen.append(criterion) or bench
+    [r] = walk(plan_selection(lab, 'toy', found, 'greedy'),
                lambda wanted: cached(records, wanted.config, lambda _: wanted.measure(records)))
+    assert {*seen} == {'greedy'}
     s = {k: np.mean(v) for k, v in r['result'].items()}
     by_hand = bench.perplexity(np.array(found[1]['result']['widths']), bench.text.selection[:2],
                                bench.static).mean_nll
