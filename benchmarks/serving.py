@@ -31,6 +31,7 @@ from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.families import load_model, tiny_model
 from ffp_nb.core.runs import save_record
 from ffp_nb.export.hf import save_pruned
+from ffp_nb.export.vllm import ON_CPU
 
 SERVER = """
 import json, sys, time
@@ -54,7 +55,6 @@ def main():
 if __name__ == '__main__':
     main()
 """
-ENV = dict(VLLM_CPU_OMP_THREADS_BIND='nobind', VLLM_CPU_KVCACHE_SPACE='1', VLLM_NO_USAGE_STATS='1')
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def served(python: str, folder: Path, size: Size, threads: int):
     log = tempfile.TemporaryFile('w+')
     child = subprocess.Popen([python, '-c', SERVER, str(folder), json.dumps(options)],
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                             env=ENV | os.environ | dict(OMP_NUM_THREADS=str(threads),
+                             env=ON_CPU | os.environ | dict(OMP_NUM_THREADS=str(threads),
                                                          VLLM_ENABLE_V1_MULTIPROCESSING='0'))
     def ask(**job):
         if job:

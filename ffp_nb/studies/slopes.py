@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'SIGMAS', 'SEEDS', 'TWINS', 'GOALS', 'RIVALS', 'EQUAL', 'AT_EQUAL_COST', 'CHOICES', 'AGENTS', 'STUDY',
            'default_cells', 'choice_cells', 'equal_cells', 'gpu_cells', 'plan', 'measure_grasprune', 'twin_cells',
-           'measure_path', 'tidy', 'read_selection', 'read_spine', 'of_default', 'final_table', 'even_table',
-           'choice_table', 'twin_table', 'path_table', 'cost_to_reach', 'findings']
+           'measure_path', 'tidy', 'read_selection', 'read_path_costs', 'read_spine', 'of_default', 'final_table',
+           'even_table', 'choice_table', 'twin_table', 'path_table', 'cost_to_reach', 'findings']
 
 # %% ../../nbs/studies/16_slopes.ipynb #2f0adaf0
 from pathlib import Path
@@ -229,6 +229,18 @@ def read_selection(runs: str | Path = '../runs') -> pd.DataFrame:
     return cells.assign(selection=[np.mean(found['result'][k]) for k in cells.id])
 
 
+def read_path_costs(runs: str | Path = '../runs') -> pd.DataFrame:
+    """What policies for all targets cost on the llama twin, means over seeds: forward tokens, and
+    seconds of the records, measuring included"""
+    runs = Path(runs)
+    found = dict(path=runs / 'slopes', range=runs / 'dynamic', fixed=runs / 'dynamic')
+    starts = dict(path='llama-path-', range='llama-range-', fixed='llama-ffp-')
+    rows = [dict(agent=name, seed=r['config']['seed'], tokens=r['forward_tokens'],
+                 seconds=r['wall_s'])
+            for name, folder in found.items() for r in read_records(folder, starts[name])]
+    return pd.DataFrame(rows).groupby(['agent', 'seed']).sum().groupby('agent').mean().round()
+
+
 def read_spine(runs: str | Path = '../runs') -> pd.DataFrame:
     "The agent's rows of the first study"
     t = spine.STUDY.read(runs)[0]
@@ -272,8 +284,12 @@ def choice_table(tried: pd.DataFrame) -> pd.DataFrame:
 def twin_table(twins: pd.DataFrame) -> pd.DataFrame:
     "Test perplexity with static repair on each twin by target, means over seeds"
     t = twins[twins.calibration == 'static']
-    out = t.pivot_table(index=['order', 'method'], columns=['model', 'sparsity'], values='ppl')
-    return out.sort_values(out.columns[-1]).round(2).astype(object).fillna('')
+    by = ['order', 'method']
+    out = t.pivot_table(index=by, columns=['model', 'sparsity'], values='ppl')
+    out = out.sort_values(out.columns[-1]).round(2)
+    for name, column in (('tokens', 'forward_tokens'), ('seconds', 'seconds')):  # of a search
+        out[name, ''] = t.groupby(by)[column].mean().round()
+    return out.astype(object).fillna('')
 
 
 def path_table(paths: pd.DataFrame) -> pd.DataFrame:
@@ -359,7 +375,7 @@ def _path(paths) -> str:
             f'{d.difference.max():+.4f})' for name, d in paths.groupby('agent')]
     return ('- **One sweep for eleven targets** (llama twin): nats above an agent trained for each '
             'target, mean over targets: ' + ', '.join(says) + '. `path` is a gradient search whose '
-            'target rises, `range` the agent for all targets, with the same tokens.')
+            'target rises, `range` the agent for all targets.')
 
 # %% ../../nbs/studies/16_slopes.ipynb #3e035041
 def findings(table: pd.DataFrame, traces: pd.DataFrame, twins: pd.DataFrame,
