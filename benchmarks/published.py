@@ -30,7 +30,7 @@ def _set_sizes(m, k):
         lin.out_features = k * n
     m.out.in_features = k * m.cols
     if m.attn is not None:
-        set_heads(m.block, m.attn, k)
+        set_heads(m.block, m.attn, *(k * n for n in m.heads))
 
 
 def clone_weights(layout) -> dict:

@@ -16,7 +16,9 @@ from conftest import make_folder, worked
 from safetensors.torch import load_file, save_file
 
 from ffp_nb.core import perplexity, runs
+from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.families import tiny_model, tiny_tokenizer
+from ffp_nb.export.hf import save_pruned
 from ffp_nb.pipeline import bench
 from ffp_nb.pipeline.config import PruneConfig
 from ffp_nb.search import loop
@@ -222,10 +224,10 @@ def test_empty_last_split_is_found_before_the_search(world, ffp, tmp_path):
 
 # Models
 
-def gpt2(folder):
-    from transformers import GPT2Config, GPT2LMHeadModel
-    GPT2LMHeadModel(GPT2Config(vocab_size=211, n_embd=32, n_layer=1,
-                               n_head=2)).save_pretrained(folder)
+def bloom(folder):
+    from transformers import BloomConfig, BloomForCausalLM
+    BloomForCausalLM(BloomConfig(vocab_size=211, hidden_size=32, n_layer=1,
+                                 n_head=2)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
 
 
@@ -251,7 +253,7 @@ def no_tokenizer(folder):
 
 
 FINITE = 'NaN or infinity'
-BROKEN = {'gpt2': (gpt2, ('gpt2', 'llama, mistral, qwen2, qwen3, opt')),
+BROKEN = {'bloom': (bloom, ('bloom', 'llama, mistral, qwen2, qwen3, opt')),
           'type unknown to transformers': (lambda o: edited_config(o, model_type='nosuch'),
                                            ('nosuch', 'llama, mistral, qwen2, qwen3, opt')),
           'encoder-decoder': (lambda o: edited_config(o, model_type='t5'),
@@ -310,11 +312,13 @@ def test_tokenizer_of_another_model(world, ffp, tmp_path):
                 '--block-len', 32), 'tokenizer', '211')
 
 
-def test_pruned_model_is_not_pruned_again(world, searched, ffp):
-    before = files(searched)
+def test_a_model_with_a_removed_module_is_not_pruned_again(world, searched, ffp, tmp_path):
+    before, gone = files(searched), tmp_path / 'gone'
+    em = ElasticModel(tiny_model())
+    save_pruned(em.set([[4, 96], [0, 50], [4, 96]]), tiny_tokenizer(), gone)
     for command in ('search', 'prune'):
-        refused(ffp(command, *changed(world[1], model=world[0] / 'whole' / 'model'), '--out',
-                    searched), 'pruned already', 'dense')
+        refused(ffp(command, *changed(world[1], model=gone), '--out', searched), 'pruned already',
+                'layer 1', 'dense')
     kept(before, searched)
 
 

@@ -13,7 +13,7 @@ from ffp_nb.core.budget import (
     Cost, InfeasibleBudget, bounds, feasible_range, mac_cost, param_cost, random_scores, retention,
     solve, uniform)
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.families import FAMILIES, tiny_model
+from ffp_nb.core.families import FIVE, tiny_model
 
 settings.register_profile('ffp_nb', deadline=None, max_examples=100, derandomize=True)
 settings.load_profile('ffp_nb')
@@ -292,7 +292,7 @@ def test_inputs_are_left_alone_and_the_cost_is_frozen():
 
 
 MIXED = dict(use_sliding_window=True, max_window_layers=1, sliding_window=8)
-COUNTED = ([(f, {}) for f in FAMILIES]
+COUNTED = ([(f, {}) for f in FIVE]
            + [('qwen2', MIXED), ('qwen3', MIXED), ('mistral', dict(sliding_window=5))])
 
 

@@ -24,7 +24,7 @@ import ffp_nb
 from ffp_nb.core import modeling
 from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.families import (
-    FAMILIES, UnsupportedModel, load_model, smollm2_path, tiny_model, tiny_tokenizer)
+    FIVE, Layout, UnsupportedModel, load_model, smollm2_path, tiny_model, tiny_tokenizer)
 from ffp_nb.export import hf
 from ffp_nb.export.hf import load_pruned, model_card, put_right, save_pruned
 from ffp_nb.export.vllm import parallel_sizes
@@ -90,7 +90,7 @@ def stranger(folder, tmp_path, own, ids, mask):
     return json.loads(run.stdout.split('RESULT')[1])
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', FIVE)
 def test_opens_without_this_package(family, tmp_path):
     em = ElasticModel(tiny_model(family, layers=4, seed=3))
     widths = random_widths(em.layout.full)
@@ -106,7 +106,7 @@ def test_opens_without_this_package(family, tmp_path):
     zeros = (em.layout.unit_params * (widths == 0)).sum()  # one unit for each removed module
     if family == 'qwen3':  # and the norms of its queries and keys
         zeros += 2 * em.layout.head_dim * (widths[:, 0] == 0).sum()
-    assert (seen['class'].lower() == f'pruned{family}forcausallm'
+    assert (seen['class'] == modeling.PRUNED[family].__name__
             and seen['parameters'] == sum(p.numel() for p in own.parameters()) + zeros)
     assert 'size' in seen['stock'] and 'mismatch' in seen['stock']
     assert (not list((tmp_path / 'model').glob('*.bin'))
@@ -178,7 +178,7 @@ def saved_again(folder):
     return again
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', FIVE)
 def test_backbone_copy_and_biases_are_equal_bit_for_bit(family, tmp_path):
     """Of a folder with removed modules: the logits, those of a copy, and the hidden states of
     `AutoModel`"""
@@ -197,12 +197,35 @@ def test_backbone_copy_and_biases_are_equal_bit_for_bit(family, tmp_path):
             assert not hasattr(backbone, 'lm_head')
 
 
-def test_a_pruned_folder_is_not_pruned_again(tmp_path):
-    em = ElasticModel(tiny_model())
-    folder = save_pruned(em.set(em.layout.full // 2), None, tmp_path / 'model')
-    for refused in (lambda: load_model(str(folder)), lambda: ElasticModel(load_pruned(folder)[0])):
-        with pytest.raises(UnsupportedModel, match='pruned already.*dense source'):
-            refused()
+@pytest.mark.parametrize('family', [*FIVE, 'phi3', 'gpt2', 'gpt_neox', 'olmo2', 'gemma3_text'])
+def test_a_pruned_folder_is_pruned_again(family, tmp_path):
+    "Its units are those that are left; what is saved says the new widths in every way"
+    em, ids = ElasticModel(tiny_model(family)), torch.arange(3, 20)[None]
+    full = int(em.layout.full[0, 0])
+    first = np.array([[max(1, full - 1), 64], [full, 37], [max(1, full // 2), 96]])
+    tokenizer = make_qwen2_tokenizer() if family == 'qwen2' else tiny_tokenizer()
+    folder = save_pruned(em.set(first), tokenizer, tmp_path / 'once')
+    with torch.inference_mode():
+        want = em.model(ids).logits
+        model, _ = load_model(str(folder), 'float32', 'cpu')
+        assert torch.equal(model(ids).logits, want)
+        again = ElasticModel(model, {k: torch.arange(m.units).flip(0)
+                                     for k, m in Layout(model).modules.items()})
+        assert (again.layout.full == first).all()
+        torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)
+        widths = np.array([[1, 9], [full, 0], [0, 50]])
+        want = again.set(widths).model(ids).logits
+        twice = save_pruned(again, None, tmp_path / 'twice')
+        for load in (lambda: load_pruned(twice)[0],
+                     lambda: AutoModelForCausalLM.from_pretrained(twice, trust_remote_code=True)):
+            torch.testing.assert_close(load()(ids).logits, want, rtol=1e-5, atol=1e-5)
+    config = json.loads((twice / 'config.json').read_text())
+    assert [w['ffn'] for w in config['pruned_widths']] == [9, 1, 50]
+    if 'per_layer_config' in config:
+        name = 'ffn_dim' if family == 'opt' else 'intermediate_size'
+        assert [config['per_layer_config'][str(i)][name] for i in range(3)] == [9, 1, 50]
+    with pytest.raises(UnsupportedModel, match='pruned already, and a module of layer 1 is gone'):
+        load_model(str(twice))
 
 
 def half(family='llama', **kw):
@@ -306,7 +329,7 @@ print('RESULT' + json.dumps(out))
 def test_transformers_4_computes_the_same(tmp_path):
     "All families, tied and not, rotary frequencies with and without scaling; also saved again"
     folders, ids = [], torch.randint(3, 211, (2, 40), generator=torch.Generator().manual_seed(0))
-    for family in FAMILIES:
+    for family in FIVE:
         tokenizer = make_qwen2_tokenizer() if family == 'qwen2' else tiny_tokenizer()
         for tied in (False, True):
             for name, rope in ROPES.items():

@@ -11,7 +11,7 @@ from test_workers import split
 from ffp_nb.core.budget import Cost, InfeasibleBudget, bounds, param_cost, solve
 from ffp_nb.core.criteria import unit_order
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.families import FAMILIES, KINDS, Layout, load_model, tiny_model
+from ffp_nb.core.families import FIVE, KINDS, Layout, load_model, tiny_model
 from ffp_nb.core.perplexity import block_loss, perplexity
 from ffp_nb.core.ridge import Calibrator
 from ffp_nb.core.stats import collect_stats
@@ -137,7 +137,7 @@ def test_gradient_is_that_of_the_gates(family):
             torch.testing.assert_close(slope[i], want, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', FIVE)
 def test_every_family(family):
     b = make_bench(family, dtype=torch.float64)
     before, p = state(b.elastic), b.problem()
@@ -168,7 +168,7 @@ def test_every_family(family):
     assert nats(found, False) > nats(found, True) + 0.02
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', FIVE)
 def test_folded_scales_are_the_gates(family):
     b = make_bench(family, 'magnitude', torch.float64)
     p = b.problem(0.3)

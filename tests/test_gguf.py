@@ -21,7 +21,8 @@ from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.families import UnsupportedModel, tiny_model
 from ffp_nb.core.runs import CorruptFile
 from ffp_nb.core.text import Convention, load_corpus, token_blocks
-from ffp_nb.export.gguf import LlamaCpp, check_gguf, export_gguf
+from ffp_nb.export.gguf import (
+    KQUANTS, LlamaCpp, block_nll, check_gguf, describe_gguf, export_gguf)
 from ffp_nb.export.hf import load_pruned, save_pruned
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs limits on file size')
@@ -156,6 +157,21 @@ def test_modules_gone(make, family, widths):
     assert about['layers'] == sum(map(any, widths))
 
 
+@pytest.mark.parametrize('widths', [MIXED, *GONE.values()], ids=['mixed', *GONE])
+def test_qwen3_by_layer(make, widths):
+    "In llama.cpp's openelm, long enough for positions to count; q and k norms that are not all 1"
+    model = tiny_model('qwen3', layers=len(widths), vocab=300, tie_word_embeddings=True)
+    for name, p in model.named_parameters():
+        if name.endswith(('q_norm.weight', 'k_norm.weight')):
+            p.data = 1 + 0.3 * torch.randn(p.shape, generator=torch.manual_seed(len(name)))
+    folder, pruned = make(model, widths)
+    about = agree(folder, pruned, repeat=6)
+    left = [w for w in widths if any(w)]
+    assert about['widths'].ffn.tolist() == [w[1] or 32 for w in left]
+    assert about['widths'].kv_heads.tolist() == [w[0] or 1 for w in left]
+    assert about['arch'] == ('openelm' if len({*map(tuple, left)}) > 1 else 'qwen3')
+
+
 def random_llama(**kw):
     torch.manual_seed(0)
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**dict(vocab_size=300, hidden_size=64,
@@ -274,6 +290,103 @@ def test_values_out_of_range(pruned, tmp_path, quant, value):
         export_gguf(pruned, tmp_path / 'a.gguf', quant)
     assert not list(tmp_path.glob('*.gguf')) and not list(tmp_path.glob('.*'))
     export_gguf(pruned, tmp_path / 'a.gguf', 'f32')
+
+
+# K-quants
+
+pytest.importorskip('xllamacpp')
+
+
+@pytest.fixture(scope='module')
+def wide(make):
+    "Rows of 256: those of the hidden size; in the second layer 480 channels, which pay to pad"
+    model = tiny_model('llama', hidden=256, heads=4, kv_heads=2, ffn=512, vocab=300)
+    return make(model, [[2, 512], [1, 480], [2, 40]])
+
+
+CHOSEN = {'q4_k_m': ('Q4_K', 'Q5_0'), 'q5_k_m': ('Q5_K', 'Q5_1'), 'q6_k': ('Q6_K', 'Q8_0')}
+
+
+@pytest.mark.parametrize('quant', KQUANTS)
+def test_k_quants(wide, tmp_path, quant):
+    "Formats as llama-quantize chooses them, values near those of the folder, zeros where padded"
+    folder, model = wide
+    path, (base, other) = export_gguf(folder, tmp_path / 'a.gguf', quant), CHOSEN[quant]
+    have, want = tensors(path), tensors(export_gguf(folder, tmp_path / 'f32.gguf', 'f32'))
+    about, kinds = check_gguf(path), {n: t.tensor_type.name for n, t in have.items()}
+    padded = quant != 'q5_k_m'  # where 480 channels of 6 bits are less than 512 of 5.5
+    assert about['widths'].ffn.tolist() == [512, 512 if padded else 480, 64]
+    assert about['file_type'] == quant.upper()
+    assert kinds['token_embd.weight'] == base and kinds['output.weight'] == 'Q6_K'
+    # the third of three layers keeps more bits: Q6_K, or Q8_0 in its place
+    assert [kinds[f'blk.{i}.attn_v.weight'] for i in range(3)] == [base, base, 'Q6_K']
+    assert [kinds[f'blk.{i}.attn_q.weight'] for i in range(3)] == [base] * 3
+    assert [kinds[f'blk.{i}.attn_output.weight'] for i in range(3)] == [base, other, base]
+    assert ([kinds[f'blk.{i}.ffn_down.weight'] for i in range(3)]
+            == [base, base if padded else other, 'Q8_0'])
+    assert set(about['fell_back']) == {'blk.1.attn_output.weight', 'blk.2.ffn_down.weight',
+                                       *['blk.1.ffn_down.weight'] * (not padded)}
+    for name, t in have.items():
+        true, rounded = want[name].data, dequantised(t)
+        inside = tuple(slice(0, n) for n in true.shape)
+        assert np.abs(rounded[inside] - true).max() <= 0.13 * np.abs(true).max(), name
+        rounded = rounded.copy()
+        rounded[inside] = 0
+        assert not rounded.any()
+    said = describe_gguf(path)
+    assert f'MB, {quant.upper()}; rows that are no multiple of 256 fell back to ' in said
+    assert '1 attn_output' in said and 'FFNs padded with zeros' in said
+    # 24 channels of the third layer, gate and up of 256 weights each and Q8_0's down
+    bits, low = dict(q4_k_m=(4.5, 4.5), q5_k_m=(5.5, 6), q6_k=(6.5625, 6.5625))[quant]
+    assert about['padded_bytes'] == pytest.approx(
+        (24 * 256 * (2 * bits + 8.5) + padded * 32 * 256 * (2 * bits + low)) / 8, abs=4)
+    ids = tf.AutoTokenizer.from_pretrained(folder)(TEXT * 3).input_ids
+    near = np.corrcoef(LlamaCpp(path).nll(ids), nll(model, ids))[0, 1]  # random weights amplify
+    assert near > dict(q6_k=0.97, q5_k_m=0.9, q4_k_m=0.75)[quant]
+
+
+def test_padding_makes_the_file_smaller(wide, tmp_path, monkeypatch):
+    from ffp_nb.export import gguf as module
+    small = export_gguf(wide[0], tmp_path / 'a.gguf', 'q4_k_m').stat().st_size
+    monkeypatch.setattr(module, '_pad_ffns', lambda layers, quant, D: layers)
+    assert small < export_gguf(wide[0], tmp_path / 'b.gguf', 'q4_k_m').stat().st_size
+
+
+@pytest.mark.parametrize('family', ['llama', 'qwen2', 'qwen3'])
+def test_k_quants_of_small_hidden_sizes(make, tmp_path, family):
+    "64 channels fill no block: all matrices fall back, and llama.cpp reads them; removed parts too"
+    model = tiny_model(family, vocab=300, tie_word_embeddings=True)
+    folder, model = make(model, [[2, 50], [0, 33], [4, 0]])
+    path = export_gguf(folder, tmp_path / 'a.gguf', 'q4_k_m')
+    about = check_gguf(path)
+    assert about['formats'].keys() == {'F32', 'Q5_0', 'Q8_0'} | ({'F16'} & about['formats'].keys())
+    assert about['arch'] == ('openelm' if family == 'qwen3' else 'deci')
+    ids = tf.AutoTokenizer.from_pretrained(folder)(TEXT * 3).input_ids
+    assert LlamaCpp(path).nll(ids).mean() == pytest.approx(nll(model, ids).mean(), abs=0.1)
+
+
+def test_no_quantiser(pruned, untouched, monkeypatch):
+    from ffp_nb.export import gguf as module
+    def missing():
+        raise ImportError('no module xllamacpp')
+    monkeypatch.setattr(module, '_llamacpp', missing)
+    with pytest.raises(ImportError, match=r"quant 'q5_k_m' needs .*pip install 'ffp_nb\[gguf\]'.*"
+                                          "llama-quantize FILE OUT Q5_K_M"):
+        export_gguf(pruned, untouched, 'q5_k_m', overwrite=True)
+    export_gguf(pruned, untouched.with_name('b.gguf'), 'f16').unlink()  # needs none
+
+
+def test_blocks_at_once(wide, tmp_path):
+    "The same figures as one token after the other, but for a cache in F16"
+    folder, model = wide
+    path = export_gguf(folder, tmp_path / 'a.gguf', 'f32')
+    blocks = np.random.default_rng(0).integers(5, 290, (3, 24)).tolist()
+    found = block_nll(path, blocks)
+    assert found.shape == (3, 23)
+    np.testing.assert_allclose(found, [nll(model, o) for o in blocks], atol=0.02)
+    (tmp_path / 'text.gguf').write_text('no model')
+    with pytest.raises(CorruptFile, match='cannot load'):
+        block_nll(tmp_path / 'text.gguf', blocks)
 
 
 # Tokenizers
@@ -445,12 +558,22 @@ def test_tokenizer_of_another_model(make, tmp_path):
 
 @pytest.mark.parametrize('family, widths, says', [
     ('opt', None, 'no architecture'), ('opt', [[2, 50], [8, 33], [1, 96]], 'no architecture'),
-    ('qwen3', MIXED, 'normalises its queries and keys')])
+    ('qwen3', MIXED, 'does not have a head of its own .tie_word_embeddings is false.')])
 def test_families_without_an_architecture(make, tmp_path, family, widths, says):
     folder, _ = make(tiny_model(family, vocab=300), widths)
     with pytest.raises(UnsupportedModel, match=says):
         export_gguf(folder, tmp_path / 'a.gguf')
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('settings, says', [
+    (dict(attention_bias=True), 'does not have biases'),
+    (dict(rope_parameters=LINEAR), 'does not have rope scaling')])
+def test_a_qwen3_that_openelm_does_not_compute(make, tmp_path, settings, says):
+    model = tiny_model('qwen3', vocab=300, tie_word_embeddings=True, **settings)
+    folder, _ = make(model, MIXED)
+    with pytest.raises(UnsupportedModel, match=says):
+        export_gguf(folder, tmp_path / 'a.gguf')
 
 
 def edit(folder, **changes):
@@ -702,14 +825,16 @@ def smollm2(tmp_path_factory):
 
 
 # llama.cpp rounds activations too
-@pytest.mark.parametrize('quant, ppl_close', [('f32', 1e-3), ('f16', 0.01), ('q8_0', 0.15)])
+@pytest.mark.parametrize('quant, ppl_close', [('f32', 1e-3), ('f16', 0.01), ('q8_0', 0.15),
+                                              ('q6_k', 0.15), ('q4_k_m', 0.3)])
 def test_smollm2(smollm2, tmp_path, texts, quant, ppl_close):
     folder, model, tokenizer, blocks = smollm2
     path = export_gguf(folder, tmp_path / 'a.gguf', quant)
     about, served = check_gguf(path), LlamaCpp(path)
     assert about['arch'] == 'deci' and about['layers'] == 29
     # and the tokenizer
-    assert about['bytes'] < 1.02 * dict(f32=4, f16=2, q8_0=34 / 32)[quant] * about['params'] + 3e6
+    size = dict(f32=4, f16=2, q8_0=34 / 32, q6_k=34 / 32, q4_k_m=0.8)[quant]
+    assert about['bytes'] < 1.02 * size * about['params'] + 3e6
     have, want = (np.mean([one(o) for o in blocks])
                   for one in (served.nll, lambda ids: nll(model, ids)))
     assert np.exp(have - want) == pytest.approx(1, abs=ppl_close)

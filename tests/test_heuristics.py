@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from ffp_nb.core.budget import Cost, InfeasibleBudget, bounds, feasible_range, param_cost, solve
 from ffp_nb.core.criteria import unit_order
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.families import FAMILIES, KINDS, Layout, tiny_model
+from ffp_nb.core.families import FIVE, KINDS, Layout, tiny_model
 from ffp_nb.core.ridge import Calibrator
 from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Blocks
@@ -68,7 +68,7 @@ def test_names():
     assert tuple(HEURISTICS) == NAMES
 
 
-@pytest.mark.parametrize('family, name', list(itertools.product(FAMILIES, NAMES)))
+@pytest.mark.parametrize('family, name', list(itertools.product(FIVE, NAMES)))
 def test_on_budget_and_nothing_left_behind(family, name, benches):
     b = benches(family)
     with torch.inference_mode():
@@ -145,7 +145,7 @@ def test_forward_tokens_are_counted(benches, monkeypatch):
         hook.remove()
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', FIVE)
 def test_bfloat16(family):
     b = make_bench(family, dtype=torch.bfloat16)
     for name in NAMES:
@@ -160,7 +160,7 @@ def test_bfloat16(family):
 
 def test_every_gate_stands_for_its_own_module():
     "A module that is cut off has a saliency of 0, and no other has"
-    for family, (i, j) in itertools.product(FAMILIES, ((0, 0), (2, 1))):
+    for family, (i, j) in itertools.product(FIVE, ((0, 0), (2, 1))):
         model = tiny_model(family)
         layout = Layout(model)
         for p in layout.modules[i, KINDS[j]].out.parameters():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.families import FAMILIES, KINDS, tiny_model
+from ffp_nb.core.families import FIVE, KINDS, tiny_model
 from ffp_nb.core.ridge import _first_inputs, dense_goals, sequential_calibrate
 from ffp_nb.core.text import Blocks
 
@@ -20,7 +20,7 @@ def make(name):
     return tiny_model(family, layers=4, **WINDOWS[family] if window else {})
 
 
-MODELS = [f'{f} window' for f in WINDOWS] + list(FAMILIES)
+MODELS = [f'{f} window' for f in WINDOWS] + list(FIVE)
 
 
 def true_states(em, ids):

@@ -14,7 +14,7 @@ from test_workers import split
 
 from ffp_nb.core import orders, ridge
 from ffp_nb.core.criteria import CRITERION_NAMES, obs, unit_order
-from ffp_nb.core.families import FAMILIES, Layout, Module, load_model, tiny_model
+from ffp_nb.core.families import FIVE, Layout, Module, load_model, tiny_model
 from ffp_nb.core.orders import ORDERS, error_curve, obs_order, output_fisher
 from ffp_nb.core.perplexity import block_loss
 from ffp_nb.core.ridge import ridge_factors, ridge_matrix
@@ -244,7 +244,7 @@ def explicit(model, layout, blocks):
     return found
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', FIVE)
 def test_output_fisher(family):
     model = tiny_model(family)
     layout = Layout(model)
@@ -279,7 +279,7 @@ def test_output_fisher_refuses_infinity():
     assert not any(m._forward_hooks for m in bad.modules())
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', FIVE)
 def test_identity_weighs_nothing(family):
     model = tiny_model(family)
     layout = Layout(model)
@@ -334,7 +334,7 @@ def test_the_study_of_criteria_keeps_its_six():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', FIVE)
 def test_orders_on_a_gpu(family):
     model = tiny_model(family)
     layout = Layout(model)

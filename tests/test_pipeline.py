@@ -15,7 +15,7 @@ from ffp_nb.core import ridge
 from ffp_nb.core.budget import bounds, param_cost
 from ffp_nb.core.criteria import taylor_scores, unit_order
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.families import FAMILIES, Layout, load_model
+from ffp_nb.core.families import FIVE, Layout, load_model
 from ffp_nb.core.perplexity import perplexity
 from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Convention, load_corpus, token_blocks
@@ -61,7 +61,7 @@ def plain_perplexity(model, text, length=TINY.block_len, n=TINY.test_blocks):
     return float(torch.stack(losses).mean().exp())
 
 
-@pytest.mark.parametrize('family, how', [*((f, {}) for f in FAMILIES), ('llama', PAPER)])
+@pytest.mark.parametrize('family, how', [*((f, {}) for f in FIVE), ('llama', PAPER)])
 def test_prune_end_to_end(family, how, family_folder, ffp, tmp_path, monkeypatch):
     folder, out, held = family_folder(family), tmp_path / 'out', {}
     save = prune.save_pruned

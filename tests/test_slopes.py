@@ -11,7 +11,7 @@ from ffp_nb.core.budget import (
     Cost, bounds, mac_cost, memory_cost, param_cost, relax, relax_grad)
 from ffp_nb.core.criteria import unit_order
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.families import FAMILIES, Layout, load_model, tiny_model
+from ffp_nb.core.families import FIVE, Layout, load_model, tiny_model
 from ffp_nb.core.perplexity import block_nll
 from ffp_nb.core.ridge import Calibrator, sequential_calibrate
 from ffp_nb.core.runs import RunDir
@@ -158,7 +158,7 @@ def test_nothing_is_left_behind():
     alike(found, slopes(em, static))
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', FIVE)
 def test_inside_inference_mode(family):
     "Before 'the head got no gradient' or 'inference tensors cannot be saved for backward'"
     em, static = tiny(family)

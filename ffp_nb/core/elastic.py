@@ -101,7 +101,7 @@ def set_module(self: ElasticModel, key: tuple[int, str], k: int,
     if b is not None:
         m.out.bias.data = b
     if m.attn is not None:
-        set_heads(m.block, m.attn, k)  # k KV groups; in OPT a group is one head
+        set_heads(m.block, m.attn, *(k * n for n in m.heads))
     self.widths[key[0], KINDS.index(key[1])] = k
 
 # %% ../../nbs/core/06_elastic.ipynb #c9610eb3

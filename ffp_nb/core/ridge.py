@@ -7,6 +7,7 @@ __all__ = ['PRECISION', 'ridge_factors', 'where_it_works', 'check_alpha', 'ridge
            'spare_bytes', 'sequential_calibrate', 'dense_goals']
 
 # %% ../../nbs/core/08_ridge.ipynb #782af54d
+import inspect
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -309,7 +310,7 @@ def _run(layer, calls, hidden, taps, stop=False):
         if stop and lin is taps[-1]: raise _Stop
 
     def after(lin, args, out):
-        seen[lin] = args[0], out
+        seen[lin] = args[0], out.clone()  # Falcon adds to it in place
     hooks = [h for lin in taps
              for h in (lin.register_forward_pre_hook(before), lin.register_forward_hook(after))]
     try:
@@ -342,7 +343,10 @@ def _first_inputs(elastic, blocks, batch):
         return found
 
     def note(i, *args, **kwargs):
-        h = args[0] if args else kwargs.pop('hidden_states')
+        # of the class: accelerate replaces an instance's own
+        names = list(inspect.signature(type(layers[i]).forward).parameters)[1:]
+        kwargs |= dict(zip(names, args))
+        h = kwargs.pop(names[0])
         if i == 0:
             hidden.append(h)
         calls[i].append(recursively_apply(share, kwargs))
@@ -396,7 +400,8 @@ def sequential_calibrate(elastic: ElasticModel,
                          alpha: float = 0.1,
                          # start, and the target of the penalty; None: plain slices
                          base: Weights | None = None,
-                         target: str = 'module',  # 'module' or 'residual'
+                         # 'module' or 'residual'; a family with `sums=False` has 'module' alone
+                         target: str = 'module',
                          # `dense_goals` of the same blocks and target, for several policies
                          goals: list | None = None,
                          batch: int = 1, progress: bool = True,
@@ -408,8 +413,7 @@ def sequential_calibrate(elastic: ElasticModel,
     states. Modules at full width are refitted too: after a pruned prefix their inputs differ.
     """
     check_alpha(alpha)
-    if target not in ('module', 'residual'):
-        raise ValueError(f"target {target!r}; expected 'module' or 'residual'")
+    target = _possible(elastic, target)
     widths, done = elastic.check(widths).copy(), {}
     first, calls = _first_inputs(elastic, blocks, batch)
     pruned, width = first, lambda i, kind: int(widths[i, KINDS.index(kind)])
@@ -450,7 +454,14 @@ def dense_goals(elastic: ElasticModel, blocks: Blocks, target: str = 'module',
     hidden states a layer"""
     with elastic.at(elastic.layout.full):
         hidden, calls = _first_inputs(elastic, blocks, batch)
-        return list(_goals_by_layer(elastic, hidden, calls, target))
+        return list(_goals_by_layer(elastic, hidden, calls, _possible(elastic, target)))
+
+
+def _possible(elastic, target):
+    "The target, or 'module' for a family whose residual stream is no sum of module outputs"
+    if target not in ('module', 'residual'):
+        raise ValueError(f"target {target!r}; expected 'module' or 'residual'")
+    return target if elastic.layout.sums else 'module'
 
 # %% ../../nbs/core/08_ridge.ipynb #2cfd1cbf
 def _fit_module(elastic, key, layer, calls, pruned, goals, alpha, target):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .elastic import ElasticModel
 from .families import KINDS, is_on_disk
+from .perplexity import head_of
 from .ridge import Calibrator
 from .text import Blocks
 
@@ -101,7 +102,7 @@ def _backward(model, ids, counts, wanted, dense=None):
     hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, -n - 1:-1]
     counts = counts.to(hidden.device)
     scored = torch.arange(n, 0, -1, device=hidden.device) <= counts[:, None]  # (k, n)
-    nats, grad = _head_grad(model.get_output_embeddings(), hidden.flatten(0, 1),
+    nats, grad = _head_grad(head_of(model), hidden.flatten(0, 1),
                             ids[:, -n:].flatten().to(hidden.device),
                             (scored / (counts[:, None] * len(ids))).flatten(),
                             None if dense is None

@@ -15,24 +15,28 @@ from pathlib import Path
 import numpy as np
 
 from ..core.families import read_config
-from ..core.modeling import BACKBONES
+from ..core.modeling import BACKBONES, FAMILIES
+from .hf import UNSERVED
 
 # %% ../../nbs/export/03_vllm.ipynb #dcccfba9
 def shared_by(family: str,  # a key of `BACKBONES`
               widths,  # (n_layers, 2) units stored: KV groups, FFN channels
               ) -> list[int]:
     """Numbers of devices that can share a model equally; 1 alone for a family that transformers has
-    no plan to split"""
-    if not getattr(BACKBONES[family].config_class, 'base_model_tp_plan', None): return [1]
+    no plan to split, or whose heads stand in one projection or share a norm"""
+    names, plan = FAMILIES[family], BACKBONES[family].config_class.base_model_tp_plan
+    if not plan or names.fused or names.whole: return [1]
     most = int(np.gcd.reduce(np.ravel(widths)))
     return [n for n in range(1, most + 1) if most % n == 0]
 
 
 def parallel_sizes(folder: str | Path) -> list[int]:
-    "For which tensor-parallel sizes a folder of `save_pruned` can be served"
+    """For which tensor-parallel sizes a folder of `save_pruned` can be served; none for a family in
+    `UNSERVED`"""
     config = read_config(folder)
     if not (rows := config.get('pruned_widths')):
         raise ValueError(f'{folder} has no pruned_widths in its config: it is a dense model')
+    if config['model_type'] in UNSERVED: return []
     if 'per_layer_config' not in config:
         raise ValueError(f'{folder} was saved by an earlier version, and vLLM cannot serve it. '
                          'Save the model again.')

@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from ..core.budget import param_cost, solve
 from ..core.criteria import taylor_scores, unit_order
 from ..core.elastic import ElasticModel, Weights
-from ..core.families import Layout, fingerprint, load_model
+from ..core.families import Layout, find_family, fingerprint, load_model
 from ..core.orders import ORDERS, obs_order, output_fisher
 from ..core.perplexity import Perplexity, perplexity as measure_perplexity
 from ..core.ridge import Calibrator, dense_goals, sequential_calibrate
@@ -81,6 +81,13 @@ def _check_shared(layout, tp):
     raise ValueError(f'tp {tp}: {tp} devices cannot share this {layout.family} model equally: '
                      f'{why}')
 
+# %% ../../nbs/pipeline/01_bench.ipynb #4298b142
+def _splits(corpus, tokenizer, model, profile):
+    "The text, with the first token in front of every block for families that need it"
+    n, bos = profile.block_len, find_family(model)[1].bos and tokenizer.bos_token_id is not None
+    return Splits(corpus, tokenizer, model, Convention(n, n, bos), profile.calibration_blocks,
+                  profile.test_blocks)
+
 # %% ../../nbs/pipeline/01_bench.ipynb #5b1ae402
 def _load(config, how, tp=1):
     """The model and its tokenizer. ValueError, before minutes of work, if it has no slopes to
@@ -123,8 +130,7 @@ class Bench:
         # the type that the weights really have, for the records
         self.config = config = replace(config, dtype=str(model.dtype).removeprefix('torch.'))
         self.corpus, self.tokenizer, self.how, p = corpus, tokenizer, how or {}, config.profile
-        self.text = Splits(corpus, tokenizer, model, Convention(p.block_len, p.block_len),
-                           p.calibration_blocks, p.test_blocks)
+        self.text = _splits(corpus, tokenizer, model, p)
         # all now, so that too little text is an error at once
         calibration, *_ = self.text.calibration, self.text.search, self.text.selection
         layout, self.fingerprint = Layout(model), fingerprint(model)
@@ -219,7 +225,8 @@ def open_run(folder: str | Path, bench: Bench,
     c = config or bench.config
     # an infeasible target must not touch a folder
     solve(np.zeros(bench.cost.full.shape), bench.cost, c.sparsity, c.step, c.p_min)
-    key = (run_config(replace(c, dtype=bench.config.dtype), bench.corpus.sha256)
+    key = (run_config(replace(c, dtype=bench.config.dtype), bench.corpus.sha256,
+                      bench.text.convention.bos)
            | dict(weights=bench.fingerprint))
     key = {k: v for k, v in key.items()
            if k not in ('calibration', 'sequential_alpha', 'sequential_target')}

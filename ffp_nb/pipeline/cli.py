@@ -14,6 +14,7 @@ __all__ = ['app', 'console', 'Methods', 'Profiles', 'Criteria', 'Calibrations', 
 import io
 import sys
 import warnings
+from dataclasses import replace
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +27,7 @@ from rich.table import Table
 
 from ..core.criteria import CRITERION_NAMES
 from ..core.families import KINDS
+from ..core.modeling import FAMILIES
 from ..core.runs import atomic_write
 from ..core.text import Convention, load_corpus, token_blocks
 from ..export.gguf import QUANTS
@@ -89,7 +91,8 @@ Overwrite = Annotated[bool, typer.Option(help='replace what is there')]
 Split = Annotated[str, typer.Option(help='calibration, search, selection or test')]
 BlockLen = Annotated[int, typer.Option(help='tokens of a block')]
 Stride = Annotated[Optional[int], typer.Option(help='tokens between blocks; default: block_len')]
-Bos = Annotated[bool, typer.Option(help='put BOS in front of every block')]
+Bos = Annotated[Optional[bool], typer.Option(
+    help='put BOS in front of every block; default: as the family needs it (Gemma does)')]
 MaxBlocks = Annotated[Optional[int], typer.Option(help='a prefix of the split')]
 Tasks = Annotated[Optional[str], typer.Option(
     help="zero-shot accuracy instead: 'seven', 'all', or names with commas")]
@@ -118,7 +121,8 @@ GainBlocks = Annotated[int, typer.Option(
     help='with --measure: blocks on which the gain of the repair is measured')]
 Folder = Annotated[Path, typer.Argument(help='a folder that `ffp prune` saved, or a dense one')]
 Gguf = Annotated[Path, typer.Option(help='file to write')]
-Quant = Annotated[Quants, typer.Option(help='number format of the matrices')]
+Quant = Annotated[Quants, typer.Option(help='number format of the matrices; q6_k, q5_k_m and '
+                                            'q4_k_m need the package xllamacpp')]
 StudyName = Annotated[str, typer.Argument(help='a name that `ffp study list` gives')]
 Pages = Annotated[Path, typer.Option(help='folder for the executed copy of the page')]
 Missing = Annotated[bool, typer.Option(
@@ -245,8 +249,8 @@ def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.
         pictures = 'retention.png' + ', search.png' * (config.method in SEARCHERS)
         pictures += ', slopes.png' * getattr(SEARCHERS.get(config.method), 'slopes', False)
         _say_where(f'model, table.csv, {pictures} and the record are in {out}')
-        sizes = ', '.join(map(str, parallel_sizes(out / 'model')))
-        _say_where(f'tensor-parallel sizes that can serve it: {sizes}')
+        if sizes := ', '.join(map(str, parallel_sizes(out / 'model'))):
+            _say_where(f'tensor-parallel sizes that can serve it: {sizes}')
 
 # %% ../../nbs/pipeline/04_cli.ipynb #aef540e1
 @app.command()
@@ -304,7 +308,7 @@ def _refuse(ctx: typer.Context, when: str, *names: str) -> None:
 @app.command('eval')
 def evaluate(model: Model = 'smollm2', text: Text = 'auto', dtype: Dtype = 'auto',
              device: Device = None, split: Split = 'test', block_len: BlockLen = 512,
-             stride: Stride = None, bos: Bos = False, max_blocks: MaxBlocks = None,
+             stride: Stride = None, bos: Bos = None, max_blocks: MaxBlocks = None,
              tasks: Tasks = None, limit: Limit = None, part: Part = None, metric: Metric = None,
              data: Data = None, csv: Csv = None, batch: Batch = 1, debug: Debug = False, *,
              ctx: typer.Context):
@@ -326,7 +330,7 @@ def evaluate(model: Model = 'smollm2', text: Text = 'auto', dtype: Dtype = 'auto
         if tasks is None:
             stride = block_len if stride is None else stride
             table = _perplexity(load, text, split,
-                                Convention(block_len, stride, bos, max_blocks), batch)
+                                Convention(block_len, stride, bool(bos), max_blocks), bos, batch)
         else:
             table = _zero_shot(load, tasks, limit, part, metric or 'acc_norm', data, batch)
         table.insert(0, 'model', model)
@@ -338,7 +342,7 @@ def evaluate(model: Model = 'smollm2', text: Text = 'auto', dtype: Dtype = 'auto
                         + (f', part {part}' if part else ''))
 
 # %% ../../nbs/pipeline/04_cli.ipynb #20b88df5
-def _perplexity(load, text, split, convention, batch):
+def _perplexity(load, text, split, convention, bos, batch):
     """One row: what was read and its perplexity. Loads the text first, so that a wrong name fails
     early"""
     from ffp_nb.core.perplexity import perplexity
@@ -346,6 +350,9 @@ def _perplexity(load, text, split, convention, batch):
     corpus = load_corpus(text)
     text_of_split = corpus[split]
     net, tokenizer = load()
+    own = FAMILIES.get(net.config.model_type)  # any causal model can be measured
+    if bos is None and own and own.bos and tokenizer.bos_token_id is not None:
+        convention = replace(convention, bos=True)
     blocks = token_blocks(text_of_split, tokenizer, convention)
     check_blocks(blocks, net)
     p = perplexity(net, blocks, batch, progress=True)
@@ -392,9 +399,8 @@ def export(model: Folder, gguf: Gguf, quant: Quant = Quants.f16, overwrite: Over
            debug: Debug = False):
     "Write a model and its tokenizer as one GGUF file, which llama.cpp serves."
     with _told(debug, 'export'):
-        from ffp_nb.export.gguf import export_gguf
-        path = export_gguf(model, gguf, quant.value, overwrite)
-        _say_where(f'{path}: {path.stat().st_size / 1e6:.1f} MB')
+        from ffp_nb.export.gguf import describe_gguf, export_gguf
+        _say_where(describe_gguf(export_gguf(model, gguf, quant.value, overwrite)))
 
 # %% ../../nbs/pipeline/04_cli.ipynb #4635d599
 studies = typer.Typer(

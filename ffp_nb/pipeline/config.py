@@ -104,6 +104,7 @@ def _settings(config: PruneConfig) -> dict:
 
 def run_config(config: PruneConfig,
                text_sha256: dict[str, str],  # of the corpus, by split
+               bos: bool = False,  # every block starts with the tokenizer's first token
                ) -> dict:
     """The configuration of a record: all settings, also those of the search and the searcher that
     were left at their defaults, the hash of the text, and how perplexity is measured"""
@@ -111,7 +112,7 @@ def run_config(config: PruneConfig,
     dtype = str(find_dtype(config.dtype)).removeprefix('torch.')
     return (asdict(config)
             | dict(search=_settings(config), dtype=dtype, text_sha256=text_sha256,
-                   convention=asdict(Convention(block_len, block_len))))
+                   convention=asdict(Convention(block_len, block_len, bos))))
 
 # %% ../../nbs/pipeline/00_config.ipynb #2d1b30da
 FIRST_SEARCH = dict(sparsity_start=None, fidelity_start=0.05, sparsity_shape='cubic',

@@ -118,7 +118,8 @@ def write_outputs(bench, widths, result, table, out, wall_s) -> Path:
                                     f'{c.sparsity:.0%}, seed {c.seed}'), out / 'slopes.png')
         found = dict(source=result.source, start=result.start, reward=result.reward,
                      episodes=len(result.log), broken=result.broken, updates=result.updates)
-    return save_record(out, dict(name='prune') | run_config(c, bench.corpus.sha256),
+    return save_record(out, dict(name='prune')
+                       | run_config(c, bench.corpus.sha256, bench.text.convention.bos),
                        dict(widths=widths, table=table.to_dict('records'), **found),
                        forward_tokens=result.forward_tokens if result else 0,
                        wall_s=round(wall_s, 1))

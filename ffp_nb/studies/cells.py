@@ -47,11 +47,12 @@ class Facts:
     fingerprint: str  # of the weights
     cost: Callable[[], Cost]
     pool: float  # blocks of search text
+    bos: bool = False  # blocks start with the tokenizer's first token
 
     @classmethod
     def of(cls, bench: Bench) -> 'Facts':
         return cls(bench.config, bench.corpus.sha256, bench.fingerprint, lambda: bench.cost,
-                   len(bench.text.search))
+                   len(bench.text.search), bench.text.convention.bos)
 
 
 def base_config(model: str,  # 'smollm2', a twin of `NAMES`, a local folder or a hub id
@@ -297,7 +298,7 @@ def cell_settings(cell: Cell, facts: Facts) -> PruneConfig:
 def cell_key(cell: Cell, facts: Facts) -> dict:
     "The configuration of a cell's record"
     own = dict(name=cell.name, study='main', cell=asdict(cell) | dict(model=Path(cell.model).name))
-    return own | run_config(cell_settings(cell, facts), facts.text_sha256)
+    return own | run_config(cell_settings(cell, facts), facts.text_sha256, facts.bos)
 
 # %% ../../nbs/studies/02_cells.ipynb #bd023235
 def _searched(bench, cell, c, run):

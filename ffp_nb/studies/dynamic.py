@@ -64,14 +64,14 @@ def plan(lab: Lab) -> Plan:
     "The even cuts; then for each seed the agents for all targets and an agent for each target"
     facts = lab.facts('llama')
     own = dict(study='dynamic', targets=list(TARGETS))
-    key = dict(name='llama-even') | own | run_config(facts.config, facts.text_sha256)
+    key = dict(name='llama-even') | own | run_config(facts.config, facts.text_sha256, facts.bos)
     yield Measurement(key, lambda _: measure_even(lab.bench('llama')))
     for seed in (0, 1, 2):
         for kind, settings in AGENTS.items():
             cell = Cell('llama', MIDDLE, seed=seed, **dict(tokens=TOKENS) | settings)
             config = cell_settings(cell, facts)
             key = (dict(name=f'llama-{kind}-{seed}', kind=kind) | own
-                   | run_config(config, facts.text_sha256))
+                   | run_config(config, facts.text_sha256, facts.bos))
             yield Measurement(key, lambda _: measure_range(lab, config, key))
         yield from plan_cells(lab, [Cell('llama', s, seed=seed, tokens=TOKENS, modes=('static',))
                                     for s in TARGETS])

@@ -48,14 +48,14 @@ def plan(lab: Lab, names: Iterable[str] = NAMES,
         for sparsity, method, seed in cells:
             config = replace(facts.config, sparsity=sparsity, method=method, seed=seed)
             name = f'{family}-{method}-{sparsity}-{seed}'
-            key = dict(name=name) | own | run_config(config, facts.text_sha256)
+            key = dict(name=name) | own | run_config(config, facts.text_sha256, facts.bos)
             r = yield Measurement(key, lambda _: measure_policy(lab, family, config, name))
             done.append(r)
         best = [r for r in done if r and r['config']['sparsity'] == 0.3 and 'reward' in r['result']]
         if best:
             r = max(best, key=lambda r: r['result']['reward'])
             key = (dict(name=f'{family}-round-trip') | own
-                   | run_config(facts.config, facts.text_sha256))
+                   | run_config(facts.config, facts.text_sha256, facts.bos))
             key |= {k: r['config'][k] for k in ('sparsity', 'method', 'seed')}
             widths = np.array(r['result']['widths'])
             yield Measurement(key, lambda _: round_trip(lab, family, widths))

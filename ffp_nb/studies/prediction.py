@@ -70,13 +70,13 @@ def plan(lab: Lab) -> Plan:
             key = (dict(name=f'search-{kind}-{config.sparsity}-{seed}', study='prediction',
                         kind=kind, prediction=prediction and asdict(prediction),
                         selection=SELECTION, tokens=TOKENS)
-                   | run_config(config, facts.text_sha256))
+                   | run_config(config, facts.text_sha256, facts.bos))
             yield Measurement(key, lambda to: measure_search(lab, config, prediction, key, to))
 
 # %% ../../nbs/studies/10_prediction.ipynb #a2e2c768
 def setting(facts: Facts) -> dict:
     "What the measurement of a policy depends on, besides the policy"
-    c = run_config(facts.config, facts.text_sha256)
+    c = run_config(facts.config, facts.text_sha256, facts.bos)
     own = ('model', 'text', 'criterion', 'alpha', 'dtype', 'step', 'p_min', 'text_sha256',
            'convention')
     return {k: c[k] for k in own} | dict(calibration_blocks=c['profile']['calibration_blocks'])

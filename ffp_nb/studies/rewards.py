@@ -167,7 +167,7 @@ def plan(lab: Lab, seeds=(0, 1, 2), policies: int = 24, groups: tuple[int, int] 
     c, cost, (few, many) = facts.config, facts.cost(), groups
     pool = cache(lambda *how: TaskGroups(bench().tokenizer, tasks, *how, data=data))
     key = lambda name, **own: (dict(name=name, study='rewards') | own
-                               | run_config(c, facts.text_sha256))
+                               | run_config(c, facts.text_sha256, facts.bos))
     for name, w in (dict(dense=cost.full) | many_policies(cost, c, lab.runs, policies)).items():
         own = dict(widths=w.tolist(), groups=few, blocks=blocks)
         yield Measurement(key(f'policy-{name}', **own),
@@ -190,7 +190,7 @@ def search_wanted(lab: Lab, facts: Facts, reward: str, seed: int, scale, pool) -
     """A search with one of `REWARDS` and the profile's episodes; a perplexity search of the first
     study is reused"""
     config = replace(facts.config, sparsity=SIGMA, method='ffp', seed=seed)
-    base = run_config(config, facts.text_sha256)
+    base = run_config(config, facts.text_sha256, facts.bos)
     same = dict(name=f'spine-ffp-{SIGMA}-{seed}', study='spine') | base
     key = dict(name=f'search-{reward}-{SIGMA}-{seed}', study='rewards', reward=reward, groups=1,
                scale=scale) | base

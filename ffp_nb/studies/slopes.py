@@ -84,7 +84,7 @@ def gpu_cells(criterion: str) -> list[Cell]:
 
 # %% ../../nbs/studies/16_slopes.ipynb #514d14be
 def plan(lab: Lab) -> Plan:
-    "On a CPU: the default, what was tried for it, rivals at its cost, and the twins; then the GPU's"
+    "The default, what was tried for it, rivals at its cost, and the twins; then those of a GPU"
     tried = []
     for cells in (default_cells(), choice_cells()):
         tried += yield from plan_cells(lab, cells, criterion='greedy')
@@ -109,12 +109,12 @@ def plan_gpu(lab: Lab, criteria: tuple[str, ...] = tuple(RIVALS), gates: bool = 
     for s, seed in GATES if gates else ():
         cell = Cell('smollm2', s, 'uniform-ffn', seed)
         facts = gpu.facts('smollm2')
-        key = (run_config(cell_settings(cell, facts), facts.text_sha256)
+        key = (run_config(cell_settings(cell, facts), facts.text_sha256, facts.bos)
                | dict(name=f'smollm2-grasprune-{s}-{seed}', study='slopes', method='grasprune',
                       search={}))
         yield Measurement(key, lambda _: measure_grasprune(gpu, cell))
 
-
+# %% ../../nbs/studies/16_slopes.ipynb #a961dda5
 def measure_grasprune(lab: Lab, cell: Cell) -> dict:
     "Learn gates, sort another bench by them, measure it with GRASPrune's scales and each repair"
     bench = lab.bench('smollm2')
@@ -150,7 +150,7 @@ def _plan_paths(lab):
         cell = Cell('llama', 0.5, 'gradient', seed, 'path', TOKENS)
         facts = lab.facts('llama')
         key = (dict(name=f'llama-path-{seed}', study='slopes', targets=list(dynamic.TARGETS))
-               | run_config(cell_settings(cell, facts), facts.text_sha256))
+               | run_config(cell_settings(cell, facts), facts.text_sha256, facts.bos))
         yield Measurement(key, lambda _: measure_path(lab.bench('llama'), cell))
 
 

@@ -57,7 +57,7 @@ def plan(lab: Lab, cells: Iterable[tuple[float, int]] = tuple(
         key = dict(name=f'speed-round-{sparsity}-{step}', study='speed',
                    policy=policy and policy['config_id'])
         found = lambda: read_policy(sparsity, lab.runs / 'spine')
-        yield Measurement(key | run_config(config, facts.text_sha256),
+        yield Measurement(key | run_config(config, facts.text_sha256, facts.bos),
                           lambda _: measure(lab.bench('smollm2'), found(), step))
 
 

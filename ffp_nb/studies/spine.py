@@ -33,13 +33,14 @@ GRID = [('module', 1.0), ('residual', 1.0)]  # targets of the sequential calibra
 def of_model(facts: Facts) -> dict:
     "The part of a configuration that a dense model depends on"
     keep = ('model', 'text', 'dtype', 'profile', 'text_sha256', 'convention')
-    return {k: v for k, v in run_config(facts.config, facts.text_sha256).items() if k in keep}
+    c = run_config(facts.config, facts.text_sha256, facts.bos)
+    return {k: v for k, v in c.items() if k in keep}
 
 
 def plan(lab: Lab, cells: Iterable[tuple[float, str, int]] = CELLS) -> Plan:
     "The dense model, the choice of the sequential calibration, then policies, searches first"
     facts = lab.facts('smollm2')
-    base = run_config(facts.config, facts.text_sha256)
+    base = run_config(facts.config, facts.text_sha256, facts.bos)
     yield Measurement(dict(name='spine-dense', study='spine') | of_model(facts),
                       lambda _: measure_dense(lab))
     # what is being chosen is no part of the key
@@ -49,7 +50,7 @@ def plan(lab: Lab, cells: Iterable[tuple[float, str, int]] = CELLS) -> Plan:
     for sparsity, method, seed in sorted(cells, key=lambda c: c[1] != 'ffp'):
         config = replace(facts.config, sparsity=sparsity, method=method, seed=seed)
         name = f'spine-{method}-{sparsity}-{seed}'
-        key = dict(name=name, study='spine') | run_config(config, facts.text_sha256)
+        key = dict(name=name, study='spine') | run_config(config, facts.text_sha256, facts.bos)
         yield Measurement(key, lambda to: measure_policy(lab, config, name, to))
 
 # %% ../../nbs/studies/03_spine.ipynb #228f53b8

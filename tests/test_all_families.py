@@ -1,0 +1,211 @@
+"""Every family of the table, on a random model of its own classes: the units can be sorted, cut,
+removed, repaired and followed along slopes, saved and opened again; what cannot be pruned is
+refused by name, with the reason."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import worked
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ffp_nb.core.budget import param_cost
+from ffp_nb.core.elastic import ElasticModel
+from ffp_nb.core.families import (
+    FAMILIES, KINDS, Fused, Layout, UnsupportedModel, as_stock, check_config, tiny_model)
+from ffp_nb.core.orders import obs_order
+from ffp_nb.core.perplexity import head_of
+from ffp_nb.core.ridge import Calibrator, dense_goals, sequential_calibrate
+from ffp_nb.core.slopes import measure_slopes
+from ffp_nb.core.stats import collect_stats
+from ffp_nb.core.text import Blocks
+from ffp_nb.export.hf import load_pruned, save_pruned
+
+IDS = torch.randint(3, 211, (4, 40), generator=torch.Generator().manual_seed(1))
+TEXT = Blocks(IDS, 39)
+WHOLE = 'olmo2', 'olmo3'  # all heads are one unit
+every = pytest.mark.parametrize('family', FAMILIES)
+
+
+def shuffled(family, **settings):
+    "A model with its units in another order"
+    model = tiny_model(family, **settings)
+    g = torch.Generator().manual_seed(0)
+    return ElasticModel(model, {k: torch.randperm(m.units, generator=g)
+                                for k, m in Layout(model).modules.items()})
+
+
+def some(em):
+    "Widths that differ, with a removed attention and a removed FFN"
+    full = int(em.layout.full[0, 0])
+    return np.array([[max(1, full // 2), 37], [0, 50], [full, 0]])
+
+
+@torch.inference_mode()
+def logits(model):
+    return model(IDS).logits
+
+
+@every
+def test_units_can_be_sorted_and_cut(family):
+    dense = tiny_model(family)
+    want = logits(dense)
+    em = shuffled(family)
+    assert float((logits(em.model) - want).abs().max()) < 1e-5 * max(1, float(want.abs().max()))
+    widths = some(em)
+    got = logits(em.set(widths).model)
+    # the same as zeros in the columns that are left out
+    em.restore()
+    for (i, kind), m in em.layout.modules.items():
+        m.out.weight.data[:, widths[i, KINDS.index(kind)] * m.cols:] = 0
+    torch.testing.assert_close(got, logits(em.model), rtol=1e-4, atol=1e-5)
+    assert float((got - want).abs().max()) > 1e-3  # and it is not the dense model
+
+
+@every
+def test_the_head_is_that_of_the_model(family):
+    model = tiny_model(family)
+    with torch.inference_mode():
+        hidden = model.base_model(IDS).last_hidden_state
+        torch.testing.assert_close(head_of(model)(hidden), logits(model), rtol=0, atol=0)
+
+
+def test_heads_that_do_more_than_a_product():
+    for family in ('gemma2', 'cohere', 'cohere2', 'granite'):
+        model = tiny_model(family)
+        with torch.inference_mode():
+            bare = model.get_output_embeddings()(model.base_model(IDS).last_hidden_state)
+        assert float((bare - logits(model)).abs().max()) > 0.01, family
+
+
+@every
+def test_the_table_says_whether_a_layer_is_a_sum(family):
+    model, seen = tiny_model(family), {}
+    layout = Layout(model)
+    layer = layout.layers[1]
+    hooks = [layer.register_forward_pre_hook(lambda _, a, kw: seen.update(
+                 h=a[0] if a else kw['hidden_states']), with_kwargs=True),
+             layer.register_forward_hook(lambda _, a, o: seen.update(
+                 out=o[0] if isinstance(o, tuple) else o)),
+             *[layout.modules[1, kind].out.register_forward_hook(
+                 lambda _, a, o, k=kind: seen.update({k: o.clone()})) for kind in KINDS]]
+    logits(model)
+    for h in hooks:
+        h.remove()
+    total = seen['h'] + seen['attn'].view_as(seen['h']) + seen['ffn'].view_as(seen['h'])
+    assert torch.allclose(total, seen['out'], atol=1e-4) == FAMILIES[family].sums
+
+
+@every
+def test_repair(family):
+    em = shuffled(family)
+    stats = collect_stats(em.model, em.layout, TEXT, progress=False)
+    order = obs_order(em.layout, stats, 0.1, 'greedy', progress=False)
+    assert all(sorted(order[k].tolist()) == [*range(m.units)]
+               for k, m in em.layout.modules.items())
+    want, static = logits(em.model), Calibrator(em, stats)
+    widths = np.array([[em.layout.full[0, 0], 60]] * 3)
+    goals = dense_goals(em, TEXT, 'residual')
+    found = dict(none=None, static=static,
+                 sequential=sequential_calibrate(em, widths, TEXT, 0.1, static, 'residual', goals,
+                                                 progress=False))
+    error = {name: float((logits(em.set(widths, weights).model) - want).pow(2).mean())
+             for name, weights in found.items()}
+    assert error['static'] < error['none'] and error['sequential'] < error['none'], error
+    same = sequential_calibrate(em, em.layout.full, TEXT, 0.1, target='residual', progress=False)
+    torch.testing.assert_close(logits(em.set(em.layout.full, same).model), want, rtol=1e-2,
+                               atol=1e-2)
+
+
+@every
+def test_slopes(family):
+    em = shuffled(family)
+    widths = np.array([[em.layout.full[0, 0], 60.5]] * 3)
+    def nats(w):
+        [found] = measure_slopes(em, w, TEXT, batch=4)
+        return float(found.nats.mean()), found
+    _, found = nats(widths)
+    for layer in (0, 1):
+        near = [widths.copy(), widths.copy()]
+        near[0][layer, 1] += 0.05
+        near[1][layer, 1] -= 0.05
+        slope = (nats(near[0])[0] - nats(near[1])[0]) / 0.1
+        np.testing.assert_allclose(found.gates[layer, 'ffn'][60], slope, rtol=0.02, atol=1e-4)
+
+
+@every
+def test_saved_and_opened(family, tmp_path):
+    em = shuffled(family)
+    widths = some(em)
+    want = logits(em.set(widths).model)
+    folder = save_pruned(em, None, tmp_path / 'model')
+    own, _ = load_pruned(folder)
+    assert torch.equal(logits(own), want) and type(own).__name__.startswith('Pruned')
+    alone = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # the file in it
+    assert torch.equal(logits(alone), want)
+    how = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(alone.generate(IDS[:, :9], **how),
+                       alone.generate(IDS[:, :9], use_cache=False, **how))
+    # a stored zero unit costs a unit's parameters, everything else is gone
+    cost, zeros = param_cost(em.layout), np.maximum(widths, 1) - widths
+    removed = sum(p.numel() for p in tiny_model(family).parameters()) - sum(
+        p.numel() for p in own.parameters())
+    assert removed == int((cost.unit * (em.layout.full - widths - zeros)).sum())
+
+
+@pytest.mark.parametrize('family', ['phi3', 'gpt2', 'falcon', 'gpt_neox'])
+def test_fused_projections_go_back_into_one(family):
+    model = tiny_model(family)
+    names, want = {n: p.shape for n, p in model.named_parameters()}, logits(model)
+    Layout(model)
+    assert any(isinstance(m, Fused) for m in model.modules()) == (family in ('phi3', 'gpt2'))
+    Layout(model)  # again: changes nothing
+    as_stock(model)
+    assert {n: p.shape for n, p in model.named_parameters()} == names
+    assert torch.equal(logits(model), want)
+
+
+def test_an_attention_that_is_one_unit():
+    for family, how in [('olmo2', {}), ('gemma', dict(kv_heads=1)),
+                        ('falcon', dict(new_decoder_architecture=False, multi_query=True))]:
+        layout = Layout(tiny_model(family, **how))
+        assert (layout.full[:, 0] == 1).all(), family
+        attn = sum(p.numel() for n, p in tiny_model(family, **how).named_parameters()
+                   if '.1.self_att' in n and 'norm' not in n and not n.endswith('dense.bias'))
+        assert layout.unit_params[1, 0] == attn, family
+
+
+@pytest.mark.parametrize('family, settings, says', [
+    ('cohere', dict(use_qk_norm=True), 'q_norm'), ('falcon', dict(alibi=True), 'alibi'),
+    ('stablelm', dict(qk_layernorm=True), 'q_layernorm')])
+def test_variants_with_weights_for_each_head(family, settings, says):
+    with pytest.raises(UnsupportedModel, match=says):
+        Layout(tiny_model(family, **settings))
+
+
+@pytest.mark.parametrize('kind, says', [
+    ('mixtral', 'MoE'), ('qwen3_moe', 'MoE'), ('deepseek_v3', 'MLA'), ('gpt_oss', 'MoE'),
+    ('mamba2', 'hybrid'), ('jamba', 'hybrid'), ('qwen3_next', 'hybrid'), ('lfm2', 'hybrid'),
+    ('recurrent_gemma', 'hybrid'), ('zamba2', 'hybrid'), ('falcon_h1', 'hybrid'),
+    ('nemotron_h', 'hybrid'), ('rwkv', 'hybrid'), ('gemma3', 'language model'), ('t5', 'encoder'),
+    ('minicpm3', 'MLA'), ('olmoe', 'MoE'), ('granitemoehybrid', 'hybrid'),
+    ('bloom', 'not supported')])
+def test_what_cannot_be_pruned_says_why(kind, says):
+    with pytest.raises(UnsupportedModel, match=f'{kind}.*{says}'):
+        check_config(AutoConfig.for_model(kind))
+
+
+@pytest.mark.parametrize('family', ['gemma3_text', 'phi3', 'gpt2', 'falcon', 'olmo2', 'granite'])
+def test_a_whole_prune(family, family_folder, ffp, tmp_path):
+    "From a folder to a folder: search, both repairs, export; Gemma reads its first token always"
+    folder, out, bos = family_folder(family), tmp_path / 'out', family == 'gemma3_text'
+    worked(ffp('prune', '--model', folder / 'dense', '--text', folder / 'text.txt', '--sparsity',
+               0.3, '--profile', 'smoke', '--ffn-step', 8, '--out', out))
+    [record] = [json.loads(p.read_text()) for p in out.glob('prune-*.json')]
+    assert record['config']['convention']['bos'] == bos
+    csv = tmp_path / 'ppl.csv'
+    how = 'eval', '--model', out / 'model', '--text', folder / 'text.txt', '--csv', csv
+    for given, want in (((), bos), (('--no-bos',), False), (('--bos',), True)):
+        worked(ffp(*how, '--block-len', 64, *given))
+        assert bool(pd.read_csv(csv).bos[0]) == want
