@@ -18,7 +18,7 @@ import torch
 from ffp_nb.core import families
 from ffp_nb.core.criteria import taylor_scores, unit_order
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.families import FIVE, Layout, is_on_disk, load_model, on_disk
+from ffp_nb.core.families import FAMILIES, FIVE, Layout, is_on_disk, load_model, on_disk
 from ffp_nb.core.perplexity import block_nll
 from ffp_nb.core.ridge import Calibrator, sequential_calibrate
 from ffp_nb.core.stats import collect_stats
