@@ -341,6 +341,15 @@ def test_transformers_4_computes_the_same(tmp_path):
                             words=tokenizer('w3 w11 w4 w5').input_ids)
                 folders.append(folder)
                 torch.save(held, folder.with_suffix('.pt'))
+    for family in modeling.IN_4 - {*FIVE}:
+        em = ElasticModel(tiny_model(family, layers=4))
+        em.set(random_widths(em.layout.full))
+        folders.append(save_pruned(em, tiny_tokenizer(), tmp_path / family))
+        tokens = em.sliced().generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=2,
+                                      use_cache=False).tolist()
+        torch.save(dict(ids=ids, logits=em.model(ids).logits, tokens=tokens,
+                        words=tiny_tokenizer()('w3 w11 w4 w5').input_ids),
+                   folders[-1].with_suffix('.pt'))
     # one that this transformers has saved again has names of version 5 only
     copy = tmp_path / 'copy'
     load_pruned(folders[1])[0].save_pretrained(copy)
@@ -356,14 +365,27 @@ def test_transformers_4_computes_the_same(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     seen = json.loads(run.stdout.split('RESULT')[1])
     assert seen.pop('version').startswith('4.')
-    assert len(seen) == 21
+    assert len(seen) == 21 + len(modeling.IN_4) - len(FIVE)
     bad = {k: v for k, v in seen.items()
            if v['far'] > 1e-5 or not (v['cached'] and v['same'] and v['words'])}
     assert not bad
     for folder in folders:  # and back
         held = torch.load(folder.with_suffix('.pt'))
         again = load_pruned(f'{folder}-again')[0]
-        assert torch.equal(again(ids).logits, held['logits'])
+        torch.testing.assert_close(again(ids).logits, held['logits'], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif('FFP_OLD_TRANSFORMERS' not in os.environ,
+                    reason='FFP_OLD_TRANSFORMERS is no Python that has transformers 4.57')
+@pytest.mark.parametrize('family', ['gpt_neox', 'gemma2', 'gemma3_text', 'stablelm'])
+def test_transformers_4_refuses_what_it_computes_otherwise(family, tmp_path):
+    folder = save_pruned(half(family), tiny_tokenizer(), tmp_path / family)
+    job = f"""
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"""
+    run = subprocess.run([os.environ['FFP_OLD_TRANSFORMERS'], '-c', job], capture_output=True,
+                         text=True, env=os.environ | {'PYTHONPATH': ''})
+    assert f'a pruned {family} model needs transformers 5' in run.stderr
 
 
 def test_older_transformers_are_refused_by_name(monkeypatch):

@@ -8,7 +8,7 @@ __all__ = ['KNOWN', 'support_table']
 # %% ../../nbs/export/04_support.ipynb #2ecfb572
 import pandas as pd
 
-from ..core.modeling import FAMILIES
+from ..core.modeling import FAMILIES, IN_4
 from .gguf import ARCHS
 from .hf import UNSERVED
 
@@ -29,11 +29,11 @@ KNOWN = dict(
 
 def support_table() -> pd.DataFrame:
     """A row for each family: well-known models, what a unit of attention is, and where a pruned
-    model runs: Hugging Face transformers, vLLM, llama.cpp (GGUF)"""
+    model runs: versions of transformers, vLLM, llama.cpp (GGUF)"""
     yes = lambda ok: 'yes' if ok else ''
-    rows = {kind: {'models': KNOWN.get(kind, ''),
-                   'attention unit': 'all of it' if f.whole else 'KV group' if f.kv_size
-                                     else 'head',
-                   'transformers': 'yes', 'vLLM': yes(kind not in UNSERVED),
-                   'GGUF': yes(kind in ARCHS)} for kind, f in FAMILIES.items()}
+    unit = lambda f: 'all of it' if f.whole else 'KV group' if f.kv_size else 'head'
+    rows = {kind: {'models': KNOWN.get(kind, ''), 'attention unit': unit(f),
+                   'transformers': '5 and 4.57' if kind in IN_4 else '5',
+                   'vLLM': yes(kind not in UNSERVED), 'GGUF': yes(kind in ARCHS)}
+            for kind, f in FAMILIES.items()}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('model type')

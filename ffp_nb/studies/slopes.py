@@ -170,8 +170,9 @@ def _named(t: pd.DataFrame) -> pd.DataFrame:
     "A table of `read_cells` with the order, the name of the method, the machine and the seconds"
     config = [r['config'] for r in t.record]
     machine = ['gpu' if c['dtype'] == 'float32' else 'cpu' for c in config]
-    return t.assign(order=[c['criterion'] for c in config], machine=machine, seconds=t.search_s,
-                    method=[label(*k) for k in zip(t.policy, t.variant)],
+    gpu = [r['environment']['hardware'].get('gpu') for r in t.record]
+    return t.assign(gpu=gpu, order=[c['criterion'] for c in config], machine=machine,
+                    seconds=t.search_s, method=[label(*k) for k in zip(t.policy, t.variant)],
                     blocks=[r['result']['nll'][m] for r, m in zip(t.record, t.calibration)])
 
 
@@ -179,9 +180,10 @@ def _grasp(records: list[dict]) -> pd.DataFrame:
     "The rows of GRASPrune, which is no cell"
     return pd.DataFrame([dict(
         model='smollm2', sparsity=r['config']['sparsity'], seed=r['config']['seed'], machine='gpu',
-        method='grasprune', order='its own', forward_tokens=r['forward_tokens'],
-        seconds=r['result']['search_s'], calibration=m, nll=np.mean(v), ppl=np.exp(np.mean(v)),
-        blocks=v) for r in records for m, v in r['result']['nll'].items()])
+        gpu=r['environment']['hardware']['gpu'], method='grasprune', order='its own',
+        forward_tokens=r['forward_tokens'], seconds=r['result']['search_s'], calibration=m,
+        nll=np.mean(v), ppl=np.exp(np.mean(v)), blocks=v)
+        for r in records for m, v in r['result']['nll'].items()])
 
 
 def tidy(runs: Path) -> tuple[pd.DataFrame, ...]:
@@ -195,8 +197,10 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, ...]:
         if t.empty: continue
         wall = {(c.policy, c.variant, c.seed, u['update']): u['wall_s'] for c in d.itertuples()
                 for u in c.record['result'].get('search', {}).get('updates', ())}
-        at = zip(t.policy, t.variant, t.seed, t['update'])
+        home = {k: g for *k, g in zip(d.policy, d.variant, d.seed, d.gpu) for k in [tuple(k)]}
+        at = [*zip(t.policy, t.variant, t.seed, t['update'])]
         parts.append(t.assign(order=order, seconds=[wall[k] for k in at],
+                              gpu=[home[k[:-1]] for k in at],
                               method=[label(*k) for k in zip(t.policy, t.variant)]))
     grasp = _grasp(read_records(folder, 'smollm2-grasprune-'))
     return (pd.concat([cells, grasp], ignore_index=True), pd.concat(parts, ignore_index=True),
@@ -305,13 +309,17 @@ def path_table(paths: pd.DataFrame) -> pd.DataFrame:
 
 def cost_to_reach(traces: pd.DataFrame) -> pd.DataFrame:
     """For each method under Wanda's order and each seed: how many times fewer forward tokens and
-    seconds than EAS it needs to the best of EAS's trace (0: it never gets there)"""
+    seconds than EAS it needs to the best of EAS's trace (0: it never gets there). No seconds where
+    it ran on another GPU than EAS"""
     t = traces[traces.order == 'wanda']
     same = ['model', 'sparsity', 'seed', 'policy', 'variant']
     both = [against(t.assign(forward_tokens=t[c]), 'eas', 'none')[[*same, 'times']]
             for c in ('forward_tokens', 'seconds')]
     out = both[0].merge(both[1], on=same, suffixes=('_fewer_tokens', '_fewer_seconds'))
     out['method'] = [label(*k) for k in zip(out.policy, out.variant)]
+    home = t.groupby(['policy', 'seed']).gpu.first()
+    away = [home[p, s] != home['eas', s] for p, s in zip(out.policy, out.seed)]
+    out.loc[away, 'times_fewer_seconds'] = np.nan
     return out[['method', 'seed', 'times_fewer_tokens', 'times_fewer_seconds']].sort_values(
         ['method', 'seed'], ignore_index=True).round(2)
 
@@ -325,7 +333,7 @@ def _cost(traces, table) -> str:
             for k in ('forward_tokens', 'seconds')]
     says = lambda x, unit: (f'{x.median():.1f} times fewer {unit} in the median ({x.min():.1f} to '
                             f'{x.max():.1f})')
-    other = table[(table.order == 'wanda') & table.policy.isin(['eas', 'ffp', 'cma', 'evopress'])]
+    other = table[(table.order == 'wanda') & ~table.policy.isin(['gradient', 'uniform-ffn'])]
     own = table[(table.order == 'wanda') & (table.policy == 'gradient')].forward_tokens.mean()
     return (f'- **Cost.** EAS reaches its best on the selection split with {need[0]:,.0f} forward '
             f'tokens and in {need[1]:.0f} s of the shared GPU (medians of {len(eas)} seeds). '
@@ -342,6 +350,27 @@ def _fragile(table) -> str:
                    for s in t[o].index.unique('seed')) for o in ('wanda', 'greedy', 'fisher')}
     return ('- Nats that sequential repair adds to the worst test block: '
             + ', '.join(f'{o} {x:+.2f}' for o, x in rise.items()) + '.')
+
+# %% ../../nbs/studies/16_slopes.ipynb #473be809
+def _greedy_rivals(gpu) -> str:
+    "The rivals with the default's order: each search against the worst seed of the default"
+    t = gpu[(gpu.order == 'greedy') & gpu.calibration.isin(list(GOALS))]
+    ours = t[t.method == 'gradient'].groupby('calibration').ppl.max()
+    others = t[~t.method.isin(['gradient', 'uniform-ffn'])]
+    says = [f'{name} ' + ', '.join(f'{m} {spread(d[d.calibration == m].ppl)}' for m in GOALS)
+            for name, d in others.groupby('method')]
+    worst = ', '.join(f'{m} {ours[m]:.2f}' for m in GOALS)
+    return (f'- **Rivals with the greedy order, too** (σ = 0.5): {"; ".join(says)}; the worst seed '
+            f'of gradient: {worst}.')
+
+
+def _orders(table) -> list[str]:
+    "What each order gives at the widths that a gradient search finds with it"
+    t = table[(table.machine == 'gpu') & (table.method == 'gradient') & (table.sparsity < 0.5)]
+    ppl = t.groupby(['sparsity', 'order', 'calibration']).ppl.agg(spread)
+    says = lambda s, order: f'{order} ' + ', '.join(f'{m} {ppl[s, order, m]}' for m in GOALS)
+    return [f'- Orders at searched widths, σ = {s}: {"; ".join(says(s, o) for o in RIVALS)}.'
+            for s in sorted(t.sparsity.unique())]
 
 # %% ../../nbs/studies/16_slopes.ipynb #95ce7e9d
 def _equal_cost(table) -> list[str]:
@@ -400,7 +429,7 @@ def findings(table: pd.DataFrame, traces: pd.DataFrame, twins: pd.DataFrame,
         _cost(traces, gpu),
         f'- **An order by elimination adds to it**: greedy {both("greedy", "gradient")}; weighted '
         f'by the loss (fisher) {both("fisher", "gradient")}.',
-        _fragile(gpu)]
+        _greedy_rivals(gpu), *_orders(table), _fragile(gpu)]
     own = of_default(table[table.calibration != 'none'])
     ours = {m: own[(own.calibration == m) & (own.sparsity == 0.5)].ppl for m in GOALS}
     missed = ', '.join(f'{m} {goal:g}: {ours[m].mean() / goal - 1:+.1%}, seeds within '
