@@ -81,8 +81,8 @@ FAMILIES = dict(
 SHIPPED = frozenset(FAMILIES)  # others are added at run time, and travel with what is saved
 # which transformers 4.57 computes alike; under it the others are refused
 IN_4 = frozenset(
-    'llama mistral qwen2 qwen3 opt arcee cohere cohere2 ernie4_5 exaone4 falcon gemma glm glm4 gpt2 '
-    'granite hunyuan_v1_dense ministral nemotron olmo olmo2 phi phi3 seed_oss smollm3 '
+    'llama mistral qwen2 qwen3 opt arcee cohere cohere2 ernie4_5 exaone4 falcon gemma glm glm4 '
+    'gpt2 granite hunyuan_v1_dense ministral nemotron olmo olmo2 phi phi3 seed_oss smollm3 '
     'starcoder2'.split())
 
 # %% ../../nbs/core/00_modeling.ipynb #e6df7b8b
@@ -208,9 +208,9 @@ class Pruned:
     def __init__(self, config, *args, **kwargs):
         if int(VERSION.split('.')[0]) < 5:
             if config.model_type not in IN_4:
-                raise ImportError(f'a pruned {config.model_type} model needs transformers 5: it was '
-                                  f'not found to be the same under version 4 (this is {VERSION}). '
-                                  'Run: pip install -U transformers')
+                raise ImportError(f'a pruned {config.model_type} model needs transformers 5: it is '
+                                  f'not computed alike under version 4 (this is {VERSION}). Run: '
+                                  'pip install -U transformers')
             for name, value in rope_of_4(getattr(config, 'rope_parameters', None)).items():
                 setattr(config, name, value)
         # object's, until a stock class is mixed in

@@ -47,8 +47,9 @@ ROPES = 'default', 'linear', 'llama3'
 def _refuse_inexpressible(c: PretrainedConfig):
     "UnsupportedModel for options that llama.cpp would ignore"
     if c.model_type not in ARCHS:
-        why = ('llama.cpp has no architecture for it' if c.model_type in FAMILIES
-               else 'this package does not prune it')
+        why = ('this package does not prune it' if c.model_type not in FAMILIES else
+               'llama.cpp has no architecture for it' if c.model_type == 'opt' else
+               'this package writes no architecture of llama.cpp for it')
         raise UnsupportedModel(f'model type {c.model_type!r} cannot be exported: {why}. Families '
                                f'that can: {", ".join(ARCHS)}.')
     rope, window = c.rope_parameters, getattr(c, 'sliding_window', None)

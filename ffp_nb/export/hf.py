@@ -426,6 +426,5 @@ PARAMETER temperature 0
 ```
 
 What does not work: `trust_remote_code` runs `modeling.py` of this folder; without it,
-`transformers` stops with a size mismatch and vLLM refuses the folder. llama.cpp has no architecture
-for OPT, and none for a Qwen3 that has layers of different widths and a head of its own (tied
-embeddings work)."""
+`transformers` stops with a size mismatch and vLLM refuses the folder. GGUF files are written for
+LLaMA, Mistral, Qwen2 and Qwen3; a Qwen3 whose layers have different widths needs tied embeddings."""
