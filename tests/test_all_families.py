@@ -10,7 +10,7 @@ import torch
 from conftest import worked
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ffp_nb.core.budget import param_cost
+from ffp_nb.core.budget import memory_cost, param_cost
 from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.families import (
     FAMILIES, KINDS, Fused, Layout, UnsupportedModel, as_stock, check_config, tiny_model)
@@ -174,6 +174,16 @@ def test_an_attention_that_is_one_unit():
         attn = sum(p.numel() for n, p in tiny_model(family, **how).named_parameters()
                    if '.1.self_att' in n and 'norm' not in n and not n.endswith('dense.bias'))
         assert layout.unit_params[1, 0] == attn, family
+        # its keys and values are as many as the model caches for a token of a layer
+        cache = tiny_model(family, **how)(IDS[:1], use_cache=True).past_key_values
+        held = sum(t[0, :, 0].numel() for t in (cache.layers[1].keys, cache.layers[1].values))
+        cost = memory_cost(layout, 1000, 1)
+        assert cost.unit[1, 0] - layout.unit_params[1, 0] == 1000 * held, family
+
+
+def test_windows_of_families_with_one_kind_of_layer():
+    for family in ('mistral', 'phi3', 'starcoder2'):
+        assert Layout(tiny_model(family, sliding_window=7)).windows == [7] * 3, family
 
 
 @pytest.mark.parametrize('family, settings, says', [

@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+from importlib.util import find_spec
 
 import gguf
 import numpy as np
@@ -25,6 +26,7 @@ from ffp_nb.export.gguf import (
     KQUANTS, LlamaCpp, block_nll, check_gguf, describe_gguf, export_gguf)
 from ffp_nb.export.hf import load_pruned, save_pruned
 
+llamacpp = pytest.mark.skipif(find_spec('xllamacpp') is None, reason='needs xllamacpp')
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs limits on file size')
 SPECIALS = '<|bos|>', '<|eos|>', '<|pad|>'
 TEXT = 'the cat sat on the mat in 1998, and then 12 dogs ran to the man'
@@ -294,9 +296,6 @@ def test_values_out_of_range(pruned, tmp_path, quant, value):
 
 # K-quants
 
-pytest.importorskip('xllamacpp')
-
-
 @pytest.fixture(scope='module')
 def wide(make):
     "Rows of 256: those of the hidden size; in the second layer 480 channels, which pay to pad"
@@ -307,6 +306,7 @@ def wide(make):
 CHOSEN = {'q4_k_m': ('Q4_K', 'Q5_0'), 'q5_k_m': ('Q5_K', 'Q5_1'), 'q6_k': ('Q6_K', 'Q8_0')}
 
 
+@llamacpp
 @pytest.mark.parametrize('quant', KQUANTS)
 def test_k_quants(wide, tmp_path, quant):
     "Formats as llama-quantize chooses them, values near those of the folder, zeros where padded"
@@ -345,6 +345,7 @@ def test_k_quants(wide, tmp_path, quant):
     assert near > dict(q6_k=0.97, q5_k_m=0.9, q4_k_m=0.75)[quant]
 
 
+@llamacpp
 def test_padding_makes_the_file_smaller(wide, tmp_path, monkeypatch):
     from ffp_nb.export import gguf as module
     small = export_gguf(wide[0], tmp_path / 'a.gguf', 'q4_k_m').stat().st_size
@@ -352,6 +353,7 @@ def test_padding_makes_the_file_smaller(wide, tmp_path, monkeypatch):
     assert small < export_gguf(wide[0], tmp_path / 'b.gguf', 'q4_k_m').stat().st_size
 
 
+@llamacpp
 @pytest.mark.parametrize('family', ['llama', 'qwen2', 'qwen3'])
 def test_k_quants_of_small_hidden_sizes(make, tmp_path, family):
     "64 channels fill no block: all matrices fall back, and llama.cpp reads them; removed parts too"
@@ -376,6 +378,7 @@ def test_no_quantiser(pruned, untouched, monkeypatch):
     export_gguf(pruned, untouched.with_name('b.gguf'), 'f16').unlink()  # needs none
 
 
+@llamacpp
 def test_blocks_at_once(wide, tmp_path):
     "The same figures as one token after the other, but for a cache in F16"
     folder, model = wide

@@ -247,8 +247,9 @@ def block_params(self: Layout) -> int:
 def _windows(config, n_layers) -> list[int | None]:
     "How many tokens the attention of each layer sees, the current one included; None: all"
     window = getattr(config, 'sliding_window', None)
-    # Mistral has one kind of layer and no list of them
-    kind = 'sliding_attention' if config.model_type == 'mistral' else 'full_attention'
+    # these have one kind of layer and no list of them
+    one = config.model_type in ('mistral', 'phi3', 'starcoder2')
+    kind = 'sliding_attention' if one else 'full_attention'
     kinds = getattr(config, 'layer_types', None) or [kind] * n_layers
     return [window if k == 'sliding_attention' else None for k in kinds]
 

@@ -427,4 +427,4 @@ PARAMETER temperature 0
 
 What does not work: `trust_remote_code` runs `modeling.py` of this folder; without it,
 `transformers` stops with a size mismatch and vLLM refuses the folder. GGUF files are written for
-LLaMA, Mistral, Qwen2 and Qwen3; a Qwen3 whose layers have different widths needs tied embeddings."""
+LLaMA, Mistral, Qwen2 and Qwen3; Qwen3 with layers of different widths needs tied embeddings."""
