@@ -20,7 +20,7 @@ from ffp_nb.core.ridge import Calibrator, dense_goals, sequential_calibrate
 from ffp_nb.core.slopes import measure_slopes
 from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Blocks
-from ffp_nb.export.hf import load_pruned, save_pruned
+from ffp_nb.export.hf import UNSERVED, load_pruned, save_pruned
 
 IDS = torch.randint(3, 211, (4, 40), generator=torch.Generator().manual_seed(1))
 TEXT = Blocks(IDS, 39)
@@ -214,6 +214,9 @@ def test_a_whole_prune(family, family_folder, ffp, tmp_path):
                0.3, '--profile', 'smoke', '--ffn-step', 8, '--out', out))
     [record] = [json.loads(p.read_text()) for p in out.glob('prune-*.json')]
     assert record['config']['convention']['bos'] == bos
+    card = (out / 'model' / 'README.md').read_text()
+    assert ('each behind the first token' in card) == bos
+    assert ('It does not serve this family.' in card) == (family in UNSERVED)
     csv = tmp_path / 'ppl.csv'
     how = 'eval', '--model', out / 'model', '--text', folder / 'text.txt', '--csv', csv
     for given, want in (((), bos), (('--no-bos',), False), (('--bos',), True)):

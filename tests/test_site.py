@@ -47,7 +47,7 @@ def test_sidebar_has_every_page_once_in_reading_order():
     assert len(set(pages)) == len(pages)
     assert pages[:2] == ['index.ipynb', 'results.ipynb'] and pages[-1] == 'references.ipynb'
     assert sections == ['Core', 'Search', 'Export', 'Recovery', 'Pipeline', 'Studies',
-                        'Open questions', 'Reference']
+                        'Open questions', 'Gallery', 'Reference']
 
 
 def test_navigation_bar_leads_to_the_first_page_of_a_section():
@@ -77,10 +77,13 @@ def test_pages_are_numbered_in_reading_order():
 
 
 def test_a_page_has_the_name_of_its_module():
-    "In its file name, its first export line, and its title, unless a study asks a question there"
+    "In its file name, its first export line, and its title, unless it asks a question or shows a use"
     for f in NBS.rglob('[0-9][0-9]_*.ipynb'):
         text = source(f.relative_to(NBS).as_posix())
         room, name = f.parent.name, f.stem[3:]
+        if room == 'gallery':  # of use: nothing is exported
+            assert 'default_exp' not in text, f
+            continue
         assert f'#| default_exp {room}.{name}\n' in text + '\n', f
         if room != 'studies':
             assert text.startswith(f'# {name}\n'), f

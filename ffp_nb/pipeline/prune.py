@@ -17,7 +17,8 @@ from ..core.elastic import Weights
 from ..core.families import KINDS, SMOLLM2
 from ..core.runs import (
     atomic_write, check_output, check_writable, save_figure, save_record, writing)
-from ..export.hf import check_folder, find_license, model_card, put_right, save_pruned
+from ..export.hf import (
+    UNSERVED, check_folder, find_license, model_card, put_right, save_pruned)
 from ..export.vllm import shared_by
 from .bench import Bench, find_widths, open_run
 from .config import PruneConfig, run_config
@@ -133,9 +134,11 @@ def card_files(bench, widths, table, out, record) -> dict[str, str | bytes]:
     tokens = f'the first {c.profile.test_blocks} blocks' if c.profile.test_blocks else 'all blocks'
     how = (f'Widths by the method "{c.method}", order of the units by the criterion '
            f'"{c.criterion}". Test split of {bench.corpus.name}, {tokens} of '
-           f'{c.profile.block_len} tokens without overlap, {c.dtype}; the model in this folder has '
-           f'the calibration "{c.calibration}".')
-    parallel = shared_by(bench.elastic.layout.family, np.maximum(widths, 1))
+           f'{c.profile.block_len} tokens without overlap, {c.dtype}'
+           f'{", each behind the first token" * bench.text.convention.bos}; the model in this '
+           f'folder has the calibration "{c.calibration}".')
+    family = bench.elastic.layout.family
+    parallel = [] if family in UNSERVED else shared_by(family, np.maximum(widths, 1))
     card = model_card(c.model, bench.cost.sparsity(widths), (size + cut, size), table, how,
                       record.stem, find_license(c.model), 'retention.png', parallel)
     return {'README.md': card, 'retention.png': (out / 'retention.png').read_bytes()}
