@@ -77,7 +77,7 @@ def test_pages_are_numbered_in_reading_order():
 
 
 def test_a_page_has_the_name_of_its_module():
-    "In its file name, its first export line, and its title, unless it asks a question or shows a use"
+    "In file name, first export line and title, unless a study asks a question there"
     for f in NBS.rglob('[0-9][0-9]_*.ipynb'):
         text = source(f.relative_to(NBS).as_posix())
         room, name = f.parent.name, f.stem[3:]
