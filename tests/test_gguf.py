@@ -836,7 +836,7 @@ def test_smollm2(smollm2, tmp_path, texts, quant, ppl_close):
     about, served = check_gguf(path), LlamaCpp(path)
     assert about['arch'] == 'deci' and about['layers'] == 29
     # and the tokenizer
-    size = dict(f32=4, f16=2, q8_0=34 / 32, q6_k=34 / 32, q4_k_m=0.8)[quant]
+    size = dict(f32=4, f16=2, q8_0=34 / 32, q6_k=34 / 32, q4_k_m=0.85)[quant]
     assert about['bytes'] < 1.02 * size * about['params'] + 3e6
     have, want = (np.mean([one(o) for o in blocks])
                   for one in (served.nll, lambda ids: nll(model, ids)))

@@ -411,7 +411,7 @@ With vLLM (tested: 0.32.0 with `transformers` 5.19), as an OpenAI server. {devic
 python -m vllm.entrypoints.openai.api_server --model FOLDER --trust-remote-code
 ```
 
-With llama.cpp, as a GGUF file that ffp_nb writes:
+With llama.cpp (tested: build 11434), as a GGUF file that ffp_nb writes:
 
 ```sh
 ffp export FOLDER --gguf model.gguf --quant q8_0

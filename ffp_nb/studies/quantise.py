@@ -183,8 +183,9 @@ def _costs(table, policies) -> str:
     f16 = table[(table.quant == 'f16') & (table.step == 32)].set_index('target').nll.map(np.mean)
     apart = (f16 - policies.set_index('target').nll).abs().max()
     s, w = policies.seconds, table.export_s
-    return (f'- Cost: a search took {s.min():.0f} to {s.max():.0f} s and {policies.tokens.min():,} '
-            f'to {policies.tokens.max():,} forward tokens (read from its record), a file '
+    tokens = ' or '.join(f'{n:,}' for n in sorted(policies.tokens.unique()))
+    return (f'- Cost: a search took {s.min():.0f} to {s.max():.0f} s and {tokens} forward tokens '
+            f'(read from its record), a file '
             f'{w.min():.0f} to {w.max():.0f} s to write; {len(table)} files read '
             f'{table.tokens.sum():,} tokens in llama.cpp in {table.seconds.sum() / 60:.0f} minutes '
             f'on one thread. F16 files in llama.cpp and bfloat16 in PyTorch differ by at most '
