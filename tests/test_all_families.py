@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ffp_nb.core.budget import memory_cost, param_cost
 from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.families import (
-    FAMILIES, KINDS, Fused, Layout, UnsupportedModel, as_stock, check_config, tiny_model)
+    FAMILIES, KINDS, Fused, Layout, UnsupportedModel, as_stock, check_config, load_model,
+    tiny_model, tiny_tokenizer)
+from ffp_nb.core.modeling import Family
 from ffp_nb.core.orders import obs_order
 from ffp_nb.core.perplexity import head_of
 from ffp_nb.core.ridge import Calibrator, dense_goals, sequential_calibrate
@@ -182,13 +184,15 @@ def test_an_attention_that_is_one_unit():
 
 
 def test_windows_of_families_with_one_kind_of_layer():
-    for family in ('mistral', 'phi3', 'starcoder2'):
+    for family in ('mistral', 'ministral3', 'phi3', 'starcoder2'):
         assert Layout(tiny_model(family, sliding_window=7)).windows == [7] * 3, family
 
 
 @pytest.mark.parametrize('family, settings, says', [
     ('cohere', dict(use_qk_norm=True), 'q_norm'), ('falcon', dict(alibi=True), 'alibi'),
-    ('stablelm', dict(qk_layernorm=True), 'q_layernorm')])
+    ('stablelm', dict(qk_layernorm=True), 'q_layernorm'),
+    ('gemma3_text', dict(use_bidirectional_attention=True), 'looks ahead'),
+    ('gpt2', dict(add_cross_attention=True), 'encoder')])
 def test_variants_with_weights_for_each_head(family, settings, says):
     with pytest.raises(UnsupportedModel, match=says):
         Layout(tiny_model(family, **settings))
@@ -199,11 +203,12 @@ def test_variants_with_weights_for_each_head(family, settings, says):
     ('mamba2', 'hybrid'), ('jamba', 'hybrid'), ('qwen3_next', 'hybrid'), ('lfm2', 'hybrid'),
     ('recurrent_gemma', 'hybrid'), ('zamba2', 'hybrid'), ('falcon_h1', 'hybrid'),
     ('nemotron_h', 'hybrid'), ('rwkv', 'hybrid'), ('gemma3', 'language model'), ('t5', 'encoder'),
-    ('minicpm3', 'MLA'), ('olmoe', 'MoE'), ('granitemoehybrid', 'hybrid'),
-    ('bloom', 'not supported')])
+    ('minicpm3', 'MLA'), ('olmoe', 'MoE'), ('granitemoehybrid', 'hybrid'), ('dbrx', 'MoE'),
+    ('minimax', 'hybrid'), ('dots3_note_text', 'MLA'), ('bloom', 'not supported')])
 def test_what_cannot_be_pruned_says_why(kind, says):
     with pytest.raises(UnsupportedModel, match=f'{kind}.*{says}'):
-        check_config(AutoConfig.for_model(kind))
+        how = dict(num_hidden_layers=2, layer_types=['conv', 'full_attention'])
+        check_config(AutoConfig.for_model(kind, **how if kind == 'lfm2' else {}))
 
 
 @pytest.mark.parametrize('family', ['gemma3_text', 'phi3', 'gpt2', 'falcon', 'olmo2', 'granite'])
@@ -222,3 +227,53 @@ def test_a_whole_prune(family, family_folder, ffp, tmp_path):
     for given, want in (((), bos), (('--no-bos',), False), (('--bos',), True)):
         worked(ffp(*how, '--block-len', 64, *given))
         assert bool(pd.read_csv(csv).bos[0]) == want
+
+
+def test_a_reason_is_given_only_where_it_is_true():
+    for kind, how in (('granitemoehybrid', dict(num_local_experts=0, num_hidden_layers=2,
+                                                layer_types=['attention'] * 2)), ('doge', {})):
+        with pytest.raises(UnsupportedModel) as e:
+            check_config(AutoConfig.for_model(kind, **how))
+        assert 'hybrid)' not in str(e.value) and 'MoE' not in str(e.value), kind
+
+
+@pytest.mark.parametrize('family', ['phi3', 'gpt2', 'llama'])
+def test_the_attention_can_be_chosen_later(family, tmp_path):
+    "A layer with fewer heads follows the model's own configuration"
+    em = shuffled(family)
+    want = logits(em.set(some(em)).model)
+    folder = save_pruned(em, None, tmp_path / 'model')
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True,
+                                                 attn_implementation='eager')
+    for m in (model, em.model):
+        for how in ('eager', 'sdpa'):
+            m.set_attn_implementation(how)
+            torch.testing.assert_close(logits(m), want, rtol=1e-4, atol=1e-5)
+    assert em.restore().layout.modules[0, 'attn'].attn.config is em.model.config
+
+
+def test_a_family_of_the_users_own(tmp_path, monkeypatch):
+    "Its row travels, also through another save, and is known wherever the folder is opened"
+    qkv = 'self_attn.query_key_value'
+    row = Family(query=qkv, key=qkv, value=qkv, fused='groups', attn_out='self_attn.dense',
+                 ffn_in=('mlp.dense_h_to_4h',), ffn_out='mlp.dense_4h_to_h', kv_size=None)
+    monkeypatch.setitem(FAMILIES, 'persimmon', row)
+    em = shuffled('persimmon')
+    want = logits(em.set([[3, 37], [8, 50], [8, 96]]).model)
+    folder = save_pruned(em, tiny_tokenizer(), tmp_path / 'model')
+    del FAMILIES['persimmon']
+    model, _ = load_pruned(folder)
+    assert torch.equal(logits(model), want) and FAMILIES['persimmon'] == row
+    model.save_pretrained(tmp_path / 'again')
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / 'again', trust_remote_code=True)
+    assert torch.equal(logits(alone), want)
+    del FAMILIES['persimmon']
+    again, _ = load_model(str(folder), 'float32', 'cpu')
+    assert torch.equal(logits(again), want) and Layout(again).full[0].tolist() == [3, 37]
+
+
+def test_numbers_of_single_heads_are_seen_whatever_their_size():
+    model = tiny_model('llama')
+    model.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(UnsupportedModel, match='layer 1: sinks'):
+        Layout(model)

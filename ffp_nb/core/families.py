@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'FIVE', 'ADAPTER', 'REPORT', 'WRAPPERS', 'STRIP', 'SMOLLM2', 'TOKENIZERS', 'DTYPES', 'UnsupportedModel',
            'CorruptFile', 'Module', 'Fused', 'as_stock', 'Layout', 'check_dense', 'find_family', 'check_config',
-           'seeded', 'tiny_model', 'tiny_tokenizer', 'check_finite', 'fingerprint', 'check_file', 'read_part',
+           'adopt', 'seeded', 'tiny_model', 'tiny_tokenizer', 'check_finite', 'fingerprint', 'check_file', 'read_part',
            'read_config', 'weight_files', 'check_weights', 'check_tensors', 'reading', 'smollm2_path', 'load_tokenizer',
            'check_device', 'has_bfloat16', 'find_dtype', 'load_model', 'on_disk', 'is_on_disk']
 
@@ -40,7 +40,7 @@ from transformers import (
     PreTrainedTokenizerBase)
 from transformers.utils import find_adapter_config_file
 
-from .modeling import FAMILIES, PRUNED, Family, head_dim, kv_heads
+from .modeling import FAMILIES, PRUNED, Family, family_of, head_dim, kv_heads
 
 # %% ../../nbs/core/01_families.ipynb #7aadccbb
 KINDS = ('attn', 'ffn')  # column 0 and 1 of every (n_layers, 2) array
@@ -231,7 +231,7 @@ def _check_norms(attn, projections, d, i):
     known = {id(p) for lin in projections for p in lin.parameters()}
     for name, p in attn.named_parameters():
         listed = any(part.isdigit() for part in name.split('.'))  # a module for each
-        if id(p) not in known and (p.numel() > d or listed):
+        if id(p) not in known and (p.numel() not in (1, d) or listed):
             raise UnsupportedModel(f'layer {i}: {name} of the attention holds numbers for each '
                                    'head (a norm over queries and keys?), which would have to be '
                                    'cut with it. Such a variant is not supported.')
@@ -248,7 +248,7 @@ def _windows(config, n_layers) -> list[int | None]:
     "How many tokens the attention of each layer sees, the current one included; None: all"
     window = getattr(config, 'sliding_window', None)
     # these have one kind of layer and no list of them
-    one = config.model_type in ('mistral', 'phi3', 'starcoder2')
+    one = config.model_type in ('mistral', 'ministral3', 'phi3', 'starcoder2')
     kind = 'sliding_attention' if one else 'full_attention'
     kinds = getattr(config, 'layer_types', None) or [kind] * n_layers
     return [window if k == 'sliding_attention' else None for k in kinds]
@@ -308,6 +308,7 @@ def check_config(config, name: str = 'unknown') -> tuple[str, Family]:
     "The same from a config, so that an unsupported model is refused before its weights are loaded"
     kind = getattr(config, 'model_type', '') or name
     check_dense(vars(config) if config is not None else {})
+    adopt(config)
     if kind not in FAMILIES:
         if why := _why_not(config):
             raise UnsupportedModel(f'model type {kind!r} is not supported: {why}. Dense families '
@@ -324,33 +325,53 @@ def check_config(config, name: str = 'unknown') -> tuple[str, Family]:
         raise UnsupportedModel(f'this {kind} model normalises after the residual sum '
                                '(do_layer_norm_before=False, as OPT-350m); its residual stream '
                                'is not a sum of module outputs. Use a pre-norm model.')
-    if getattr(config, 'alibi', False):
-        raise UnsupportedModel(f'this {kind} model biases its attention by head (alibi), which '
-                               'would have to be cut with the heads. Use one with rotary '
-                               'positions.')
+    for name, why in _VARIANTS.items():
+        if getattr(config, name, False):
+            raise UnsupportedModel(f'this {kind} model {why} ({name}), which is not supported.')
     return kind, FAMILIES[kind]
 
 # %% ../../nbs/core/01_families.ipynb #b03bc577
+_VARIANTS = dict(alibi='biases its attention by head',
+                 use_bidirectional_attention='looks ahead, so it is no causal language model',
+                 add_cross_attention='attends to an encoder')
+
+
+def adopt(config) -> None:
+    "Put a family that was added at run time, and is in a saved configuration, into `FAMILIES`"
+    if getattr(config, 'pruned_family', None) and config.model_type not in FAMILIES:
+        FAMILIES[config.model_type] = family_of(config)
+
+# %% ../../nbs/core/01_families.ipynb #d5256a01
 # what a configuration has where a layer is more than one attention and one FFN
-_OTHERS = {
-    'it has experts (MoE), which need a search over experts too': (
-        'num_experts', 'num_local_experts', 'n_routed_experts', 'moe_num_experts',
-        'num_experts_per_tok'),
-    'its keys and values are made from a shared latent (MLA), so heads have none of their own': (
-        'kv_lora_rank',),
-    'some of its layers are no attention but a recurrence or a convolution (hybrid)': (
-        'mamba_d_state', 'mamba_num_heads', 'state_size', 'conv_kernel', 'conv_L_cache',
-        'linear_num_value_heads', 'attention_hidden_size', 'lru_width', 'layers_block_type',
-        'hybrid_override_pattern', 'qk_dim_factor'),
-    'it is a model of several parts. Save its language model alone and give that': (
-        'text_config',),
-    'it has an encoder too': ('is_encoder_decoder',)}
+_EXPERTS = ('num_experts', 'num_local_experts', 'n_routed_experts', 'moe_num_experts')
+_RECURRENT = ('mamba_d_state', 'mamba_num_heads', 'state_size', 'conv_kernel', 'conv_L_cache',
+              'linear_num_value_heads', 'attention_hidden_size', 'lru_width', 'layers_block_type',
+              'hybrid_override_pattern', 'qk_dim_factor')
+_ATTENTION = {'full_attention', 'sliding_attention', 'chunked_attention', 'attention'}
 
 
 def _why_not(config) -> str:
     "Why the layers of a model cannot be pruned, from its configuration; empty if that does not say"
-    return '; '.join(why for why, names in _OTHERS.items()
-                     if any(getattr(config, name, None) for name in names))
+    def value(name, of=config):
+        try:
+            return getattr(of, name, None)
+        except Exception:  # transformers 5 refuses what differs by layer
+            return True
+    most = max((n for where in (config, value('ffn_config')) for name in _EXPERTS
+                if isinstance(n := value(name, where), int)), default=0)
+    kinds = {str(k) for k in value('layer_types') or ()}
+    other = bool(kinds - _ATTENTION) if kinds else any(value(name) for name in _RECURRENT)
+    reasons = {
+        'it has experts (MoE), which need a search over experts too':
+            most > 1 and value('is_moe') is not False,
+        'its keys and values are made from a shared latent (MLA), so heads have none of their own':
+            value('kv_lora_rank'),
+        'not all of its layers are attention: there is a recurrence or a convolution (hybrid)':
+            other,
+        'it is a model of several parts. Its language model alone may work, if that is of a family '
+        'below': value('text_config'),
+        'it has an encoder too': value('is_encoder_decoder')}
+    return '; '.join(why for why, found in reasons.items() if found)
 
 # %% ../../nbs/core/01_families.ipynb #df68a7e1
 @contextmanager

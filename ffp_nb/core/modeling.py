@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['GATED', 'OPT', 'UP', 'GLM', 'PHI', 'PHI3', 'NEOX', 'FALCON', 'GPT2', 'NORMED', 'OLMO2', 'GEMMA', 'GEMMA2',
-           'STARCODER', 'FAMILIES', 'SHIPPED', 'IN_4', 'PRUNED', 'BACKBONES', 'Family', 'kv_heads', 'head_dim',
-           'NoHeads', 'set_heads', 'shrink', 'rope_of_4', 'Pruned']
+           'STARCODER', 'FAMILIES', 'SHIPPED', 'IN_4', 'PRUNED', 'BACKBONES', 'Family', 'family_of', 'kv_heads',
+           'head_dim', 'NoHeads', 'set_heads', 'shrink', 'rope_of_4', 'Pruned']
 
 # %% ../../nbs/core/00_modeling.ipynb #93edc59e
 from collections.abc import Iterator, Mapping
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -78,17 +77,24 @@ FAMILIES = dict(
     gpt2=GPT2, gpt_neox=NEOX, granite=NORMED, hunyuan_v1_dense=GATED, jais2=UP, ministral=GATED,
     ministral3=GATED, nemotron=UP, olmo=GATED, olmo2=OLMO2, olmo3=OLMO2, phi=PHI, phi3=PHI3,
     seed_oss=GATED, smollm3=GATED, stablelm=GATED, starcoder2=STARCODER, vaultgemma=GEMMA)
-SHIPPED = frozenset(FAMILIES)  # others are added at run time, and travel with what is saved
+SHIPPED = frozenset(FAMILIES)  # others are added at run time, and travel in what is saved
 # which transformers 4.57 computes alike; under it the others are refused
 IN_4 = frozenset(
     'llama mistral qwen2 qwen3 opt arcee cohere cohere2 ernie4_5 exaone4 falcon gemma glm glm4 '
-    'gpt2 granite hunyuan_v1_dense ministral nemotron olmo olmo2 phi phi3 seed_oss smollm3 '
+    'granite hunyuan_v1_dense ministral nemotron olmo olmo2 phi seed_oss smollm3 '
     'starcoder2'.split())
 
 # %% ../../nbs/core/00_modeling.ipynb #e6df7b8b
+def family_of(config: PretrainedConfig) -> Family:
+    "The row of a model's family; one that was added at run time is in the configuration too"
+    if config.model_type in FAMILIES: return FAMILIES[config.model_type]
+    row = config.pruned_family
+    return Family(**row | dict(ffn_in=tuple(row['ffn_in'])))
+
+
 def kv_heads(config: PretrainedConfig) -> int:
     "Heads that have a key and a value of their own"
-    name = FAMILIES[config.model_type].kv_size
+    name = family_of(config).kv_size
     # Falcon-7B: the number in its configuration is not the one that it uses
     if getattr(config, 'multi_query', False) and not getattr(config, 'new_decoder_architecture',
                                                              False): return 1
@@ -117,6 +123,16 @@ class NoHeads(nn.Module):
             cache.update(stub, stub, self.layer_idx)
         return self.get_submodule(self.out_name)(hidden_states[..., :0]), None
 
+# %% ../../nbs/core/00_modeling.ipynb #ea293ac3
+class _WithHeads:
+    "A configuration with another number of query heads; all else is read where it is"
+    def __init__(self, own, heads: int):
+        self.own, self.num_attention_heads = own, heads
+
+    def __getattr__(self, name):
+        if name == 'own': raise AttributeError(name)  # of a copy that is not filled yet
+        return getattr(self.own, name)
+
 
 def set_heads(layer: nn.Module,  # decoder layer
               attn: Any,  # its attention, even if `NoHeads` has replaced it
@@ -124,16 +140,16 @@ def set_heads(layer: nn.Module,  # decoder layer
               kv_heads: int) -> None:  # with so many keys and values
     """Set the number of heads of an attention with resized projections; with 0, replace it by
     `NoHeads`"""
-    names = FAMILIES[attn.config.model_type]
+    names = family_of(attn.config)
     place, _, out_name = names.attn_out.rpartition('.')
     counts = dict(num_heads=heads, num_key_value_heads=kv_heads, num_kv_heads=kv_heads)
     for name in counts.keys() & vars(attn).keys():  # some reshape with them
         setattr(attn, name, counts[name])
     if hasattr(attn, 'split_size'):
         attn.split_size = heads * attn.head_dim  # GPT-2
-    if names.fused == 'parts' and attn.config.num_attention_heads != heads:  # Phi-3 looks there
-        attn.config = copy(attn.config)
-        attn.config.num_attention_heads = heads
+    if names.fused == 'parts':  # Phi-3 looks there
+        own = attn.config.own if isinstance(attn.config, _WithHeads) else attn.config
+        attn.config = own if heads == own.num_attention_heads else _WithHeads(own, heads)
     if heads and getattr(layer, place) is not attn:
         setattr(layer, place, attn)
     if not heads and getattr(layer, place) is attn:
@@ -145,7 +161,7 @@ def shrink(
     model: PreTrainedModel,
     widths: list[dict]) -> None:  # of each layer: heads, kv_heads, ffn
     "Give every projection the shape of these widths; the new memory is uninitialised"
-    config, names = model.config, FAMILIES[model.config.model_type]
+    config, names = model.config, family_of(model.config)
     layers = model.base_model.get_submodule(names.layers)
     if len(widths) != len(layers):
         raise ValueError(f'pruned_widths has {len(widths)} layers, the model {len(layers)}')
@@ -258,6 +274,6 @@ BACKBONES = _Classes(MODEL_MAPPING_NAMES, _Backbone)
 def __getattr__(name: str) -> type[PreTrainedModel]:
     "The class of this name, for `transformers`, which finds it in config.json"
     for classes in (PRUNED, BACKBONES):
-        for kind in classes:
-            if name == f'Pruned{classes.stock[kind]}': return classes[kind]
+        for stock in classes.stock.values():
+            if name == f'Pruned{stock}': return _pruned(stock, classes.mixin)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

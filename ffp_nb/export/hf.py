@@ -16,8 +16,10 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Protocol
 
 import numpy as np
@@ -29,8 +31,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..core.families import (
-    REPORT, SMOLLM2, Layout, as_stock, check_dense, check_device, check_finite, check_tensors,
-    check_weights, find_dtype, load_model, load_tokenizer, read_config, reading, smollm2_path)
+    REPORT, SMOLLM2, Layout, adopt, as_stock, check_dense, check_device, check_finite,
+    check_tensors, check_weights, find_dtype, load_model, load_tokenizer,
+    read_config, reading, smollm2_path)
 from ..core.modeling import BACKBONES, FAMILIES, PRUNED, SHIPPED, rope_of_4
 from ..core.runs import (
     CorruptFile, atomic_write, check_output, failed_write, read_json, take)
@@ -205,14 +208,13 @@ def _write_model(elastic, tokenizer, folder):
     own.__dict__.pop('hf_quantizer', None)
     own.config.tie_word_embeddings = _is_tied(own)
     own.config.pruned_widths = [_stored(int(a), int(f), heads) for a, f in elastic.widths]
+    if (kind := own.config.model_type) not in SHIPPED:  # a row of the user's
+        own.config.pruned_family = asdict(FAMILIES[kind])
     # its save_pretrained writes the code next to the weights
     own.__class__ = PRUNED[own.config.model_type]
     if not elastic.widths.all():
         own = _with_zeros(own)
     own.save_pretrained(folder)
-    if (kind := own.config.model_type) not in SHIPPED:  # a row of the user's
-        with open(folder / 'modeling.py', 'a', encoding='utf-8') as f:
-            f.write(f'\n\nFAMILIES[{kind!r}] = {FAMILIES[kind]!r}\n')
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     _name_as_4(folder)
@@ -270,7 +272,8 @@ UNSERVED = dict(
 def serving_config(config: dict) -> dict:  # a config.json with `pruned_widths`
     "The entries by which transformers and vLLM know the sizes of each layer"
     own = FAMILIES[config['model_type']]
-    if config['model_type'] in UNSERVED: return {}
+    # GPT-J and others name their sizes otherwise
+    if config['model_type'] in UNSERVED or 'num_attention_heads' not in config: return {}
     names = (dict(num_attention_heads='heads') | ({own.kv_size: 'kv_heads'} if own.kv_size else {})
              | {own.ffn_size: 'ffn'})
     size = config.get('head_dim') or config['hidden_size'] // config['num_attention_heads']
@@ -300,6 +303,7 @@ def load_pruned(folder: str | Path,
     found = read_config(folder)
     if not found.get('pruned_widths'):
         raise ValueError(f'{folder} has no pruned_widths in its config: load it with load_model')
+    adopt(SimpleNamespace(**found))
     if found['model_type'] not in PRUNED:
         raise CorruptFile(f'{folder}: pruned models of type {found["model_type"]!r} do not exist. '
                           'Save the model again.')

@@ -36,7 +36,7 @@ def parallel_sizes(folder: str | Path) -> list[int]:
     config = read_config(folder)
     if not (rows := config.get('pruned_widths')):
         raise ValueError(f'{folder} has no pruned_widths in its config: it is a dense model')
-    if config['model_type'] in UNSERVED: return []
+    if config['model_type'] in UNSERVED or 'num_attention_heads' not in config: return []
     if 'per_layer_config' not in config:
         raise ValueError(f'{folder} was saved by an earlier version, and vLLM cannot serve it. '
                          'Save the model again.')
