@@ -400,7 +400,8 @@ Run record: `{record}`
 # %% ../../nbs/export/00_hf.ipynb #934d2688
 SERVE = """## Serve it
 
-With `transformers` (tested: 5.24 and 4.57), where `folder` is the path of this folder:
+With `transformers` (tested: 5.24, and for most families 4.57), where `folder` is the path of this
+folder:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
