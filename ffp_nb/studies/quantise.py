@@ -149,11 +149,12 @@ def _choose(table: pd.DataFrame) -> str:
     best, dense = front(table[table.step == 32]), table[table.target == 0]
     names = ', '.join(f'{name_of(r)} ({r.mb:.0f} MB, {r.ppl:.1f})' for r in best.itertuples())
     pruned = best[best.target > 0]
-    small = pruned[pruned.mb < dense.mb.min()]
-    where = ('pruning never pays' if pruned.empty else
-             f'prune below the smallest dense file measured ({dense.mb.min():.0f} MB)'
-             if len(small) == len(pruned) else f'prune for files below {pruned.mb.max():.0f} MB')
-    return f'- **Quantise first; {where}.** The files that no other beats: {names}.'
+    larger = pruned[pruned.mb >= dense.mb.min()]  # although there are dense files of that size
+    says = ('Quantise first; pruning never pays' if pruned.empty else
+            f'It depends on the size: pruned files up to {larger.mb.max():.0f} MB are not beaten'
+            if len(larger) else 'Quantise first; prune below the smallest dense file measured '
+                                f'({dense.mb.min():.0f} MB)')
+    return f'- **{says}.** The files that no other beats: {names}.'
 
 
 def findings(table: pd.DataFrame, policies: pd.DataFrame) -> list[str]:
