@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['Cost', 'param_cost', 'mac_cost', 'memory_cost', 'bounds', 'InfeasibleBudget', 'feasible_range', 'spendable', 'fill',
-           'solve', 'relax', 'relax_grad', 'uniform', 'random_scores', 'retention']
+           'solve', 'relax', 'relax_grad', 'uniform', 'random_scores', 'retention', 'as_count', 'as_bytes']
 
 # %% ../../nbs/core/07_budget.ipynb #160ad2d2
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
+from accelerate.utils import convert_file_size_to_int
 from fastcore.basics import patch
 from scipy.optimize import brentq
 from scipy.special import expit
@@ -405,3 +407,33 @@ def retention(
 ) -> np.ndarray:  # shares in [0, 1], shape of `widths`
     "Width over full width"
     return np.asarray(widths) / np.asarray(full)
+
+# %% ../../nbs/core/07_budget.ipynb #17b97e35
+_COUNTS = {'': 1, 'K': 1e3, 'M': 1e6, 'B': 1e9, 'T': 1e12}
+
+
+def as_count(amount: str | float,  # '100M', '1.5B', 100_000_000
+             ) -> int:
+    "A number of things. ValueError unless it is above 0, with no unit or one of K, M, B, T"
+    found = re.fullmatch(r'([\d_.]+(?:e\d+)?) ?([KMBT]?)', str(amount).strip(), re.IGNORECASE)
+    try:
+        n = float(found[1]) * _COUNTS[found[2].upper()] if found else 0
+    except ValueError:
+        n = 0  # such as 1.2.3
+    if not 1 <= n < 2**63:
+        raise ValueError(f'{amount!r} is no amount; give a number above 0, such as 100M, 1.5B or '
+                         '100000000')
+    return round(n)
+
+
+def as_bytes(amount: str | int,  # '4GiB', '500MB', or bytes as an int
+             ) -> int:
+    "A number of bytes. ValueError unless it is above 0, with a unit such as MB or GiB"
+    try:
+        n = convert_file_size_to_int(str(amount) if isinstance(amount, str) else int(amount))
+    except ValueError:
+        n = 0
+    if not 1 <= n < 2**63:
+        raise ValueError(f'{amount!r} is no amount of memory; give a number above 0 with a unit, '
+                         'such as 4GiB, 3.5GB or 500MB')
+    return n
