@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.families import load_model, tiny_model
+from ffp_nb.core.families import UnsupportedModel, load_model, tiny_model
 from ffp_nb.core.perplexity import block_nll
 from ffp_nb.core.ridge import Calibrator
 from ffp_nb.core.runs import ConfigMismatch, RunDir
 from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Blocks
+from ffp_nb.export.gguf import export_gguf
 from ffp_nb.export.hf import load_pruned
+from ffp_nb.export.vllm import parallel_sizes
 from ffp_nb.recover import train
 from ffp_nb.recover.train import LR, Recipe, recover, save_recovered
 
@@ -101,22 +103,37 @@ def test_tied_embeddings_stay_tied(text, tmp_path):
         assert torch.equal(again(text.ids).logits, found.model(text.ids).logits)
 
 
-def test_an_adapter_is_refused_by_name_and_nothing_is_written(text, tmp_path):
-    em, static, widths = pruned('llama', text)
+@pytest.mark.parametrize('family', ['llama', 'opt', 'gpt2', 'phi3', 'gemma'])
+def test_an_adapter_is_saved_for_transformers_alone(family, text, tmp_path):
+    em, static, widths = pruned(family, text)
     found = recover(em, widths, text, small('adapter'), static, progress=False)
-    folder = tmp_path / 'model'
-    with pytest.raises(ValueError, match="adapters cannot be saved.*Recover with 'lora' or "
-                                         "'finetune'"):
-        save_recovered(found, None, folder)
-    folder.mkdir()
-    (folder / 'mine').write_text('old')
-    with pytest.raises(ValueError, match='adapters cannot be saved'):
-        save_recovered(found, None, folder, overwrite=True)
-    assert ((folder / 'mine').read_text() == 'old'
-            and [o.name for o in tmp_path.iterdir()] == ['model'])
-    other = recover(em, widths, text, small('finetune'), static, progress=False)
-    with pytest.raises(FileExistsError):
-        save_recovered(other, None, folder)
+    with torch.inference_mode():
+        logits = found.model(text.ids).logits
+    folder = save_recovered(found, None, tmp_path / 'model')
+    torch.save((text.ids, logits), tmp_path / 'data.pt')
+    run = subprocess.run([sys.executable, '-c', STRANGER, str(folder), str(tmp_path / 'data.pt')],
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert float(run.stdout.split('RESULT')[1]) < 1e-5
+    again, _ = load_pruned(folder)
+    modules = [m for m in again.modules() if isinstance(m, train.Adapted)]
+    assert len(modules) == (widths > 0).sum() and parallel_sizes(folder) == []
+    with pytest.raises(UnsupportedModel, match='has adapters beside its projections'):
+        load_model(str(folder))
+    if family == 'llama':
+        with pytest.raises(UnsupportedModel, match='llama.cpp has no such layer'):
+            export_gguf(folder, tmp_path / 'model.gguf')
+
+
+def test_what_is_there_is_not_replaced(text, tmp_path):
+    em, static, widths = pruned('llama', text)
+    found = recover(em, widths, text, small('finetune'), static, progress=False)
+    (tmp_path / 'model').mkdir()
+    (tmp_path / 'model' / 'mine').write_text('old')
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError):
+            save_recovered(found, None, tmp_path / 'model', overwrite=overwrite)
+    assert (tmp_path / 'model' / 'mine').read_text() == 'old'
 
 
 @pytest.mark.parametrize('method', LR)
@@ -270,7 +287,8 @@ def test_a_split_model_that_computes_on_a_gpu_is_never_trained_on_the_cpu(text, 
 def test_new_weights_are_drawn_on_the_cpu_for_every_device():
     "A seed gives a GPU what it gives a CPU"
     torch.manual_seed(0)
-    before, lin = torch.get_rng_state(), torch.nn.Linear(6, 4, device='meta')
-    adapted = train.Adapted(lin, 2)
+    before, model = torch.get_rng_state(), tiny_model().to('meta')
+    train._adapter(model, [], ['model.layers.0.mlp.down_proj'], small('adapter'))
+    adapted = model.model.layers[0].mlp.down_proj
     assert {p.device.type for p in adapted.parameters()} == {'meta'}
     assert not torch.equal(torch.get_rng_state(), before)

@@ -157,7 +157,7 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
             model.set_submodule(name, module.joined())
     if model.config.model_type == 'gpt2':
         for name, lin in list(model.base_model.h.named_modules()):
-            if type(lin) is not nn.Linear: continue
+            if type(lin) is not nn.Linear or name.endswith(('.down', '.up')): continue
             own = Conv1D(1, 1)
             (own.nf, own.nx), own.bias = lin.weight.shape, lin.bias
             own.weight = nn.Parameter(lin.weight.data.T.contiguous(), requires_grad=False)
@@ -175,8 +175,9 @@ class Layout:
     def __init__(self,
                  # a causal LM of transformers, of a family in `FAMILIES`; projections that stand in
                  # one (`Fused`) are taken apart in place
-                 model: PreTrainedModel):
-        self.family, names = find_family(model)
+                 model: PreTrainedModel,
+                 removed: bool = False):  # as for `check_config`
+        self.family, names = find_family(model, removed)
         cfg = model.config
         self.layers = list(model.base_model.get_submodule(names.layers))
         self.q_heads, self.kv_heads, self.head_dim = (cfg.num_attention_heads, kv_heads(cfg),
@@ -299,12 +300,14 @@ def _is_fp8(config):
     return isinstance(found, dict) and found.get('quant_method') == 'fp8'
 
 # %% ../../nbs/core/01_families.ipynb #7a7048c6
-def find_family(model: nn.Module) -> tuple[str, Family]:
+def find_family(model: nn.Module, removed: bool = False) -> tuple[str, Family]:
     "Name and adapter of a model's family"
-    return check_config(getattr(model, 'config', None), type(model).__name__)
+    return check_config(getattr(model, 'config', None), type(model).__name__, removed)
 
 
-def check_config(config, name: str = 'unknown') -> tuple[str, Family]:
+def check_config(config, name: str = 'unknown',
+                 # let pass a saved model with removed modules, which are units of zeros there
+                 removed: bool = False) -> tuple[str, Family]:
     "The same from a config, so that an unsupported model is refused before its weights are loaded"
     kind = getattr(config, 'model_type', '') or name
     check_dense(vars(config) if config is not None else {})
@@ -316,8 +319,13 @@ def check_config(config, name: str = 'unknown') -> tuple[str, Family]:
         raise UnsupportedModel(f'model type {kind!r} is not supported. Families that work: '
                                f'{", ".join(FAMILIES)}. To add one, give its projection names in '
                                'ffp_nb.core.modeling.FAMILIES.')
-    if gone := [i for i, w in enumerate(getattr(config, 'pruned_widths', None) or ())
-                if not isinstance(w, dict) or w.get('zero') or 0 in w.values()]:
+    if getattr(config, 'pruned_adapters', 0):
+        raise UnsupportedModel('this model has adapters beside its projections: it can be used, '
+                               'but not pruned or trained again. Give the folder that they were '
+                               'trained from.')
+    gone = [i for i, w in enumerate(getattr(config, 'pruned_widths', None) or ())
+            if not isinstance(w, dict) or w.get('zero') or 0 in w.values()]
+    if gone and not removed:
         raise UnsupportedModel(f'this model was pruned already, and a module of layer {gone[0]} is '
                                'gone: what stands in its place has no units to sort. Prune the '
                                'dense source model again with the sparsity you want in total.')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GATED', 'OPT', 'UP', 'GLM', 'PHI', 'PHI3', 'NEOX', 'FALCON', 'GPT2', 'NORMED', 'OLMO2', 'GEMMA', 'GEMMA2',
            'STARCODER', 'FAMILIES', 'SHIPPED', 'IN_4', 'PRUNED', 'BACKBONES', 'Family', 'family_of', 'kv_heads',
-           'head_dim', 'NoHeads', 'set_heads', 'shrink', 'rope_of_4', 'Pruned']
+           'head_dim', 'NoHeads', 'set_heads', 'shrink', 'Adapted', 'adapt', 'rope_of_4', 'Pruned']
 
 # %% ../../nbs/core/00_modeling.ipynb #93edc59e
 from collections.abc import Iterator, Mapping
@@ -199,6 +199,34 @@ def _resize(linear, rows=None, cols=None):
         if hasattr(linear, name):
             setattr(linear, name, n)
 
+# %% ../../nbs/core/00_modeling.ipynb #30e9c6b5
+class Adapted(nn.Module):
+    """An output projection with a non-linear path beside it: W x + B gelu(A x + a) + b, B and b
+    zero at first"""
+    def __init__(self, lin: nn.Module,  # of `nn.Linear` or `Conv1D`
+                 rank: int, inputs: int, outputs: int):
+        super().__init__()
+        self.lin, self.down = lin, nn.Linear(inputs, rank)
+        self.up = nn.Linear(rank, outputs)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):  # (..., n) -> (..., D)
+        inner = nn.functional.gelu(self.down(x.to(self.down.weight.dtype)))
+        return self.lin(x) + self.up(inner).to(x.dtype)
+
+
+def adapt(model: PreTrainedModel, rank: int, widths: list[dict]) -> None:
+    "Put the path of `config.pruned_adapters` beside each output projection that has units"
+    names, d = family_of(model.config), head_dim(model.config)
+    for layer, w in zip(model.base_model.get_submodule(names.layers), widths):
+        for kind, name, n in (('attn', names.attn_out, w['heads'] * d),
+                              ('ffn', names.ffn_out, w['ffn'])):
+            if kind in w.get('zero', ()): continue
+            parent, _, leaf = name.rpartition('.')
+            setattr(layer.get_submodule(parent), leaf,
+                    Adapted(layer.get_submodule(name), rank, n, model.config.hidden_size))
+
 # %% ../../nbs/core/00_modeling.ipynb #52aaf7a8
 def rope_of_4(
     rope: dict | None) -> dict:  # `rope_parameters` of transformers 5
@@ -232,6 +260,8 @@ class Pruned:
         # object's, until a stock class is mixed in
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         shrink(self, config.pruned_widths)
+        if rank := getattr(config, 'pruned_adapters', 0):
+            adapt(self, rank, config.pruned_widths)
 
 
 class _Backbone(Pruned):

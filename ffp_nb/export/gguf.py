@@ -101,6 +101,10 @@ class _Weights:
 def _check_fit(weights: _Weights, config: PretrainedConfig, folder: Path):
     "CorruptFile unless the weights match the configuration"
     pruned = getattr(config, 'pruned_widths', None)
+    if getattr(config, 'pruned_adapters', 0):
+        raise UnsupportedModel(f'{folder} has non-linear adapters beside its projections, and '
+                               'llama.cpp has no such layer. Recover with lora, finetune or '
+                               'distill for a GGUF file.')
     try:
         with torch.device('meta'):
             model = (PRUNED[config.model_type](config) if pruned

@@ -71,7 +71,7 @@ def save_pruned(elastic: Sliceable, tokenizer, folder: str | Path,
         place.parent.mkdir(parents=True, exist_ok=True)
         with _alive(lock, 10):
             tmp.mkdir()
-            _write_model(elastic, tokenizer, tmp)
+            _write_model(elastic, tokenizer, tmp, source)
             for name, content in files.items():
                 atomic_write(tmp / name, content)
             _sync(tmp)
@@ -175,7 +175,7 @@ def _is_pruned(folder):
 _SAVED = ('config.json', 'generation_config.json', 'modeling.py', '*.safetensors',
           '*.safetensors.index.json', 'tokenizer*', 'special_tokens_map.json', 'added_tokens.json',
           'vocab.*', 'merges.txt', '*.model', 'chat_template*', 'additional_chat_templates',
-          '__pycache__', 'README.md', 'retention.png')
+          '__pycache__', 'README.md', 'retention.png', 'recover.png')
 
 # %% ../../nbs/export/00_hf.ipynb #cbba712f
 def _stored(units: int, channels: int, unit_heads: tuple[int, int]) -> dict:
@@ -200,9 +200,11 @@ def _with_zeros(own: PreTrainedModel) -> PreTrainedModel:
     return full
 
 # %% ../../nbs/export/00_hf.ipynb #5ceee584
-def _write_model(elastic, tokenizer, folder):
+def _write_model(elastic, tokenizer, folder, source):
     "Weights, configuration, code and tokenizer"
     own, heads = as_stock(elastic.sliced()), elastic.layout.unit_heads
+    if name := _public(source):
+        own.config.pruned_from = name
     for name in _LEFTOVERS:
         own.config.__dict__.pop(name, None)
     own.__dict__.pop('hf_quantizer', None)
@@ -223,6 +225,13 @@ def _write_model(elastic, tokenizer, folder):
 
 # what describes the source's files, not the model: its code, its quantised weights
 _LEFTOVERS = 'auto_map', 'custom_pipelines', 'quantization_config', 'compression_config'
+
+# %% ../../nbs/export/00_hf.ipynb #e7473310
+def _public(source) -> str | None:
+    "The name of a dense model that others know too; a path tells about this machine only"
+    name = str(source or '')
+    is_id = re.fullmatch(r'[\w.-]+/[\w.-]+', name) and not Path(name).exists()
+    return name if name in SMOLLM2 or is_id and name[0] != '.' else None
 
 
 def _is_tied(model) -> bool:
@@ -273,7 +282,8 @@ def serving_config(config: dict) -> dict:  # a config.json with `pruned_widths`
     "The entries by which transformers and vLLM know the sizes of each layer"
     own = FAMILIES[config['model_type']]
     # GPT-J and others name their sizes otherwise
-    if config['model_type'] in UNSERVED or 'num_attention_heads' not in config: return {}
+    unserved = config['model_type'] in UNSERVED or config.get('pruned_adapters')
+    if unserved or 'num_attention_heads' not in config: return {}
     names = (dict(num_attention_heads='heads') | ({own.kv_size: 'kv_heads'} if own.kv_size else {})
              | {own.ffn_size: 'ffn'})
     size = config.get('head_dim') or config['hidden_size'] // config['num_attention_heads']

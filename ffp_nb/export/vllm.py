@@ -32,11 +32,12 @@ def shared_by(family: str,  # a key of `BACKBONES`
 
 def parallel_sizes(folder: str | Path) -> list[int]:
     """For which tensor-parallel sizes a folder of `save_pruned` can be served; none for a family in
-    `UNSERVED`"""
+    `UNSERVED`, or with adapters"""
     config = read_config(folder)
     if not (rows := config.get('pruned_widths')):
         raise ValueError(f'{folder} has no pruned_widths in its config: it is a dense model')
-    if config['model_type'] in UNSERVED or 'num_attention_heads' not in config: return []
+    unserved = config['model_type'] in UNSERVED or config.get('pruned_adapters')
+    if unserved or 'num_attention_heads' not in config: return []
     if 'per_layer_config' not in config:
         raise ValueError(f'{folder} was saved by an earlier version, and vLLM cannot serve it. '
                          'Save the model again.')
