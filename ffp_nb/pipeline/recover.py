@@ -60,7 +60,9 @@ class RecoverConfig:
             raise ValueError(f'method {self.method!r}; expected one of {", ".join(RECOVERIES)}')
         if isinstance(self.text, str):
             object.__setattr__(self, 'text', {self.text: 1.0})
-        self.recipe()  # its checks, before anything is loaded
+        block = torch.zeros(1, self.profile.block_len, dtype=torch.long)
+        # its checks, before anything is loaded
+        self.recipe().steps(Blocks(block, self.profile.block_len - 1))
 
     def recipe(self) -> Distillation:
         "The training"
@@ -84,7 +86,7 @@ class _Texts:
 def _read_texts(config, tokenizer, model) -> _Texts:
     "All text of a run. ValueError where one is too short"
     p, recipe = config.profile, config.recipe()
-    bos = find_family(model)[1].bos and tokenizer.bos_token_id is not None
+    bos = find_family(model, removed=True)[1].bos and tokenizer.bos_token_id is not None
     train, selection, test, sha = {}, {}, {}, {}
     for name, weight in config.text.items():
         corpus = load_corpus(name)

@@ -87,7 +87,7 @@ def distill_loss(recipe: Distillation,
     def loss(model, ids, scored):
         see = dict(use_cache=False, output_hidden_states=recipe.hidden > 0)
         own, dense = model.base_model(ids, **see), None
-        if recipe.teaches:
+        if teacher is not None and recipe.teaches:
             with torch.no_grad():
                 dense = teacher.base_model(ids.to(teacher.device), **see)
         flat = lambda out: out.last_hidden_state[:, -scored - 1:-1].flatten(0, 1)
@@ -101,7 +101,7 @@ def distill_loss(recipe: Distillation,
         else:
             total = torch.stack([checkpoint(part, *p, use_reentrant=False) for p in pieces]).sum()
         total = total / len(h)
-        if recipe.hidden > 0:
+        if dense is not None and recipe.hidden > 0:
             total = total + recipe.hidden * _hidden_loss(
                 own.hidden_states, [s.to(h.device) for s in dense.hidden_states])
         return total
@@ -112,10 +112,9 @@ def share_equal(model: nn.Module, other: nn.Module) -> int:
     "Let frozen weights of a model be those of another where they are equal; how many bytes that is"
     theirs, saved = dict(other.named_parameters()), 0
     for name, p in model.named_parameters():
-        q = theirs.get(name)
-        same = (q is not None and q.shape == p.shape and q.dtype == p.dtype
-                and q.device == p.device and q.data_ptr() != p.data_ptr())
-        if same and not p.requires_grad and torch.equal(p, q):
+        if (q := theirs.get(name)) is None or p.requires_grad: continue
+        alike = q.shape == p.shape and q.dtype == p.dtype and q.device == p.device
+        if alike and q.data_ptr() != p.data_ptr() and torch.equal(p, q):
             saved += p.numel() * p.element_size()
             p.data = q.data
     return saved

@@ -149,7 +149,8 @@ def student_of(elastic: ElasticModel,
                share: bool = False) -> Student:
     "A copy of an elastic model at these widths"
     with elastic.at(widths, weights):
-        named, model = _names(elastic.model, elastic.layout.modules.values()), elastic.model
+        model = elastic.model
+        projections, outputs = _names(model, elastic.layout.modules.values())
         if share and not hasattr(model, '_hf_hook'):  # a split model is copied whole
             # autograd cannot read what was made in inference mode, as a repair may be
             views = {id(p): nn.Parameter(p.detach().clone() if p.is_inference() else p.detach(),
@@ -158,8 +159,8 @@ def student_of(elastic: ElasticModel,
         else:
             own = elastic.sliced()
     hook = getattr(model, '_hf_hook', None)
-    return Student(own, elastic.layout, np.array(widths), *named,
-                   hook and torch.device(hook.execution_device))
+    return Student(own, elastic.layout, np.array(widths), projections, outputs,
+                   torch.device(hook.execution_device) if hook else None)
 
 
 def student_from(model: PreTrainedModel,  # of `load_pruned`; it is trained in place
@@ -168,7 +169,8 @@ def student_from(model: PreTrainedModel,  # of `load_pruned`; it is trained in p
     layout, stored = Layout(model, removed=True), model.config.pruned_widths
     gone = np.array([[kind in w.get('zero', ()) for kind in KINDS] for w in stored])
     there = [m for (i, kind), m in layout.modules.items() if not gone[i, KINDS.index(kind)]]
-    return Student(model, layout, np.where(gone, 0, layout.full), *_names(model, there))
+    projections, outputs = _names(model, there)
+    return Student(model, layout, np.where(gone, 0, layout.full), projections, outputs)
 
 # %% ../../nbs/recover/00_train.ipynb #728c0b10
 def _settle(own, main, method):
