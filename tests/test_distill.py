@@ -117,6 +117,16 @@ def test_two_folders_share_what_is_equal(tmp_path):
     names = 'embed', 'norm', 'lm_head'
     want = sum(p.numel() * 4 for n, p in student.named_parameters() if any(o in n for o in names))
     assert share_equal(student, teacher) == want and share_equal(student, teacher) == 0
+    blocks = Blocks(torch.randint(0, 211, (8, 32)), 31)
+    before = {n: p.clone() for n, p in teacher.named_parameters()}
+    for method in ('lora', 'finetune'):  # in float32, where training changes weights in place
+        student = load_pruned(pruned)[0]
+        how = Distillation(method, lr=1e-2, tokens=512)
+        found = distill_student(student_from(student), teacher, blocks, how, progress=False)
+        assert all(torch.equal(before[n], p) for n, p in teacher.named_parameters())
+        shared = (found.model.get_input_embeddings().weight.data_ptr()
+                  == teacher.get_input_embeddings().weight.data_ptr())
+        assert shared == (method == 'lora')
     student.requires_grad_(True)
     assert share_equal(student, load_model(str(dense), 'float32')[0]) == 0  # it would be trained
 

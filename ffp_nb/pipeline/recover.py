@@ -8,14 +8,16 @@ __all__ = ['RECOVERIES', 'RecoverConfig', 'check_recovery', 'recover_folder', 'p
 # %% ../../nbs/pipeline/05_recover.ipynb #e53f9c2a
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 
 from ..core.families import Layout, find_family, fingerprint, load_model
 from ..core.modeling import FAMILIES, kv_heads
@@ -54,6 +56,7 @@ class RecoverConfig:
     checkpointing: bool = False
     seed: int = 0
     profile: Profile = PROFILES['cpu']  # length and number of blocks, not of those for training
+    recipe: ClassVar[Callable[..., Distillation]]  # given below
 
     def __post_init__(self):
         if self.method not in RECOVERIES:
@@ -64,14 +67,16 @@ class RecoverConfig:
         # its checks, before anything is loaded
         self.recipe().steps(Blocks(block, self.profile.block_len - 1))
 
-    def recipe(self) -> Distillation:
-        "The training"
-        teach = self.method == 'distill'
-        return Distillation(
-            self.train if teach else self.method, self.lr, self.tokens, self.batch, self.rank,
-            seed=self.seed, temperature=self.temperature, truth=self.truth if teach else 1.0,
-            hidden=self.hidden if teach else 0.0, checks=self.checks, patience=self.patience,
-            checkpointing=self.checkpointing)
+# %% ../../nbs/pipeline/05_recover.ipynb #f1e5e729
+@patch
+def recipe(self: RecoverConfig) -> Distillation:
+    "The training"
+    teach = self.method == 'distill'
+    return Distillation(
+        self.train if teach else self.method, self.lr, self.tokens, self.batch, self.rank,
+        seed=self.seed, temperature=self.temperature, truth=self.truth if teach else 1.0,
+        hidden=self.hidden if teach else 0.0, checks=self.checks, patience=self.patience,
+        checkpointing=self.checkpointing)
 
 # %% ../../nbs/pipeline/05_recover.ipynb #4c7bc7e6
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def selection_nats(blocks: Mapping[str, Blocks],  # of the selection split of ea
                             for b in blocks.values()])
     return measure
 
-
+# %% ../../nbs/recover/01_distill.ipynb #3a7753b7
 def distill_student(student: Student, teacher: PreTrainedModel | None, blocks: Blocks,
                     recipe: Distillation = Distillation(),
                     selection: Mapping[str, Blocks] | None = None,  # None: no early stopping
@@ -209,6 +209,8 @@ def distill_student(student: Student, teacher: PreTrainedModel | None, blocks: B
     if recipe.teaches:
         if teacher is None: raise ValueError('a distillation needs a teacher; give one, or truth=1')
         check_teacher(student.model, teacher)
+        if recipe.method != 'finetune':  # what is trained must be its own
+            share_equal(student.model, teacher)
     if len(blocks) < recipe.batch:
         raise ValueError(f'the text gives {len(blocks)} blocks of {blocks.ids.shape[1]} tokens; a '
                          f'step reads {recipe.batch}. Give more text, or a smaller batch.')
