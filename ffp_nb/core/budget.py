@@ -169,14 +169,18 @@ class InfeasibleBudget(ValueError):
         lo: float,  # smallest feasible sparsity
         hi: float,  # largest feasible sparsity
         name: str = 'params',  # what is counted
+        # what was asked for, and the two ends, in the unit in which it was asked for
+        words: tuple[str, str, str] | None = None,
     ):
         self.sparsity, self.lo, self.hi, self.name = sparsity, lo, hi, name
-        super().__init__(f"sparsity {sparsity:g} ({name}) is infeasible: these bounds on the "
-                         f"widths allow {lo:.4f} to {hi:.4f}; change the target, or the bounds "
-                         "(p_min; --remove lets whole modules go)")
+        self.words = words
+        asked, one, other = words or (f"sparsity {sparsity:g} ({name})", f"{lo:.4f}", f"{hi:.4f}")
+        super().__init__(f"{asked} is infeasible: these bounds on the widths allow {one} to "
+                         f"{other}; change the target, or the bounds (p_min; --remove lets whole "
+                         "modules go)")
 
     def __reduce__(self):
-        return type(self), (self.sparsity, self.lo, self.hi, self.name)
+        return type(self), (self.sparsity, self.lo, self.hi, self.name, self.words)
 
 def feasible_range(
     cost: Cost,  # cost model

@@ -9,12 +9,17 @@ __all__ = ['PROFILES', 'METHODS', 'FIRST_SEARCH', 'FIRST_SEARCHERS', 'Profile', 
 # %% ../../nbs/pipeline/00_config.ipynb #a8b32098
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import ClassVar
+
+from fastcore.basics import patch
 
 from ..core.criteria import CRITERION_NAMES
 from ..core.families import DTYPES, find_dtype
 from ..core.ridge import check_alpha
 from ..core.text import Convention
+from ..core.wishes import Budget
 from ..search.heuristics import BASELINES, HEURISTICS
 from ..search.loop import SearchConfig
 from ..search.rivals import SEARCHERS, searcher_settings
@@ -48,7 +53,7 @@ class PruneConfig:
     "Everything that a pruned model depends on"
     model: str = 'smollm2'
     text: str = 'auto'
-    sparsity: float = 0.2
+    sparsity: float = 0.2  # share of the budget's cost to remove; an amount of the budget sets it
     method: str = 'gradient'  # one of `METHODS`; 'ffp' is the paper's agent
     seed: int = 0
     criterion: str = 'greedy'  # one of `CRITERION_NAMES`; 'wanda' is the paper's
@@ -63,6 +68,10 @@ class PruneConfig:
     p_min: float | tuple[float, float] = 0.1
     profile: Profile = PROFILES['cpu']
     search: dict = field(default_factory=dict)  # further settings of `SearchConfig`
+    budget: Budget = Budget()  # what is limited: parameters, or another cost
+    goal: ClassVar[str]  # these are given below
+    search_config: ClassVar[Callable[..., SearchConfig]]
+    _check_budget: ClassVar[Callable[..., None]]
 
     def __post_init__(self):
         for name, allowed in (('method', METHODS), ('criterion', CRITERION_NAMES),
@@ -73,15 +82,35 @@ class PruneConfig:
                                  f'{", ".join(allowed)}')
         check_alpha(self.alpha)
         check_alpha(self.sequential_alpha)
+        self._check_budget()
         self.search_config()  # the search's own checks, before anything is loaded
 
-    def search_config(self) -> SearchConfig:
-        "The settings of the search"
-        p = self.profile
-        return SearchConfig(self.sparsity, self.method if self.method in SEARCHERS else 'ffp',
-                            self.seed, p.episodes, p.batch, p.blocks,
-                            step=(self.step[0], self.step[1]), p_min=self.p_min,
-                            final_blocks=p.final_blocks, **self.search)
+# %% ../../nbs/pipeline/00_config.ipynb #32c996a0
+@patch
+def _check_budget(self: PruneConfig):
+    "An amount, once known as a share on a model, is the sparsity"
+    b, default = self.budget, PruneConfig.sparsity
+    if b.amount is None: return
+    if self.sparsity not in (default, b.share):
+        raise ValueError(f'sparsity {self.sparsity} and {b.goal(0)}: the amount says how much is '
+                         'removed. Leave one of the two out.')
+    object.__setattr__(self, 'sparsity', default if b.share is None else b.share)
+
+
+@patch(as_prop=True)
+def goal(self: PruneConfig) -> str:
+    "The target in a few words, for titles"
+    return self.budget.goal(self.sparsity)
+
+
+@patch
+def search_config(self: PruneConfig) -> SearchConfig:
+    "The settings of the search"
+    p = self.profile
+    return SearchConfig(self.sparsity, self.method if self.method in SEARCHERS else 'ffp',
+                        self.seed, p.episodes, p.batch, p.blocks,
+                        step=(self.step[0], self.step[1]), p_min=self.p_min,
+                        final_blocks=p.final_blocks, **self.search)
 
 # %% ../../nbs/pipeline/00_config.ipynb #8d88a23b
 def parallel_step(ffn_step: int, tp: int) -> tuple[int, int]:
@@ -110,7 +139,10 @@ def run_config(config: PruneConfig,
     were left at their defaults, the hash of the text, and how perplexity is measured"""
     block_len = config.profile.block_len
     dtype = str(find_dtype(config.dtype)).removeprefix('torch.')
-    return (asdict(config)
+    own = asdict(config) | dict(budget=config.budget.plain)
+    if config.budget == Budget():  # records that are older than other budgets are the same
+        del own['budget']
+    return (own
             | dict(search=_settings(config), dtype=dtype, text_sha256=text_sha256,
                    convention=asdict(Convention(block_len, block_len, bos))))
 

@@ -32,6 +32,7 @@ from ..core.runs import (
     Checkpoints, CorruptFile, PolicyLog, RunDir, _read_checkpoint, read_run_config, read_json)
 from ..core.stats import collect_stats
 from ..core.text import Blocks
+from ..core.wishes import Budget
 from .heuristics import BASELINES, HEURISTICS, Problem
 from .loop import Evaluator, Search, SearchConfig, SearchResult, final_idx
 from .rivals import SEARCHERS
@@ -121,8 +122,8 @@ class RunLog:
     @property
     def name(self) -> str:
         c = self.config
-        return (f"{Path(c['model']).name}, {c['method']}, sparsity {c['sparsity']:.0%}, seed "
-                f"{c['seed']}")
+        goal = Budget(**c.get('budget', {})).goal(c['sparsity'])
+        return f"{Path(c['model']).name}, {c['method']}, {goal}, seed {c['seed']}"
 
     @property
     def by_slopes(self) -> bool:
