@@ -4,7 +4,7 @@
     python benchmarks/distill.py --device cuda     the same on a GPU
     python benchmarks/distill.py --quick           a tiny model, seconds: only shows that it runs
 
-Every job is three steps of training from the same pruned model, with AdamW. `text` is the loss of
+Every job is two steps of training from the same pruned model, with AdamW. `text` is the loss of
 the text itself, `distill` the divergence from the dense model; both train all weights.
 `checkpointing` keeps one state a layer, `chunks` makes logits for 64 positions at a time (by
 default as many as fit in `MOST_LOGITS`), `lora` trains low-rank additions to weights that are views
@@ -40,9 +40,9 @@ class Size:
     dtype: str = 'auto'
     block_len: int = 512
     batch: int = 4
-    steps: int = 3
+    steps: int = 2
     sparsity: float = 0.5
-    turns: int = 3
+    turns: int = 2
 
 
 QUICK = Size(None, 'float32', 32, 2, 2, turns=1)

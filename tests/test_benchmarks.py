@@ -142,3 +142,12 @@ def test_serving_measures_three_folders(tmp_path):
     assert all(len(r['seconds']) == 2 and np.isfinite(r['tokens_s']) for r in rows.values())
     assert rows['prefill', 'dense']['times_dense'] == rows['decode', 'dense']['times_dense'] == 1
     assert 'mean nothing' in done.stdout and 'record:' in done.stdout
+
+
+def test_distill_measures_its_jobs(tmp_path):
+    done = subprocess.run([sys.executable, FOLDER / 'distill.py', '--quick', '--threads', '1',
+                           '--out', tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {r['what']: r for r in load_records(tmp_path)['result.rows'][0]}
+    assert list(rows)[:3] == ['text', 'distill', 'chunks'] and rows['text']['times_text'] == 1
+    assert all(r['tokens_s'] > 0 for r in rows.values())
