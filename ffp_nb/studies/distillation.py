@@ -40,8 +40,10 @@ LOSSES = dict(distil=0.0, text=1.0)  # share of the text's own loss
 TEXTS = dict(own=dict(own=1.0), mixed=dict(own=1.0, other=1.0))  # WikiText-2, pydoc
 TOKENS, PILOT, LONG = 16_384, 8192, 131_072
 # what was tried for each loss: what is trained, and the highest learning rate
-RATES = dict(distil=(('lora', 1e-3), ('lora', 3e-3), ('finetune', 5e-5), ('finetune', 1e-4)),
-             text=(('lora', 1e-3), ('lora', 3e-3), ('finetune', 1e-4), ('finetune', 3e-4)))
+RATES = dict(distil=(('lora', 1e-3), ('lora', 3e-3), ('lora', 1e-2), ('finetune', 5e-5),
+                     ('finetune', 1e-4)),
+             text=(('lora', 1e-3), ('lora', 3e-3), ('finetune', 1e-4), ('finetune', 3e-4),
+                   ('finetune', 1e-3)))
 CHECKS, WATCHED, SHOWN, JUDGED = 4, 6, 8, 24  # measurements on the way; blocks of each text
 DOCUMENTS = 30  # of each task
 # sparsity, start, loss, texts, seed, tokens
