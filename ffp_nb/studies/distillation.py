@@ -38,7 +38,7 @@ from .study import (
 SIGMAS, SEEDS, STARTS = (0.5, 0.3), (0, 1, 2), ('searched', 'even')
 LOSSES = dict(distil=0.0, text=1.0)  # share of the text's own loss
 TEXTS = dict(own=dict(own=1.0), mixed=dict(own=1.0, other=1.0))  # WikiText-2, pydoc
-TOKENS, PILOT, LONG = 16_384, 8192, 131_072
+TOKENS, PILOT, LONG = 16_384, 8192, 65_536
 # what was tried for each loss: what is trained, and the highest learning rate
 RATES = dict(distil=(('lora', 1e-3), ('lora', 3e-3), ('lora', 1e-2), ('finetune', 5e-5),
                      ('finetune', 1e-4)),
@@ -50,7 +50,8 @@ DOCUMENTS = 30  # of each task
 CELLS = [*((s, start, loss, 'own', seed, TOKENS) for s in SIGMAS for seed in SEEDS
            for start in STARTS for loss in LOSSES),
          *((s, 'searched', loss, 'mixed', seed, TOKENS) for s in SIGMAS for seed in SEEDS
-           for loss in LOSSES)]
+           for loss in LOSSES),
+         *((0.5, 'searched', loss, 'own', 0, LONG) for loss in LOSSES)]
 
 # %% ../../nbs/studies/18_distillation.ipynb #af70b338
 def plan(lab: Lab, cells=tuple(CELLS), rates=RATES, criterion: str = 'greedy',
