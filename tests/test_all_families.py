@@ -221,7 +221,7 @@ def test_a_whole_prune(family, family_folder, ffp, tmp_path):
     assert record['config']['convention']['bos'] == bos
     card = (out / 'model' / 'README.md').read_text()
     assert ('each behind the first token' in card) == bos
-    assert ('It does not serve this family.' in card) == (family in UNSERVED)
+    assert ('It does not serve this model.' in card) == (family in UNSERVED)
     csv = tmp_path / 'ppl.csv'
     how = 'eval', '--model', out / 'model', '--text', folder / 'text.txt', '--csv', csv
     for given, want in (((), bos), (('--no-bos',), False), (('--bos',), True)):

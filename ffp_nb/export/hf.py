@@ -376,7 +376,7 @@ def model_card(source: str,  # name, hub id or folder of the dense model
     sizes = ', '.join(map(str, parallel))
     devices = (f'`--tensor-parallel-size N` may be {sizes}.' if len(parallel) > 1 else
                'It needs one device, as its layers cannot be shared equally.' if parallel else
-               'It does not serve this family.')
+               'It does not serve this model.')
     return CARD.format(meta=data.to_yaml(), name=name, sparsity=sparsity, dense=params[0],
                        pruned=params[1], how=how, record=record,
                        table=table.to_markdown(index=False, floatfmt='.4g'),
