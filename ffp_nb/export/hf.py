@@ -227,7 +227,7 @@ def _write_model(elastic, tokenizer, folder):
     _name_as_4(folder)
     _add_serving(folder)
 
-
+# %% ../../nbs/export/00_hf.ipynb #de1ab9d2
 def write_dense(elastic: Sliceable, tokenizer, folder: Path) -> None:
     """Write a model at full widths into a new folder, as its class saves it; one that was pruned
     before, as `save_pruned` does"""

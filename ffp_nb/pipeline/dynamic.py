@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'CARD', 'ScorePath', 'sweep_config', 'list_policies', 'used_widths', 'repair_bytes', 'choose_step',
-           'write_repairs', 'search_folder', 'make_elastic', 'pick', 'measure_range', 'elastic_card', 'read_elastic',
-           'Repairs', 'StaleCache', 'DynamicModel', 'load_elastic', 'cut']
+           'write_repairs', 'search_folder', 'make_elastic', 'pick', 'measure_range', 'save_elastic', 'elastic_card',
+           'read_elastic', 'Repairs', 'StaleCache', 'DynamicModel', 'load_elastic', 'cut']
 
 # %% ../../nbs/pipeline/04_dynamic.ipynb #8fa38f82
 import math
@@ -147,7 +147,7 @@ def search_folder(out: str | Path) -> Path:
     place = Path(out).expanduser().resolve()
     return place.with_name(f'{place.name}.search')
 
-
+# %% ../../nbs/pipeline/04_dynamic.ipynb #6987804e
 def make_elastic(config: PruneConfig,  # sparsity, method and calibration do not count
                  out: str | Path,  # the folder
                  low: float = 0.1, high: float = 0.5,  # the range of targets
@@ -167,23 +167,13 @@ def make_elastic(config: PruneConfig,  # sparsity, method and calibration do not
     check_writable(state)
     with writing(state):  # until all is saved, no other process writes to `out`
         bench = Bench.load(c, progress=progress, **load)
-        c = bench.config
-        if ffn_step is not None:  # infeasible ends fail before the search
-            for s in (low, high):
-                solve(np.zeros(bench.cost.full.shape), bench.cost, s, (c.step[0], ffn_step),
-                      c.p_min)
-        _, found = find_widths(bench, run=open_run(state, bench, resume=resume),
-                               progress=progress)
-        path = ScorePath.of(found)
-        if ffn_step is None:
-            step, policies = choose_step(bench, path, low, high)
-        else:
-            step = c.step[0], ffn_step
-            policies = list_policies(path, bench.cost, low, high, step, c.p_min)
-        bench.static.prepare(progress)
-        table = measure_range(bench, policies, low, high, progress)
-        _write(bench, path, step, policies, table, found, out, (low, high), start)
-    return table
+        step = c.step[0], ffn_step or c.step[1]
+        for s in (low, high):  # infeasible ends fail before the search
+            solve(np.zeros(bench.cost.full.shape), bench.cost, s, step, c.p_min)
+        found: Any = find_widths(bench, run=open_run(state, bench, resume=resume),
+                                 progress=progress)[1]
+        return save_elastic(bench, ScorePath.of(found), out, (low, high), ffn_step, progress,
+                            start, found)
 
 # %% ../../nbs/pipeline/04_dynamic.ipynb #5db31903
 def pick(policies: np.ndarray, cost: Cost, sparsity: float) -> np.ndarray:  # (n_layers, 2)
@@ -215,29 +205,50 @@ def measure_range(bench: Bench, policies, low: float, high: float,
     return pd.DataFrame(table)
 
 # %% ../../nbs/pipeline/04_dynamic.ipynb #3e9ded1f
-def _write(bench, path, step, policies, table, found, out, ends, start) -> None:
-    "The record, and the folder"
-    c, em, cost = bench.config, bench.elastic, bench.cost
-    lower, upper = bounds(cost, step, c.p_min)
+def save_elastic(bench: Bench, path: ScorePath, out: str | Path, ends: tuple[float, float],
+                 ffn_step: int | None = None, progress: bool = True,
+                 start: float | None = None,  # of `time.perf_counter`, for the record
+                 found: SearchResult | None = None) -> pd.DataFrame:
+    "Choose the step, measure, save the record and then the folder; the table"
+    c, em = bench.config, bench.elastic
+    step, policies = (choose_step(bench, path, *ends) if ffn_step is None else
+                      _at_step(bench, path, ends, (c.step[0], ffn_step)))
+    used = used_widths(policies, bench.cost.full)
+    bench.static.prepare(progress)
+    table = measure_range(bench, policies, *ends, progress)
     config = run_config(c, bench.corpus.sha256, bench.text.convention.bos)
-    used = used_widths(policies, cost.full)
-    own = dict(range=list(ends), served_step=list(step))
     result = dict(table=table.to_dict('records'), repair_bytes=repair_bytes(em, used))
-    record = save_record(search_folder(out), dict(name='elastic') | own | config,
-                         result | dict(updates=found.updates),
-                         forward_tokens=found.forward_tokens,
-                         wall_s=round(time.perf_counter() - start, 1))
-    facts = dict(format=FORMAT, model=c.model, record=record.stem, dtype=c.dtype,
-                 weights=fingerprint(em.restore().model), source_weights=bench.fingerprint,
-                 range=list(ends), step=list(step), p_min=c.p_min, lower=lower, upper=upper,
-                 targets=path.targets, scores=path.scores.round(6), policies=policies,
-                 cost=dict(name=cost.name, unit=cost.unit, full=cost.full, fixed=cost.fixed),
-                 config=config, environment=environment(), **result)
+    own = dict(name='elastic', range=list(ends), served_step=list(step))
+    record = save_record(search_folder(out), own | config,
+                         result | (dict(updates=found.updates) if found else {}),
+                         forward_tokens=found.forward_tokens if found else 0,
+                         wall_s=round(time.perf_counter() - start, 1) if start else None)
+    facts = _facts(bench, path, step, policies, ends) | result | dict(record=record.stem,
+                                                                      config=config)
     def fill(folder: Path):
-        write_dense(em, bench.tokenizer, folder)
+        write_dense(em.restore(), bench.tokenizer, folder)
         write_repairs(bench, used, folder)
         write_json(folder / ELASTIC, facts)
     replace_folder(out, fill, {'README.md': elastic_card(c, table, ends, record.stem)})
+    return table
+
+# %% ../../nbs/pipeline/04_dynamic.ipynb #c9155319
+def _at_step(bench, path, ends, step):
+    low, high = ends
+    return step, list_policies(path, bench.cost, low, high, step, bench.config.p_min)
+
+
+def _facts(bench, path, step, policies, ends) -> dict:
+    "What `elastic.json` says, besides the record's figures"
+    c, cost = bench.config, bench.cost
+    lower, upper = bounds(cost, step, c.p_min)
+    return dict(format=FORMAT, model=c.model, dtype=c.dtype, range=list(ends), step=list(step),
+                p_min=c.p_min, lower=lower, upper=upper, targets=path.targets,
+                scores=path.scores.round(6), policies=policies,
+                weights=fingerprint(bench.elastic.restore().model),
+                source_weights=bench.fingerprint,
+                cost=dict(name=cost.name, unit=cost.unit, full=cost.full, fixed=cost.fixed),
+                environment=environment())
 
 # %% ../../nbs/pipeline/04_dynamic.ipynb #cf3466e2
 def elastic_card(c: PruneConfig, table: pd.DataFrame, ends, record: str) -> str:
