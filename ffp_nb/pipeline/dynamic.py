@@ -264,7 +264,7 @@ def elastic_card(c: PruneConfig, table: pd.DataFrame, ends, record: str) -> str:
                        text=Path(c.text).name, block_len=c.profile.block_len, dtype=c.dtype,
                        license=license or 'not stated by the source; see there')
 
-
+# %% ../../nbs/pipeline/04_dynamic.ipynb #5d0c728f
 CARD = """---
 {meta}
 ---
