@@ -207,6 +207,14 @@ def test_a_switch_copies_nothing(served):
     assert served.model.model.layers[0].mlp.down_proj.weight.data_ptr() == out
 
 
+def test_a_switch_in_inference_mode_leaves_no_inference_tensors(served):
+    with torch.inference_mode():
+        served.to_sparsity(0.5)
+    x = served.model.get_input_embeddings()(IDS).clone().requires_grad_()
+    served.model(inputs_embeds=x).logits.sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
 # caches of keys and values
 
 def generate(model, ids=IDS, **kw):

@@ -447,9 +447,10 @@ def _to(self: DynamicModel, widths) -> DynamicModel:
     "Switch; if a file cannot be read, the widths stay as they are"
     changes = [((int(i), KINDS[j]), int(widths[i, j]))
                for i, j in np.argwhere(widths != self.elastic.widths)]
-    found = [self.repairs(*key, k) for key, k in changes]
-    for (key, k), out in zip(changes, found):
-        self.elastic.set_module(key, k, out)
+    with torch.inference_mode(False):  # the tensors are used outside, too
+        found = [self.repairs(*key, k) for key, k in changes]
+        for (key, k), out in zip(changes, found):
+            self.elastic.set_module(key, k, out)
     vars(self.model).pop('_cache', None)  # of `generate` in transformers 4
     return self
 
