@@ -159,6 +159,8 @@ def test_to_sparsity_names_its_range(served):
         with pytest.raises(ValueError, match='0.1 to 0.5') as e:
             served.to_sparsity(wish)
         assert f'{wish:g}' in line(e)
+    with pytest.raises(ValueError, match='expected a number'):
+        served.to_sparsity('0.3')
     assert served.to_sparsity(0).sparsity == 0
 
 

@@ -468,6 +468,8 @@ def to_sparsity(self: DynamicModel,
     "Switch to the largest policy that meets a target. ValueError outside the range"
     if sparsity == 0: return self.dense()
     low, high = self.range
+    if not isinstance(sparsity, (int, float, np.number)):
+        raise ValueError(f'sparsity {sparsity!r}; expected a number, {low:g} to {high:g}, or 0')
     if not low - 1e-9 <= sparsity <= high + 1e-9:
         raise ValueError(f'sparsity {sparsity:g} is outside the range of this folder: {low:g} to '
                          f'{high:g} ({self.cost.name}), or 0 for the dense model')
