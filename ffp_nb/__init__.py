@@ -6,4 +6,7 @@ def __getattr__(name):
     if name == 'load_pruned':
         from .export.hf import load_pruned
         return load_pruned
+    if name == 'load_elastic':
+        from .pipeline.dynamic import load_elastic
+        return load_elastic
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -151,3 +151,17 @@ def test_distill_measures_its_jobs(tmp_path):
     rows = {r['what']: r for r in load_records(tmp_path)['result.rows'][0]}
     assert list(rows)[:3] == ['text', 'distill', 'chunks'] and rows['text']['times_text'] == 1
     assert all(r['tokens_s'] > 0 for r in rows.values())
+
+
+def test_elastic_compares_one_folder_with_many(tmp_path):
+    done = subprocess.run([sys.executable, FOLDER / 'elastic.py', '--quick', '--threads', '1',
+                           '--out', tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {r['what']: r for r in load_records(tmp_path)['result.rows'][0]}
+    assert all(np.isfinite(r['value']) for r in rows.values())
+    disk = lambda what: rows[f'{what} on disk']['value']
+    assert disk('elastic folder') > disk('dense model') + disk('repairs') * 0.9
+    assert disk('repairs') <= 1.1 * disk('dense model')
+    for what in ('switch', 'first token after a switch'):
+        assert rows[f'{what}, warm']['of'] == 2 * rows[f'{what}, cold']['of'] == 4
+    assert 'mean nothing' in done.stdout and 'record:' in done.stdout

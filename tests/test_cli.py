@@ -172,7 +172,8 @@ def test_debug_shows_the_traceback():
 
 def test_other_commands_name_their_own_options(monkeypatch):
     for command, options in (('prune', cli.prune), ('search', cli.search), ('report', cli.report),
-                             ('eval', cli.evaluate), ('export', cli.export)):
+                             ('eval', cli.evaluate), ('export', cli.export),
+                             ('elastic', cli.elastic)):
         names = {f'--{o.replace("_", "-")}' for o in options.__annotations__}
         said = {w.strip(',') for text in cli._WORDS[command] for w in text.split()
                 if w.startswith('--')}
@@ -180,14 +181,15 @@ def test_other_commands_name_their_own_options(monkeypatch):
 
 
 @pytest.mark.parametrize('command, resumes', [('eval', False), ('export', False), ('report', False),
-                                              ('search', True), ('prune', True)])
+                                              ('search', True), ('prune', True),
+                                              ('elastic', True)])
 def test_ctrl_c(monkeypatch, tmp_path, command, resumes):
     "Only a search goes on from its last update, and only without --no-resume"
     def stop(*a, **kw):
         raise KeyboardInterrupt
     for name in ('ffp_nb.pipeline.cli._perplexity', 'ffp_nb.export.gguf.export_gguf',
                  'ffp_nb.search.report.report', 'ffp_nb.pipeline.bench.Bench.load',
-                 'ffp_nb.pipeline.prune.prune'):
+                 'ffp_nb.pipeline.prune.prune', 'ffp_nb.pipeline.dynamic.make_elastic'):
         monkeypatch.setattr(name, stop)
     args = dict(export=['m', '--gguf', 'x.gguf'], report=['x'],
                 search=['--out', str(tmp_path)]).get(command, [])
