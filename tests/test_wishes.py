@@ -1,6 +1,9 @@
 """From a wish to a model: every form of a budget, on budget, and checked in the saved files"""
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +21,7 @@ from ffp_nb.pipeline import bench as benches, cli, prune
 from ffp_nb.pipeline.bench import Bench, find_widths
 from ffp_nb.pipeline.config import METHODS, Profile, PruneConfig, run_config
 from ffp_nb.search.loop import Search
+from ffp_nb.studies.speed import kept_promises, promise_table, read_promises
 
 FIT = dict(fixed=50., typical=0.0, worst=0.0, designs=[dict(name='dense', seconds=3e-3)],
            where=dict(device='x', threads=1, dtype='float32'))
@@ -360,3 +364,27 @@ def test_help_names_every_wish(ffp):
     for option in 'budget', 'params', 'macs', 'memory', 'speedup', 'context', 'batch':
         assert f'--{option}' in text
     assert set(cli._WISHES) == set(wishes.BUDGETS)
+
+
+# ------------------------------------------------------------------------- the benchmark
+
+def test_the_benchmark_writes_a_record(tmp_path):
+    script = Path(__file__).resolve().parent.parent / 'benchmarks' / 'latency.py'
+    done = subprocess.run([sys.executable, script, '--quick', '--threads', '1', '--out', tmp_path],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows, r = read_promises(tmp_path, None)
+    assert set(rows.budget) == {'fit', 'macs', 'settled'}
+    assert {'PyTorch float32'} <= set(rows.engine) <= {'PyTorch float32', 'llama.cpp F16'}
+    np.testing.assert_allclose(rows.measured, rows.ratios.map(np.median))
+    np.testing.assert_allclose(rows.reached, rows.measured / rows.promised)
+    np.testing.assert_allclose(rows.promised, 1 / (1 - rows.target))
+    assert (rows.met == (rows.reached >= 0.95)).all()
+    # as many MACs fewer as was asked for, counted here: four groups of 2 heads of 8, a head of 258
+    widths = np.array(rows[rows.budget == 'macs'].widths.iloc[0])
+    macs = lambda w: 64 * (w @ [64 * 8 * 6 + 65 * 16, 3 * 64]).sum() + 64 * 258
+    saved = 1 - macs(widths) / macs(np.tile([4, 96], (3, 1)))
+    assert 0 <= saved - rows.target.iloc[0] < 0.1
+    # a tiny model's own target differs by engine
+    assert promise_table(rows).notna().sum().sum() == len(rows)
+    assert len(kept_promises(rows, r)) == 4
