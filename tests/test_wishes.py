@@ -298,7 +298,8 @@ def budgeted(tmp_path_factory):
     def get(name, budget):
         if name not in made:
             made[name] = Bench.load(PruneConfig(
-                str(folder / 'dense'), str(folder / 'text.txt'), 0.3, criterion='wanda',
+                str(folder / 'dense'), str(folder / 'text.txt'), 0.2 if budget.amount else 0.3,
+                criterion='wanda',
                 dtype='float32', step=(1, 8), profile=profile, budget=budget), progress=False)
         return made[name]
     return get
@@ -388,3 +389,14 @@ def test_the_benchmark_writes_a_record(tmp_path):
     # a tiny model's own target differs by engine
     assert promise_table(rows).notna().sum().sum() == len(rows)
     assert len(kept_promises(rows, r)) == 4
+
+
+def test_another_configuration_on_a_bench_keeps_its_wish(budgeted):
+    bench = budgeted('wish', Budget('params', '80K'))
+    share = bench.config.sparsity
+    plain = replace(bench.config, budget=Budget('params', '80K'), sparsity=0.2, method='uniform')
+    widths, _ = find_widths(bench, plain, progress=False)  # not 20 %
+    assert share != 0.2 and share <= bench.cost.sparsity(widths) < share + 0.03
+    other = replace(bench.config, budget=Budget('macs', context=64), sparsity=0.2)
+    with pytest.raises(ValueError, match='made for 80K parameters'):
+        find_widths(bench, other)

@@ -170,6 +170,17 @@ class Bench:
                            c.sequential_target, p.forward_batch)
 
 # %% ../../nbs/pipeline/01_bench.ipynb #e4723474
+def _of_bench(bench: Bench, config: PruneConfig | None) -> PruneConfig:
+    "A configuration with what the bench knows of its budget. ValueError for another budget"
+    own, c = bench.config, config or bench.config
+    if c.budget == own.budget: return c
+    asked = lambda b: (b.kind, b.amount, b.context, b.batch)
+    if asked(c.budget) != asked(own.budget):
+        raise ValueError(f'the bench was made for {own.goal}, the configuration asks for {c.goal}. '
+                         'Load a bench for it.')
+    return replace(c, budget=own.budget)
+
+# %% ../../nbs/pipeline/01_bench.ipynb #dfc586a1
 @patch
 def evaluator(self: Bench,
               # Ray actors that measure, each with a replica; 0: measure in this process
@@ -188,7 +199,7 @@ def evaluator(self: Bench,
 def problem(self: Bench, config: PruneConfig | None = None) -> Problem:
     """The input of an allocation without a search. None: with the settings of the bench's own
     configuration"""
-    c = config or self.config
+    c = _of_bench(self, config)
     return Problem(self.elastic, self.stats, self.cost, self.text.calibration, self.evaluator,
                    c.sparsity, c.profile.blocks, c.seed, (c.step[0], c.step[1]), c.p_min)
 
@@ -223,7 +234,7 @@ def find_widths(bench: Bench,
                 workers: int = 0,
                 ) -> tuple[np.ndarray, SearchResult | None]:  # (n_layers, 2)
     "The widths chosen by the configured method, and the search, if the method is one"
-    c = config or bench.config
+    c = _of_bench(bench, config)
     direct = BASELINES | HEURISTICS
     try:
         if c.method in direct: return direct[c.method](bench.problem(c))[0], None
@@ -239,7 +250,7 @@ def open_run(folder: str | Path, bench: Bench,
              resume: bool = True) -> RunDir:
     """The folder of a search; depends on the weights and all settings except those of final repair
     and test"""
-    c = config or bench.config
+    c = _of_bench(bench, config)
     # an infeasible target must not touch a folder
     solve(np.zeros(bench.cost.full.shape), bench.cost, c.sparsity, c.step, c.p_min)
     key = (run_config(replace(c, dtype=bench.config.dtype), bench.corpus.sha256,
