@@ -6,7 +6,6 @@
 __all__ = ['BUDGETS', 'CONTEXT', 'COUNTED', 'Budget', 'Price', 'find_price', 'folder_amount']
 
 # %% ../../nbs/core/13_wishes.ipynb #5ce5700b
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -98,17 +97,14 @@ _UNITS = {**dict(zip('KMBT', (1e3, 1e6, 1e9, 1e12))),
 
 @patch
 def say(self: Budget, amount: float) -> str:
-    "An amount of this budget in words"
-    if self.kind == 'latency': return f'{amount:.3g} times the speed'
-    own = (re.findall(r'[A-Za-z]+$', self.said.strip()) or [''])[0]
-    names = {k.lower(): k for k in _UNITS}
-    unit = names.get(own.lower())
-    if unit is None or (self.kind == 'memory') == (len(unit) == 1):
-        family = ('KiB', 'MiB', 'GiB', 'TiB') if self.kind == 'memory' else 'KMBT'
-        unit = next((u for u in reversed(family) if amount >= _UNITS[u]), family[0])
-    text = f'{amount / _UNITS[unit]:.4g}'
-    if self.kind == 'memory': return f'{text} {unit}'
-    return f'{text}{unit} {"parameters" if self.kind == "params" else "MACs a token"}'
+    "An amount of this budget in a unit like the one in which it was written"
+    if self.kind == 'latency': return f'{amount:.3g}'
+    space, family = '', ['K', 'M', 'B', 'T']
+    if self.kind == 'memory':
+        binary = 'i' in self.said.lower() or not self.said
+        space, family = ' ', [f'{p}{"i" * binary}B' for p in 'KMGT']
+    unit = next((u for u in reversed(family) if amount >= _UNITS[u]), family[0])
+    return f'{amount / _UNITS[unit]:.4g}{space}{unit}'
 
 
 @patch
@@ -118,7 +114,9 @@ def goal(self: Budget, sparsity: float) -> str:
         f'{self.batch} x {self.context} tokens')
     at = '' if self.kind == 'params' else f' at {tokens}'
     if self.amount is not None:
-        return f'{self.say(self.amount)}{at}'
+        what = dict(params=' parameters', macs=' MACs a token', memory='',
+                    latency=' times the speed')[self.kind]
+        return f'{self.say(self.amount)}{what}{at}'
     if self.kind == 'params': return f'sparsity {sparsity:.0%}'
     what = dict(macs='fewer MACs', memory='less memory', latency='less prefill time')[self.kind]
     return f'{sparsity:.0%} {what}{at}'

@@ -368,7 +368,7 @@ def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0
     "Only find the widths: log, pictures and widths.json, but no test split and no model."
     with _told(debug, 'search'):
         from ffp_nb.core.runs import check_writable, writing
-        from ffp_nb.pipeline.bench import Bench, find_widths, open_run, with_fit
+        from ffp_nb.pipeline.bench import Bench, find_widths, open_run, settled, with_fit
         from ffp_nb.pipeline.prune import check_place, say_fit
         from ffp_nb.search.workers import import_ray
         config = _config(ctx)
@@ -382,6 +382,7 @@ def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0
             say_fit(bench)
             widths, result = find_widths(bench, run=open_run(out / 'search', bench, resume=resume),
                                          workers=workers)
+            widths, _ = settled(bench, widths, result)
             _write_search(out, bench, widths, result)
         _say_where(f'widths.json and pictures are in {out}')
 

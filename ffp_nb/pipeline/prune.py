@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'CARD_FILES', 'MISS', 'check_place', 'prune', 'speed_up', 'check_wish', 'say_wish', 'say_fit', 'removed',
-           'measure', 'write_outputs', 'card_files']
+           'keep_check', 'measure', 'write_outputs', 'card_files']
 
 # %% ../../nbs/pipeline/02_prune.ipynb #548f4d64
 import time
@@ -26,7 +26,7 @@ from ..core.wishes import COUNTED, Budget, folder_amount
 from ..export.hf import (
     UNSERVED, check_folder, find_license, load_pruned, model_card, put_right, save_pruned)
 from ..export.vllm import shared_by
-from .bench import Bench, find_widths, open_run, with_fit
+from .bench import Bench, find_widths, open_run, settled, with_fit
 from .config import PruneConfig, run_config
 from ..search.diagnose import plot_retention, plot_search, plot_slopes
 from ..search.workers import import_ray
@@ -72,19 +72,17 @@ def prune(config: PruneConfig,
         say_fit(bench, progress)
         widths, result = find_widths(bench, run=open_run(out / 'search', bench, resume=resume),
                                      progress=progress, workers=workers)
+        widths, tried = settled(bench, widths, result)
         final = dict(none=lambda: None, static=lambda: bench.static,
                      sequential=lambda: bench.sequential(widths, progress))
         weights = final[config.calibration]()
         table = measure(bench, widths, config.method, {config.calibration: weights}, progress)
-        record = write_outputs(bench, widths, result, table, out, time.perf_counter() - start)
+        record = write_outputs(bench, widths, result, table, out, time.perf_counter() - start,
+                               **dict(settled=tried) if tried else {})
         with bench.elastic.at(widths, weights):  # last: if the model exists, the run is complete
             save_pruned(bench.elastic, bench.tokenizer, out / 'model', overwrite,
                         card_files(bench, widths, table, out, record), config.model)
-        if wish := check_wish(bench, widths, out / 'model'):
-            write_json(record, (old := read_json(record))
-                       | dict(result=old['result'] | dict(wish=wish)))
-            card = card_files(bench, widths, table, out, record, say_wish(bench, wish, progress))
-            atomic_write(out / 'model' / 'README.md', card['README.md'])
+        keep_check(bench, widths, table, out, record, progress)
     return table
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b2665d42
@@ -124,8 +122,7 @@ def say_wish(bench: Bench, wish: dict,  # of `check_wish`
     b, miss = bench.price.budget, wish['miss']
     off = f'{abs(miss):.2%} {"below" if miss < 0 else "above"}'
     if b.kind == 'latency':
-        line = (f'asked for {b.goal(0)}: the fit promises {wish["promised"]:.3f}, measured '
-                f'{wish["found"]:.3f} ({off} what was asked for)')
+        line = f'asked for {b.goal(0)}: measured {wish["found"]:.3f} ({off})'
     else:
         exact = f'{b.amount:,} {COUNTED[b.kind]}'
         exact += f' ({b.goal(0)})' * (b.kind != 'params')
@@ -152,6 +149,15 @@ def removed(bench: Bench, widths) -> dict:
     found = dict(sparsity=param_cost(bench.elastic.layout).sparsity(widths))
     kind = bench.price.budget.kind
     return found if kind == 'params' else found | {f'{kind} saved': bench.cost.sparsity(widths)}
+
+
+def keep_check(bench: Bench, widths, table, out: Path, record: Path, progress: bool = True):
+    "Check a wish on the saved model; the record and the card then say what came of it"
+    if not (wish := check_wish(bench, widths, out / 'model')): return
+    old = read_json(record)
+    write_json(record, old | dict(result=old['result'] | dict(wish=wish)))
+    card = card_files(bench, widths, table, out, record, say_wish(bench, wish, progress))
+    atomic_write(out / 'model' / 'README.md', card['README.md'])
 
 # %% ../../nbs/pipeline/02_prune.ipynb #8af04f15
 def measure(bench: Bench, widths,  # (n_layers, 2)
@@ -182,7 +188,8 @@ def measure(bench: Bench, widths,  # (n_layers, 2)
     return pd.DataFrame(table)
 
 # %% ../../nbs/pipeline/02_prune.ipynb #f6463b70
-def write_outputs(bench, widths, result, table, out, wall_s) -> Path:
+def write_outputs(bench, widths, result, table, out, wall_s,
+                  **more) -> Path:  # further entries of the record's result
     "Table, pictures and record of a finished run with widths (n_layers, 2); the record's path"
     c, full = bench.config, bench.elastic.layout.full
     atomic_write(out / 'table.csv', table.to_csv(index=False))
@@ -199,7 +206,7 @@ def write_outputs(bench, widths, result, table, out, wall_s) -> Path:
                      episodes=len(result.log), broken=result.broken, updates=result.updates)
     return save_record(out, dict(name='prune')
                        | run_config(c, bench.corpus.sha256, bench.text.convention.bos),
-                       dict(widths=widths, table=table.to_dict('records'), **found),
+                       dict(widths=widths, table=table.to_dict('records'), **found, **more),
                        forward_tokens=result.forward_tokens if result else 0,
                        wall_s=round(wall_s, 1))
 

@@ -419,10 +419,12 @@ def _follow(self: Search, sparsity, asked, scores, idx):
     if self.level is None:  # the dense model is read once; each update has its own text
         self.level = float(self.evaluator.dense(idx).mean())
     searcher.learn(sparsity, asked, found, self.update / max(self.config.updates - 1, 1))
+    with np.errstate(invalid='ignore'):  # units that cost nothing, in policies of opposite signs
+        mean = np.mean(gains, 0)
     return ([self.solve(s, sparsity) for s in scores],
             np.exp([self.level - f.nats for f in found]),
             dict(nats=float(np.mean([f.nats for f in found])),
-                 gain=np.mean(gains, 0).tolist()))
+                 gain=mean.tolist()))
 
 # %% ../../nbs/search/06_loop.ipynb #b292c3cd
 @patch
