@@ -178,6 +178,7 @@ class Cell:
 
 # %% ../../nbs/studies/02_cells.ipynb #13c88132
 _flat = dict(sparsity_shape='none', fidelity_shape='none')
+_rising = dict(sparsity_start=0.1, sparsity_shape='linear', sparsity_share=1.0)
 VARIANTS = dict(default={},
                 # the schedule
                 none=dict(search=_flat), sparsity=dict(search=dict(fidelity_shape='none')),
@@ -209,8 +210,8 @@ VARIANTS = dict(default={},
                 single=dict(agent=dict(blocks=1), updates=40),
                 **{'kl-few': dict(agent=dict(loss='kl', blocks=4), updates=10),
                    'kl-short': dict(agent=dict(loss='kl'), updates=15)},
-                path=dict(search=dict(sparsity_start=0.1, sparsity_shape='linear',
-                                      sparsity_share=1.0)),
+                path=dict(search=_rising),
+                **{'slow-path': dict(search=_rising, agent=dict(rate_end=0.3), updates=60)},
                 long=dict(updates=72), mixed=dict(agent=dict(mix=0.3)),
                 refine=dict(after='gradient'),
                 # the rest

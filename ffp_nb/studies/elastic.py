@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEEDS', 'SIGMAS', 'ORDER', 'FEW', 'BETWEEN', 'SEARCHED', 'SERVED', 'NAMES', 'STUDY', 'sweep_cell', 'plan',
-           'measure_sweep', 'find_policies', 'measure_kind', 'tidy', 'against', 'pairs', 'readings', 'findings']
+           'measure_sweep', 'is_slow', 'find_policies', 'measure_kind', 'tidy', 'against', 'pairs', 'readings',
+           'findings']
 
 # %% ../../nbs/studies/19_elastic.ipynb #32659c20
 from pathlib import Path
@@ -30,9 +31,9 @@ SEARCHED = {0: FINE, 1: FINE[::10], 2: FINE[::10]}
 SERVED = (1, 128)  # the step of an elastic folder of SmolLM2, as `choose_step` finds it
 
 
-def sweep_cell(model: str, seed: int) -> Cell:
-    "The search whose target rises from 0.1 to 0.5, with the tokens of one search"
-    return Cell(model, FINE[-1], 'gradient', seed, 'path', TOKENS if model == 'llama' else None)
+def sweep_cell(model: str, seed: int, variant: str = 'path') -> Cell:
+    "The search whose target rises from 0.1 to 0.5, with the tokens of one search, or of three"
+    return Cell(model, FINE[-1], 'gradient', seed, variant, TOKENS if model == 'llama' else None)
 
 
 def plan(lab: Lab) -> Plan:
@@ -42,12 +43,11 @@ def plan(lab: Lab) -> Plan:
         yield from _plan_sweep(lab, 'llama', seed, 64, 128)
         if seed == 0:
             yield from _plan_even(lab, 'smollm2', 16)
-            yield from _plan_sweep(lab, 'smollm2', seed, 8, 16)
+            yield from _plan_sweep(lab, 'smollm2', seed, 0, 0)
+            yield from _plan_sweep(lab, 'smollm2', seed, 8, 16, 'slow-path')
         yield from plan_cells(lab, [Cell('llama', s, 'gradient', seed, tokens=TOKENS,
                                          modes=('static',)) for s in SEARCHED[seed]],
                               criterion=ORDER)
-    for seed in SEEDS[1:]:
-        yield from _plan_sweep(lab, 'smollm2', seed, 0, 0)
 
 # %% ../../nbs/studies/19_elastic.ipynb #ffb2fb7b
 def _plan_even(lab, model, blocks):
@@ -55,10 +55,11 @@ def _plan_even(lab, model, blocks):
         yield _measurement(lab, model, None, None, kind, FINE, 'test', blocks)
 
 
-def _plan_sweep(lab, model, seed, selection, test):
+def _plan_sweep(lab, model, seed, selection, test, variant='path'):
     "A sweep; two ways to read it, on the selection split; its policies"
-    cell, facts = sweep_cell(model, seed), lab.facts(model, ORDER)
-    key = (dict(name=f'{model}-sweep-{seed}', study='elastic')
+    cell, facts = sweep_cell(model, seed, variant), lab.facts(model, ORDER)
+    name = f'{model}-{variant}-{seed}'.replace('-path', '-sweep').replace('slow-sweep', 'slow')
+    key = (dict(name=name, study='elastic')
            | run_config(cell_settings(cell, facts), facts.text_sha256, facts.bos))
     sweep = yield Measurement(key, lambda _: measure_sweep(lab, cell, key))
     if sweep is None: return
@@ -86,13 +87,19 @@ def measure_sweep(lab: Lab, cell: Cell, key: dict) -> dict:
                 forward_tokens=found.forward_tokens, search_s=round(found.wall_s, 1))
 
 
+def is_slow(config: dict) -> bool:
+    "Is it a sweep of three times as many updates, whose steps stay larger at the end?"
+    return config['search']['agent']['rate_end'] == 0.3
+
+
 def _measurement(lab, model, seed, sweep, kind, targets, split, blocks, step=None):
     "Policies of one kind at these targets, on the first blocks of a split, with static repair"
     facts = lab.facts(model, ORDER)
     step = step or facts.config.step
     of = dict(of=sweep['config_id']) if sweep else {}
-    name = '-'.join(map(str, (model, kind, *([] if seed is None else [seed]), split, step[1],
-                              len(targets))))
+    slow = ['slow'] if sweep and is_slow(sweep['config']) else []
+    name = '-'.join(map(str, (model, *slow, kind, *([] if seed is None else [seed]), split,
+                              step[1], len(targets))))
     key = (dict(name=name, study='elastic', kind=kind, targets=list(targets), split=split,
                 blocks=blocks) | of
            | run_config(facts.config, facts.text_sha256, facts.bos)
