@@ -176,9 +176,11 @@ class Cell:
             parts.append(self.variant)
         return '-'.join(map(str, parts))
 
-# %% ../../nbs/studies/02_cells.ipynb #13c88132
+# %% ../../nbs/studies/02_cells.ipynb #8f0631ba
 _flat = dict(sparsity_shape='none', fidelity_shape='none')
 _rising = dict(sparsity_start=0.1, sparsity_shape='linear', sparsity_share=1.0)
+
+# %% ../../nbs/studies/02_cells.ipynb #13c88132
 VARIANTS = dict(default={},
                 # the schedule
                 none=dict(search=_flat), sparsity=dict(search=dict(fidelity_shape='none')),

@@ -139,17 +139,19 @@ NAMES = {'linear': 'path', 'nearest': 'nearest', 'uniform': 'even', 'uniform-ffn
 
 
 def tidy(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A row for each policy: `kind` (path, nearest, even, even FFN, search), model, seed, target,
+    """A row for each policy: `kind` (path, slow path, even, even FFN, search), model, seed, target,
     split, step, blocks, mean nats; and a row for each sweep and search with its cost"""
     rows, costs = [], []
     for r in read_records(runs / 'elastic'):
         c, found = r['config'], r['result']
         model = r['config']['name'].partition('-')[0]
         if 'scores' in found:
-            costs.append(dict(model=model, kind='path', seed=c['seed'], target=np.nan,
+            kind = 'slow path' if is_slow(c) else 'path'
+            costs.append(dict(model=model, kind=kind, seed=c['seed'], target=np.nan,
                               tokens=r['forward_tokens'], seconds=found['search_s']))
         if 'kind' in c:
-            rows += [dict(model=model, kind=NAMES[c['kind']], seed=c['seed'], target=float(s),
+            kind = 'slow ' * ('-slow-' in c['name']) + NAMES[c['kind']]
+            rows += [dict(model=model, kind=kind, seed=c['seed'], target=float(s),
                           split=c['split'], step=c['step'][1], blocks=len(v), nll=np.mean(v))
                      for s, v in found['nll'].items()]
     cells = [read_cells(runs / folder) for folder in ('elastic', 'slopes')]
@@ -174,28 +176,31 @@ def _is_rival(t, c) -> bool:
 
 # %% ../../nbs/studies/19_elastic.ipynb #99b0f7d5
 def against(table: pd.DataFrame, model: str, step: int | None = None,  # of the path; None: any
-            blocks: int | None = None) -> pd.DataFrame:
-    "Of the path and of each other kind on the same test blocks: nats by target, means over seeds"
+            blocks: int | None = None, kind: str = 'path') -> pd.DataFrame:
+    "Of a path and of each other kind on the same test blocks: nats by target, means over seeds"
     t = table[(table.model == model) & (table.split == 'test')]
-    ours = t[(t.kind == 'path') & ((t.step == step) if step else True)]
+    ours = t[(t.kind == kind) & ((t.step == step) if step else True)]
     blocks = blocks or int(ours.blocks.max())
     ours, t = ours[ours.blocks == blocks], t[t.blocks == blocks]
-    out = t[t.kind != 'path'].pivot_table(index='target', columns='kind', values='nll')
-    return out.assign(path=ours.groupby('target').nll.mean()).dropna(subset='path')
+    rest = t[~t.kind.isin(['path', 'slow path'])]
+    out = rest.pivot_table(index='target', columns='kind', values='nll')
+    return out.assign(**{kind: ours.groupby('target').nll.mean()}).dropna(subset=kind)
 
 
-def pairs(table: pd.DataFrame, model: str, step: int, blocks: int) -> pd.DataFrame:
-    "A row for each target and seed that has both: nats of the path above a search for that target"
+def pairs(table: pd.DataFrame, model: str, step: int, blocks: int,
+          kind: str = 'path') -> pd.DataFrame:
+    "A row for each target and seed that has both: nats of a path above a search for that target"
     t = table[(table.model == model) & (table.split == 'test') & (table.blocks == blocks)]
-    own = t[(t.kind == 'path') & (t.step == step)].set_index(['target', 'seed']).nll
+    own = t[(t.kind == kind) & (t.step == step)].set_index(['target', 'seed']).nll
     rival = t[t.kind == 'search'].set_index(['target', 'seed']).nll
     return (own - rival).dropna().rename('difference').reset_index()
 
 
 def readings(table: pd.DataFrame) -> pd.DataFrame:
     "Nats on the selection split: scores of the nearest update above scores between two updates"
-    t = table[table.split == 'selection'].pivot_table(index=['model', 'seed', 'target'],
-                                                      columns='kind', values='nll')
+    t = table[table.split == 'selection']
+    t = t.assign(kind=t.kind.str.removeprefix('slow '))
+    t = t.pivot_table(index=['model', 'seed', 'target'], columns='kind', values='nll')
     d = (t.nearest - t.path).groupby('model')
     return pd.DataFrame(dict(targets=d.size(), mean=d.mean(), least=d.min(), most=d.max()))
 
@@ -205,20 +210,24 @@ def _says(d) -> str:
 
 
 def _one_model(table, costs, model, name, steps, blocks) -> list[str]:
-    "The path against searches for single targets, and what both cost"
+    "The paths against searches for single targets, and what they cost"
     lines = []
     for step in steps:
-        d = pairs(table, model, step, blocks)
-        if d.empty: continue
-        counts = ', '.join(f'seed {int(s)}: {len(x)}' for s, x in d.groupby('seed'))
-        at = f' with FFN widths in steps of {step}' * (len(steps) > 1)
-        lines.append(f'- **{name}**{at}: the path above a search for each target, in nats: '
-                     f'{_says(d.difference)}; targets of {counts}; lower in '
-                     f'{(d.difference < 0).sum()} of {len(d)}.')
+        for kind in ('path', 'slow path'):
+            d = pairs(table, model, step, blocks, kind)
+            if d.empty: continue
+            counts = ', '.join(f'seed {int(s)}: {len(x)}' for s, x in d.groupby('seed'))
+            by = '' if len(d) > 5 else ' (' + ', '.join(
+                f'{r.difference:+.4f} at {r.target:g}' for r in d.itertuples()) + ')'
+            at = f' with FFN widths in steps of {step}' * (len(steps) > 1)
+            lines.append(f'- **{name}**{at}: the {kind} above a search for each target, in nats: '
+                         f'{_says(d.difference)}{by}; targets of {counts}; lower in '
+                         f'{(d.difference < 0).sum()} of {len(d)}.')
     c = costs[costs.model == model].groupby('kind')
-    if {'path', 'search'} <= set(c.groups):
-        one, many = (c.get_group(k).tokens.mean() for k in ('path', 'search'))
-        lines.append(f'- Forward tokens on {name}: {one:,.0f} for the sweep, {many:,.0f} for each '
+    for kind in ('path', 'slow path'):
+        if not {kind, 'search'} <= set(c.groups): continue
+        one, many = (c.get_group(k).tokens.mean() for k in (kind, 'search'))
+        lines.append(f'- Forward tokens on {name}: {one:,.0f} for the {kind}, {many:,.0f} for each '
                      f'search, so {len(FINE) * many / one:.0f} times as many for {len(FINE)} '
                      'targets.')
     return lines
@@ -228,11 +237,12 @@ def findings(table: pd.DataFrame, costs: pd.DataFrame) -> list[str]:
     "Markdown lines with the figures of the records"
     lines = (_one_model(table, costs, 'llama', 'the llama twin', (16,), 128)
              + _one_model(table, costs, 'smollm2', 'SmolLM2', (32, SERVED[1]), 32))
-    for model, step, name in (('llama', None, 'the llama twin'), ('smollm2', SERVED[1], 'SmolLM2')):
-        if not ((table.model == model) & (table.kind == 'path')).any(): continue
-        t = against(table, model, step, 16 if model == 'smollm2' else None)
+    for model, step, name, kind in (('llama', None, 'the llama twin', 'path'),
+                                    ('smollm2', SERVED[1], 'SmolLM2', 'slow path')):
+        if not ((table.model == model) & (table.kind == kind)).any(): continue
+        t = against(table, model, step, 16 if model == 'smollm2' else None, kind)
         even = [k for k in ('even', 'even FFN') if k in t]
-        gain = (t[even].min(axis=1) - t.path).dropna()
+        gain = (t[even].min(axis=1) - t[kind]).dropna()
         if len(gain):
             lines.append(f'- Below the better even cut on {name}, in nats, at {len(gain)} targets: '
                          f'{_says(gain)}.')
