@@ -161,7 +161,7 @@ def test_elastic_compares_one_folder_with_many(tmp_path):
     assert all(np.isfinite(r['value']) for r in rows.values())
     disk = lambda what: rows[f'{what} on disk']['value']
     assert disk('elastic folder') > disk('dense model') + disk('repairs') * 0.9
-    assert disk('repairs') <= 1.1 * disk('dense model')
+    assert disk('repairs') <= 2.1 * disk('dense model')
     for what in ('switch', 'first token after a switch'):
         assert rows[f'{what}, warm']['of'] == 2 * rows[f'{what}, cold']['of'] == 4
     assert 'mean nothing' in done.stdout and 'record:' in done.stdout

@@ -105,7 +105,7 @@ def repair_bytes(elastic: ElasticModel, used: Mapping[tuple[int, str], list[int]
 
 
 def choose_step(bench: Bench, path: ScorePath, low: float, high: float,
-                most: float = 1.0,  # bytes of the repairs over those of the dense model
+                most: float = 2.0,  # bytes of the repairs over those of the dense model
                 ) -> tuple[tuple[int, int], np.ndarray]:  # the step, and its policies
     "The finest step of the FFN widths with which the repairs are small enough, or the coarsest"
     c, em, (groups, channels) = bench.config, bench.elastic, bench.config.step

@@ -28,7 +28,7 @@ SEEDS, SIGMAS, ORDER = (0, 1, 2), (0.2, 0.3, 0.5), 'greedy'
 FEW, BETWEEN = FINE[::4], FINE[2::4]  # on the twin, FEW are targets of updates
 # targets at which separate searches are made, by seed
 SEARCHED = {0: FINE, 1: FINE[::10], 2: FINE[::10]}
-SERVED = (1, 128)  # the step of an elastic folder of SmolLM2, as `choose_step` finds it
+SERVED = (1, 64)  # the step of an elastic folder of SmolLM2, as `choose_step` finds it
 
 
 def sweep_cell(model: str, seed: int, variant: str = 'path') -> Cell:
