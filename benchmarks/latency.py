@@ -49,8 +49,8 @@ class Size:
     targets: tuple[float, ...] = (0.2, 0.3, 0.5)  # of the prefill time
     prompt: int = 512  # tokens
     step: tuple[int, int] = (1, 32)
-    fit_turns: int = 4
-    turns: int = 7
+    fit_turns: int = 3
+    turns: int = 5
     engines: tuple[str, ...] = ('float32', 'bfloat16', 'llama.cpp')
 
 
