@@ -66,7 +66,7 @@ def make_folder(size: Size, out: Path) -> None:
                              profile=replace(PROFILES['cpu'], test_blocks=1))
         bench = Bench.load(config, os.environ.get('FFP_CACHE_DIR'), progress=False, device='cpu')
         [sweep] = [read_json(f) for f in (ROOT / 'nbs/runs/elastic').glob(
-            f'{size.model}-sweep-0-*.json')]
+            f'{size.model}-slow-0-*.json')]
         path = ScorePath(*(np.array(sweep['result'][k]) for k in ('targets', 'scores')))
     save_elastic(bench, path, out, (size.low, size.high), progress=False)
 
