@@ -1,6 +1,6 @@
 """Tokens a second and memory of training a pruned model: on text, or taught by the dense model.
 
-    python benchmarks/distill.py --threads 1       SmolLM2, half of its blocks, 4 blocks of 512
+    python benchmarks/distill.py --threads 1       SmolLM2, half of its blocks, steps of 2 blocks
     python benchmarks/distill.py --device cuda     the same on a GPU
     python benchmarks/distill.py --quick           a tiny model, seconds: only shows that it runs
 
@@ -39,7 +39,7 @@ class Size:
     model: str | None = 'smollm2'  # None: a tiny random LLaMA
     dtype: str = 'auto'
     block_len: int = 512
-    batch: int = 4
+    batch: int = 2
     steps: int = 2
     sparsity: float = 0.5
     turns: int = 2

@@ -46,10 +46,10 @@ RATES = dict(distil=(('lora', 1e-3), ('lora', 3e-3), ('lora', 1e-2), ('finetune'
                    ('finetune', 1e-3)))
 CHECKS, WATCHED, SHOWN, JUDGED = 4, 6, 8, 24  # measurements on the way; blocks of each text
 DOCUMENTS = 30  # of each task
-# sparsity, start, loss, texts, seed, tokens
+# sparsity, start, loss, texts, seed, tokens; seeds for searched widths, which differ by them
 CELLS = [*((s, start, loss, 'own', seed, TOKENS) for s in SIGMAS for seed in SEEDS
-           for start in STARTS for loss in LOSSES),
-         *((0.5, 'searched', loss, 'mixed', seed, TOKENS) for seed in SEEDS for loss in LOSSES)]
+           for start in STARTS if start == 'searched' or not seed for loss in LOSSES),
+         *((0.5, 'searched', loss, 'mixed', 0, TOKENS) for loss in LOSSES)]
 
 # %% ../../nbs/studies/18_distillation.ipynb #af70b338
 def plan(lab: Lab, cells=tuple(CELLS), rates=RATES, criterion: str = 'greedy',
@@ -242,6 +242,7 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     table = pd.DataFrame([_row(r) for r in records], columns=[
         *_KEYS, 'own', 'other', 'accuracy', 'lr', 'train_s', 'kept', 'forward_tokens'])
     table['start'] = table.start.fillna('dense')
+    table['sparsity'] = table.sparsity.fillna(0.0)
     table['loss'] = table.loss.fillna('before')
     at = table[table.loss == 'before'].set_index(['sparsity', 'start', 'seed'])
     seed = np.where(table.start == 'even', 0, table.seed)
@@ -286,14 +287,14 @@ def gain_table(table: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/studies/18_distillation.ipynb #31618599
 def _leads(table):
-    "Nats by which searched widths are below the even cut, after the same training, by seed"
+    """Nats by which searched widths are below the even cut after the same training, by seed of the
+    search; the even cut is trained once"""
     t = table[table.texts.isna() | (table.texts == 'own')]
     t = t[(t.budget == TOKENS) | (t.loss == 'before')]
     even = t[t.start == 'even'].set_index(['sparsity', 'loss', 'seed'])
     rows = []
     for r in t[t.start == 'searched'].itertuples():
-        key = r.sparsity, r.loss, 0 if r.loss == 'before' else r.seed
-        if key in even.index:
+        if (key := (r.sparsity, r.loss, 0)) in even.index:
             rows.append(dict(sparsity=r.sparsity, loss=r.loss, seed=r.seed,
                              own=even.own[key] - r.own, other=even.other[key] - r.other,
                              accuracy=r.accuracy - even.accuracy[key]))
@@ -316,11 +317,11 @@ def accuracy_table(table: pd.DataFrame) -> pd.DataFrame:
         index={np.nan: ''}).sort_index(level=0, ascending=False, sort_remaining=False)
 
 # %% ../../nbs/studies/18_distillation.ipynb #c90e6477
-def against_text(table: pd.DataFrame, start: str | None = None) -> pd.DataFrame:
+def against_text(table: pd.DataFrame) -> pd.DataFrame:
     """For each target and kind of text: nats by which distilled models are below those trained on
-    text (same widths, tokens, texts and seed): mean, 95 % interval over seeds"""
+    text (same searched widths, tokens and seed): mean, 95 % interval over seeds"""
     t = _short(table)
-    t = t[t.texts == 'own'] if start is None else t[(t.texts == 'own') & (t.start == start)]
+    t = t[(t.texts == 'own') & (t.start == 'searched')]
     wide = t.pivot_table(index=['sparsity', 'start', 'seed'], columns='loss',
                          values=['own', 'other', 'accuracy'])
     rows = []
@@ -348,7 +349,7 @@ def findings(table: pd.DataFrame, points: pd.DataFrame) -> list[str]:
         parts = [f'{names[k]}: {_judge(*x.loc[k, ["mean", "interval"]], "below", "above")} '
                  f'({-x["mean"][k]:+.3f} ± {x.interval[k]:.3f} nats)' for k in names]
         lines.append(f'- σ = {s:g}: distilled on WikiText-2 against trained on it, {TOKENS:,} '
-                     f'tokens each, {x.seeds["own"]:.0f} seeds, both kinds of widths: '
+                     f'tokens each, searched widths, {x.seeds["own"]:.0f} seeds: '
                      + '; '.join(parts) + f'; accuracy {x["mean"]["accuracy"]:+.1f} ± '
                      f'{x.interval["accuracy"]:.1f} points.')
     for s, d in leads.groupby('sparsity'):
@@ -382,10 +383,12 @@ def _cost_lines(t: pd.DataFrame) -> list[str]:
     parts = [f'{what} {d.train_s.median():.0f} s and {d.forward_tokens.mean():,.0f} forward tokens'
              for loss, what in (('distil', 'distilled'), ('text', 'on text'))
              for d in [t[(t.loss == loss)]] if len(d)]
-    stayed = (t.kept == 0).sum()
+    stayed = t[t.kept == 0].groupby('loss').size()
+    back = ', '.join(f'{n} {what}' for what, n in stayed.items()) or 'none'
     return [f'- A training of {TOKENS:,} tokens with its measurements takes (median, one core, '
             f'beside other work): {"; ".join(parts)} (a backward pass counts as two). '
-            f'{stayed} of {len(t)} trainings ended with the weights of the start.']
+            f'Of {len(t)} trainings, these never got below the start on selection text, and ended '
+            f'with its weights: {back}.']
 
 
 STUDY = Study('distillation', 'distillation', plan, tidy, findings)
