@@ -246,9 +246,9 @@ def findings(table: pd.DataFrame, costs: pd.DataFrame) -> list[str]:
         if len(gain):
             lines.append(f'- Below the better even cut on {name}, in nats, at {len(gain)} targets: '
                          f'{_says(gain)}.')
-    lines += [f'- Reading the path between two updates ({m}, selection split, {r.targets} pairs): '
-              f'the nearest update instead is {r["mean"]:+.5f} nats away ({r.least:+.5f} to '
-              f'{r.most:+.5f}).' for m, r in readings(table).iterrows()]
+    lines += [f'- Reading the path between two updates ({m}, selection split, {int(r.targets)} '
+              f'pairs): the nearest update instead is {r["mean"]:+.5f} nats away '
+              f'({r.least:+.5f} to {r.most:+.5f}).' for m, r in readings(table).iterrows()]
     return lines
 
 
