@@ -554,6 +554,8 @@ def cut(folder: str | Path,  # an elastic folder
     read_elastic(folder)  # says it before all else if the folder is none
     if (sparsity is None) == (memory is None):
         raise ValueError('give a sparsity or an amount of memory, one of the two')
+    if memory is not None:
+        as_bytes(memory)  # before a model is loaded
     if out is None and gguf is None:
         raise ValueError('nothing to write: give a folder (--out) or a file (--gguf), or both')
     if gguf is not None:
