@@ -227,9 +227,11 @@ def _one_model(table, costs, model, name, steps, blocks) -> list[str]:
     for kind in ('path', 'slow path'):
         if not {kind, 'search'} <= set(c.groups): continue
         one, many = (c.get_group(k).tokens.mean() for k in (kind, 'search'))
+        took = [c.get_group(k).seconds.median() for k in (kind, 'search')]
         lines.append(f'- Forward tokens on {name}: {one:,.0f} for the {kind}, {many:,.0f} for each '
                      f'search, so {len(FINE) * many / one:.0f} times as many for {len(FINE)} '
-                     'targets.')
+                     f'targets. Seconds (median, beside other work of very different load): '
+                     f'{took[0]:,.0f} and {took[1]:,.0f}.')
     return lines
 
 # %% ../../nbs/studies/19_elastic.ipynb #295ea9ae
