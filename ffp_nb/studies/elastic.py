@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEEDS', 'SIGMAS', 'ORDER', 'FEW', 'BETWEEN', 'SEARCHED', 'SERVED', 'NAMES', 'STUDY', 'sweep_cell', 'plan',
            'measure_sweep', 'is_slow', 'find_policies', 'measure_kind', 'tidy', 'against', 'pairs', 'readings',
-           'findings']
+           'lengths', 'findings']
 
 # %% ../../nbs/studies/19_elastic.ipynb #32659c20
 from pathlib import Path
@@ -41,10 +41,10 @@ def plan(lab: Lab) -> Plan:
     yield from _plan_even(lab, 'llama', 128)
     for seed in SEEDS:
         yield from _plan_sweep(lab, 'llama', seed, 64, 128)
-        if seed == 0:
-            yield from _plan_even(lab, 'smollm2', 16)
-            yield from _plan_sweep(lab, 'smollm2', seed, 0, 0)
-            yield from _plan_sweep(lab, 'smollm2', seed, 8, 16, 'slow-path')
+        few = (8, 16) if seed == 0 else (0, 0)
+        if seed == 0: yield from _plan_even(lab, 'smollm2', 16)
+        yield from _plan_sweep(lab, 'smollm2', seed, *few, 'slow-path')
+        yield from _plan_sweep(lab, 'smollm2', seed, 0, 0)
         yield from plan_cells(lab, [Cell('llama', s, 'gradient', seed, tokens=TOKENS,
                                          modes=('static',)) for s in SEARCHED[seed]],
                               criterion=ORDER)
@@ -71,6 +71,8 @@ def _plan_sweep(lab, model, seed, selection, test, variant='path'):
         yield make('linear', SIGMAS, 'test', 32, step)
         if test and step == SERVED:
             yield make('linear', FINE, 'test', test, SERVED)
+    if model == 'smollm2':  # how long a sweep has to be is decided here
+        yield make('linear', SIGMAS, 'selection', 24, SERVED)
     for reading in ('linear', 'nearest') if selection else ():
         yield make(reading, BETWEEN, 'selection', selection)
 
@@ -200,9 +202,17 @@ def readings(table: pd.DataFrame) -> pd.DataFrame:
     "Nats on the selection split: scores of the nearest update above scores between two updates"
     t = table[table.split == 'selection']
     t = t.assign(kind=t.kind.str.removeprefix('slow '))
-    t = t.pivot_table(index=['model', 'seed', 'target'], columns='kind', values='nll')
-    d = (t.nearest - t.path).groupby('model')
+    t = t.pivot_table(index=['model', 'blocks', 'seed', 'target'], columns='kind', values='nll')
+    d = (t.nearest - t.path).dropna().groupby('model')
     return pd.DataFrame(dict(targets=d.size(), mean=d.mean(), least=d.min(), most=d.max()))
+
+
+def lengths(table: pd.DataFrame) -> pd.Series:
+    "Nats of SmolLM2 on the selection split, by target and seed: the slow path above the short one"
+    t = table[(table.model == 'smollm2') & (table.split == 'selection') & (table.blocks == 24)]
+    t = t.pivot_table(index=['target', 'seed'], columns='kind', values='nll')
+    t = t.reindex(columns=['slow path', 'path'])
+    return (t['slow path'] - t['path']).dropna()
 
 # %% ../../nbs/studies/19_elastic.ipynb #03852f20
 def _says(d) -> str:
@@ -251,6 +261,11 @@ def findings(table: pd.DataFrame, costs: pd.DataFrame) -> list[str]:
     lines += [f'- Reading the path between two updates ({m}, selection split, {int(r.targets)} '
               f'pairs): the nearest update instead is {r["mean"]:+.5f} nats away '
               f'({r.least:+.5f} to {r.most:+.5f}).' for m, r in readings(table).iterrows()]
+    by = [f'{_says(d)} at {s:g}' for s, d in lengths(table).groupby('target')]
+    if by:
+        seeds = lengths(table).index.unique('seed').size
+        lines.append(f'- The length of the sweep (SmolLM2, selection split, {seeds} seeds): the '
+                     f'slow path above the short one, in nats: ' + '; '.join(by) + '.')
     return lines
 
 
