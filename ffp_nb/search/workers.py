@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core.elastic import ElasticModel
-from ..core.families import SMOLLM2, fingerprint, load_model
+from ..core.families import PACKAGED, fingerprint, load_model
 from ..core.ridge import Calibrator
 from ..core.stats import GramStats
 from ..core.text import Blocks
@@ -257,7 +257,7 @@ def replica_of(evaluator: Evaluator,  # with a `Calibrator`
     em, path, how = evaluator.elastic, Path(model).expanduser(), dict(how)
     pool = evaluator.pool
     static: Any = evaluator.weights
-    if model not in SMOLLM2 and path.exists():
+    if model not in PACKAGED and path.exists():
         model = str(path.resolve())
     if str(how.get('device')).startswith('cuda:'):
         how['device'] = 'cuda'  # the worker's own GPU
