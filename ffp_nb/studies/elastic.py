@@ -42,7 +42,8 @@ def plan(lab: Lab) -> Plan:
     for seed in SEEDS:
         yield from _plan_sweep(lab, 'llama', seed, 64, 128)
         few = (8, 16) if seed == 0 else (0, 0)
-        if seed == 0: yield from _plan_even(lab, 'smollm2', 16)
+        if seed == 0:
+            yield from _plan_even(lab, 'smollm2', 16)
         yield from _plan_sweep(lab, 'smollm2', seed, *few, 'slow-path')
         yield from _plan_sweep(lab, 'smollm2', seed, 0, 0)
         yield from plan_cells(lab, [Cell('llama', s, 'gradient', seed, tokens=TOKENS,
