@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'SIGMAS', 'SEEDS', 'SAME', 'METHODS', 'DONE', 'TASKS_OF', 'STUDY', 'wanted', 'policies', 'plan', 'tidy',
            'best_rival', 'headline', 'perplexity_table', 'draw', 'zero_shot_table', 'distilled_table', 'cost_table',
-           'findings']
+           'costs', 'findings']
 
 # %% ../../nbs/studies/21_methods.ipynb #805ce91f
 from pathlib import Path
@@ -282,6 +282,18 @@ def cost_table(table: pd.DataFrame) -> pd.DataFrame:
     out['tokens'] = out.tokens.map('{:,.0f}'.format)
     out['seconds'] = out.seconds.map(lambda v: '' if np.isnan(v) else f'{v:.0f}')
     return out
+
+
+def costs(table: pd.DataFrame) -> list[str]:
+    "What the widths of the default and of the paper's recipe cost, as Markdown lines"
+    t = table[(table.calibration == 'sequential') & table.seconds.notna()]
+    lines = []
+    for (model, name), d in t[t.method.isin(['default', "paper's recipe"])].groupby(
+            ['model', 'method']):
+        lines.append(f'- {MODELS[model]}, {name}: {d.forward_tokens.mean():,.0f} forward tokens '
+                     f'and {d.seconds.median():.0f} s a search (median; one CPU core, beside '
+                     'other work).')
+    return lines
 
 # %% ../../nbs/studies/21_methods.ipynb #75d97911
 def findings(table: pd.DataFrame, tasks: list[dict], trained: pd.DataFrame) -> list[str]:

@@ -16,8 +16,8 @@ import pandas as pd
 
 from ..core.runs import atomic_write, check_output, read_json
 from . import (
-    ablation, allocation, criteria, distillation, dynamic, elastic, families, prediction, quantise,
-    recovery, rewards, scaling, schedules, searchers, slopes, speed, spine)
+    ablation, allocation, criteria, distillation, dynamic, elastic, families, methods, prediction,
+    quantise, recovery, rewards, scaling, schedules, searchers, slopes, speed, spine)
 from .cells import Lab
 from .study import Study, count_records, run_study
 
@@ -38,7 +38,7 @@ def find_notebooks(nbs: str | Path | None = None) -> Path:  # a folder with `stu
 # %% ../../nbs/studies/20_registry.ipynb #8050d388
 STUDIES = {s.name: s for s in (m.STUDY for m in (  # in the order of the site
     spine, families, speed, allocation, searchers, schedules, ablation, prediction, dynamic,
-    criteria, rewards, recovery, scaling, slopes, quantise, distillation, elastic))}
+    criteria, rewards, recovery, scaling, slopes, quantise, distillation, elastic, methods))}
 
 
 def get_study(name: str) -> Study:

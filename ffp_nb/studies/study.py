@@ -176,6 +176,7 @@ COLOURS = {'default': '#0173b2', "paper's recipe": '#de8f05', 'CMA-ES': '#029e73
            'even FFN cut, greedy': '#1f4e79', 'even cut': '#595959', 'distilled': '#003f5c',
            'dense': '#000000'}
 _OTHER_NAMES = {'gradient': 'default', 'search': 'default', 'ffp': "paper's recipe",
+                'agent': "paper's recipe",
                 'published': "paper's recipe", 'cma': 'CMA-ES', 'eas': 'EAS',
                 'evopress': 'EvoPress', 'grasprune': 'GRASPrune', 'tpe': 'TPE', 'ddpg': 'DDPG',
                 'random-search': 'random', 'flap': 'FLAP', 'owl': 'OWL',
