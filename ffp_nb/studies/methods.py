@@ -272,7 +272,7 @@ def distilled_table(trained: pd.DataFrame) -> pd.DataFrame:
                      'nats gained': mean_interval(d.before - d.nll, 3)})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/studies/21_methods.ipynb #e1b64a5a
 def cost_table(table: pd.DataFrame) -> pd.DataFrame:
     "What the widths cost: means over targets and seeds"
     t = table[(table.calibration == 'sequential')].drop_duplicates(
