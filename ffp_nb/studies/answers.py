@@ -238,7 +238,7 @@ def _methods(table, tasks, trained):
             'against the best other method it has less by '
             + ', '.join(f'{_cut(gain)} at {s:g} ({rival})' for gain, s, rival in parts) + '.')
 
-
+# %% ../../nbs/studies/23_answers.ipynb #1eaa013c
 @answers('ranking')
 def _ranking(table, truth):
     most = table[table.policies == table.policies.max()]

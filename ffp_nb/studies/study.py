@@ -185,5 +185,7 @@ _OTHER_NAMES = {'gradient': 'default', 'search': 'default', 'ffp': "paper's reci
 
 
 def colours(names) -> dict[str, str]:
-    "The colour of each method, for seaborn's `palette`. KeyError for a method that has none"
-    return {n: COLOURS[_OTHER_NAMES.get(n, n)] for n in dict.fromkeys(names)}
+    """The colour of each method, for seaborn's `palette`; what follows a comma in a name is left
+    out. KeyError for a method that has none"""
+    own = lambda n: n if n in COLOURS else n.partition(',')[0]
+    return {n: COLOURS[_OTHER_NAMES.get(own(n), own(n))] for n in dict.fromkeys(names)}
