@@ -47,10 +47,11 @@ RATES = dict(distil=(('lora', 1e-3), ('lora', 3e-3), ('lora', 1e-2), ('finetune'
                    ('finetune', 1e-3)))
 CHECKS, WATCHED, SHOWN, JUDGED = 4, 6, 8, 24  # measurements on the way; blocks of each text
 DOCUMENTS = 30  # of each task
-# sparsity, start, loss, texts, seed, tokens; seeds for searched widths, which differ by them
+# sparsity, start, loss, texts, seed, tokens
 CELLS = [*((s, start, loss, 'own', seed, TOKENS) for s in SIGMAS for seed in SEEDS
-           for start in STARTS if start == 'searched' or not seed for loss in LOSSES),
-         *((0.5, 'searched', loss, 'mixed', 0, TOKENS) for loss in LOSSES)]
+           for start in STARTS for loss in LOSSES),
+         *((s, 'searched', loss, 'mixed', seed, TOKENS) for s in SIGMAS for seed in SEEDS
+           for loss in LOSSES)]
 
 # %% ../../nbs/studies/18_distillation.ipynb #af70b338
 def plan(lab: Lab, cells=tuple(CELLS), rates=RATES, criterion: str = 'greedy',
@@ -297,14 +298,15 @@ def gain_table(table: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/studies/18_distillation.ipynb #31618599
 def _leads(table):
-    """Nats by which searched widths are below the even cut after the same training, by seed of the
-    search; the even cut is trained once"""
+    """Nats by which searched widths are below the even cut after the same training with the same
+    seed; before training there is one even cut"""
     t = table[table.texts.isna() | (table.texts == 'own')]
     t = t[(t.budget == TOKENS) | (t.loss == 'before')]
     even = t[t.start == 'even'].set_index(['sparsity', 'loss', 'seed'])
     rows = []
     for r in t[t.start == 'searched'].itertuples():
-        if (key := (r.sparsity, r.loss, 0)) in even.index:
+        seed = r.seed if r.loss != 'before' else 0
+        if (key := (r.sparsity, r.loss, seed)) in even.index:
             rows.append(dict(sparsity=r.sparsity, loss=r.loss, seed=r.seed,
                              own=even.own[key] - r.own, other=even.other[key] - r.other,
                              accuracy=r.accuracy - even.accuracy[key]))
