@@ -132,7 +132,7 @@ def repaired(by_name: dict) -> pd.DataFrame:
     blocks, the interval over blocks, p, and Holm's over all policies"""
     rows = []
     for r in by_name.values():
-        c, nll = r['config'], r['result'].get('nll')
+        c, nll = r['config'], r['result'].get('nll', {})
         if c.get('method') == 'ffp' and {'none', 'sequential'} <= {*nll}:
             d, h = paired_interval(nll['sequential'], nll['none'])
             p = p_value(np.subtract(nll['sequential'], nll['none']))
