@@ -108,7 +108,7 @@ def gains(table: pd.DataFrame, calibration: str = 'sequential') -> pd.DataFrame:
                          p=p_value(g)))
     return pd.DataFrame(rows).assign(holm=lambda t: holm(t.p))
 
-
+# %% ../../nbs/studies/06_allocation.ipynb #c216dc55
 def perplexity_table(table: pd.DataFrame, model: str) -> pd.DataFrame:
     """Test perplexity of one model, mean of the seeds with the 95 % interval: policies down,
     targets and repairs across"""

@@ -515,7 +515,7 @@ def against(traces: pd.DataFrame, policy: str, variant: str) -> pd.DataFrame:
                  for (p, v), t in d.groupby(['policy', 'variant'])]
     return pd.DataFrame(rows, columns=[*same, 'policy', 'variant', 'behind', 'times'])
 
-
+# %% ../../nbs/studies/02_cells.ipynb #6ec211f2
 def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Of `against`, for each searcher: runs, how many reach the base's best, times cheaper (median,
     smallest, largest), mean distance with the half-width of its 95 % interval over `clusters`, its

@@ -131,7 +131,7 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return (t.assign(gap=t.nll - t[t.agent == 'dense'].nll.item()),
             other[['policy', 'sparsity', 'nll']].reset_index(drop=True))
 
-
+# %% ../../nbs/studies/11_dynamic.ipynb #126b199a
 def differences(table: pd.DataFrame) -> pd.DataFrame:
     """For each agent and target: mean nats above the agents trained for that target, in pairs of
     seeds, with the 95 % interval over seeds, p, and Holm's over all agents and targets"""
@@ -194,7 +194,7 @@ def findings(table: pd.DataFrame, rivals: pd.DataFrame) -> list[str]:
                     f'- Forward tokens for all eleven targets: {one:,.0f} for the one agent, '
                     f'{total:,.0f} for eleven ({total / one:.1f} times as many).']
 
-
+# %% ../../nbs/studies/11_dynamic.ipynb #35e9d240
 def _dynamic(table, rivals):
     """Is one agent below the strongest heuristic at every target that has them, by intervals over
     seeds, and somewhere by as much as published? Even cuts are weak and decide nothing"""

@@ -29,9 +29,9 @@ from ..search.predict import (
     PREDICTORS, Predicted, PredictedSearch, Prediction, features, judge)
 from .cells import TOKENS, Cell, Facts, Lab, cell_settings, in_study, read_cells
 from .families import large_models
-from ffp_nb.studies.study import (
-    Claim, Measurement, Plan, Study, half_width, only_one, paired_differences, read_records, told,
-    verdict)
+from .study import (
+    Claim, Measurement, Plan, Study, half_width,
+    only_one, paired_differences, read_records, told, verdict)
 
 # %% ../../nbs/studies/10_prediction.ipynb #f32d1ac0
 MODEL, SEEDS = 'llama', (0, 1, 2)
@@ -315,7 +315,7 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, dict, pd.DataFrame]:
                             columns=columns).rename(columns=dict(wall_s='search_s'))
     return pd.DataFrame(judged), found['timing']['result'], searches
 
-
+# %% ../../nbs/studies/10_prediction.ipynb #5c2e078b
 def at_full(judged: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds with all training policies: a row for each predictor and split. `range`: of
     the policies judged on, in nats; its square is what `minmax` divides the error by"""
@@ -371,7 +371,7 @@ def judged_findings(judged: pd.DataFrame, timing: dict) -> list[str]:
             f'policy alone ({us / r.us:,.0f} in batches) against {timing["model_s"]:.2f} CPU '
             f'seconds on {timing["blocks"]} blocks.']
 
-
+# %% ../../nbs/studies/10_prediction.ipynb #1c1b1335
 def _below(errors) -> bool:
     "Is the whole interval over seeds below the published error?"
     return bool(errors.mean() + half_width(errors) < PPF['error'])

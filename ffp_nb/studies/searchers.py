@@ -129,7 +129,7 @@ def _cheaper(mine, traces):
         f'{mean:.2g} times, interval over {over(x)} {low:.2g} to {high:.2g}; {x.median():.2g} in '
         f'the median of {len(x)} runs ({x.min():.2g} to {x.max():.2g})')
 
-
+# %% ../../nbs/studies/07_searchers.ipynb #23e0e831
 def findings(mine: pd.DataFrame, traces: pd.DataFrame) -> list[str]:
     "Markdown lines: each searcher against EAS, the claim of the paper and the goal"
     if traces.empty: return ['- no record yet']
