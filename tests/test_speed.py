@@ -107,7 +107,7 @@ def test_study_reads_the_record(quick):
             and ('decode', 'llama.cpp Q8_0') in s.index)
     rounded = record['result']['rounded']
     rows = [dict(target=0.3, step=n, widths=rounded[f'ffp 0.3, step {n}']['widths'],
-                 cost=0.1 * (n > 1), interval=0.2) for n in (1, 8, 32)]
+                 cost=0.1 * (n > 1), interval=0.2, holm=0.6) for n in (1, 8, 32)]
     both = with_speed(pd.DataFrame(rows), table, record)
     assert both.step.tolist() == [1, 8, 32] and len(weigh(pd.DataFrame(rows), both)) == 2
     rows[1]['widths'] = rows[0]['widths']

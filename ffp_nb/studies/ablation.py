@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from .cells import TOKENS, Cell, Lab, in_study, plan_cells, plan_selection, read_cells
-from .study import Plan, Study, paired_differences, read_records
+from .study import (
+    LEVEL, Plan, Study, holm, p_value, paired_differences, read_records, told)
 
 # %% ../../nbs/studies/09_ablation.ipynb #fea49fdb
 PARTS = dict(published='published agent: learning rate 1e-4, a learned value as baseline',
@@ -62,27 +63,39 @@ def tidy(runs: Path) -> tuple[pd.DataFrame]:
 
 # %% ../../nbs/studies/09_ablation.ipynb #335ee2a9
 def effects(mine: pd.DataFrame) -> pd.DataFrame:
-    """For each change: difference to the default in nats, in pairs of model and seed, on the
-    selection and on the test split"""
+    """For each change: difference to the default in nats, seeds paired, with its interval over
+    models, p and Holm's over all changes; on the test and on the selection split. `if_pairs` is
+    Holm's p if the pairs of a model were independent, which they are not"""
     out = paired_differences(mine).set_index('variant')
     if mine.selection.notna().any():
-        chosen = paired_differences(mine.assign(nll=mine.selection)).set_index('variant')
-        out = out.join(chosen[['difference', 'interval']].add_prefix('selection_'))
-        out = out.sort_values('selection_difference')
+        of = mine.assign(nll=mine.selection)
+        columns = ['difference', 'interval', 'p', 'holm']
+        chosen = paired_differences(of).set_index('variant')[columns]
+        wide = of.pivot_table(index=['model', 'seed'], columns='variant', values='nll')
+        d = wide.sub(wide['default'], axis=0)
+        chosen['if_pairs'] = holm([p_value(d[v].dropna()) for v in chosen.index])
+        out = out.join(chosen.add_prefix('selection_')).sort_values('selection_difference')
     return out.assign(change=[(PARTS | TRUSTED)[v] for v in out.index])
 
 
 def findings(mine: pd.DataFrame) -> list[str]:
     "Markdown lines: which changes help, hurt, or show no clear effect on the selection split"
     if mine.empty or 'selection_difference' not in (e := effects(mine)): return ['- no record yet']
-    sure = e.selection_difference.abs() > e.selection_interval
-    pairs = ' or '.join(str(n) for n in sorted(set(e.pairs)))
+    word = np.array([told(r.selection_difference, r.selection_holm) for r in e.itertuples()])
+    n, pairs = e.over.iloc[0], ' or '.join(str(n) for n in sorted(set(e.pairs)))
     say = lambda d: ', '.join(f'{r.change} ({r.selection_difference:+.4f} ± '
                               f'{r.selection_interval:.4f})' for r in d.itertuples()) or 'none'
-    return ['- Better than the default, zero outside the 95 % interval: '
-            f'{say(e[sure & (e.selection_difference < 0)])}.',
-            f'- Worse, likewise: {say(e[sure & (e.selection_difference > 0)])}.',
-            f'- Not told apart by {pairs} pairs: {say(e[~sure])}.']
+    lines = [f'- Better than the default, by intervals over {n} and Holm\'s correction for '
+             f'{len(e)} changes: {say(e[word == "below"])}.',
+             f'- Worse, likewise: {say(e[word == "above"])}.',
+             f'- Not told apart: {say(e[word == "not told apart"])}.']
+    if mine.model.nunique() == 1: return lines
+    near = e[(word == 'not told apart') & (e.selection_if_pairs < LEVEL)]
+    name = ', '.join(f'{r.change} ({r.selection_difference:+.4f}, adjusted p '
+                     f'{r.selection_if_pairs:.2f})' for r in near.itertuples()) or 'none'
+    return [*lines, f'- If the {pairs} pairs of each change were independent, this would be told '
+                    f'apart: {name}. But the seeds of a model are alike, and {n} say little of '
+                    'others.']
 
 
 STUDY = Study('ablation', 'main', plan, tidy, findings)

@@ -32,7 +32,8 @@ from ..search.heuristics import (
     BASELINES, HEURISTICS, BiasCompensation, output_biases, retention_scores)
 from ..search.loop import Evaluator, Search, save_policies, search_summary
 from ..search.rivals import searcher_settings
-from .study import Measurement, Plan, half_width, read_records
+from .study import (
+    Measurement, Plan, clusters, half_width, holm, p_value, read_records)
 from .twins import NAMES, SETUPS, Training, Twin, build_model, open_twin, twin_config
 
 # %% ../../nbs/studies/02_cells.ipynb #f4ed5e9d
@@ -514,14 +515,18 @@ def against(traces: pd.DataFrame, policy: str, variant: str) -> pd.DataFrame:
                  for (p, v), t in d.groupby(['policy', 'variant'])]
     return pd.DataFrame(rows, columns=[*same, 'policy', 'variant', 'behind', 'times'])
 
-
+# %% ../../nbs/studies/02_cells.ipynb #6ec211f2
 def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Of `against`, for each searcher: runs, how many reach the base's best, times cheaper (median,
-    smallest, largest), mean distance with the half-width of its 95 % interval"""
-    g = runs.groupby(['policy', 'variant'])
+    smallest, largest), mean distance with the half-width of its 95 % interval over `clusters`, its
+    p and Holm's over all searchers"""
+    g = runs.set_index(['model', 'seed']).groupby(['policy', 'variant'])
     t = pd.DataFrame(dict(runs=g.size(), reached=g.times.agg(lambda r: int((r > 0).sum())),
-                          times_cheaper=g.times.median(), low=g.times.min(), high=g.times.max(),
-                          behind=g.behind.mean(), interval=g.behind.agg(half_width)))
+                          times_cheaper=g.times.median(), low=g.times.min(), high=g.times.max()))
+    behind = [clusters(d) for _, d in g.behind]
+    for name, f in dict(behind=np.mean, interval=half_width, p=p_value).items():
+        t[name] = [f(d) for d in behind]
+    t['holm'] = holm(t.p)
     return t.reset_index().sort_values('behind', ignore_index=True)
 
 # %% ../../nbs/studies/02_cells.ipynb #f772aac9

@@ -15,7 +15,9 @@ import pandas as pd
 from ..core.budget import retention
 from .cells import TOKENS, Cell, Lab, plan_cells, read_cells
 from .dynamic import measure_policies
-from .study import Measurement, Plan, Study, half_width, read_records
+from .study import (
+    MARGIN, Measurement, Plan, Study, holm, no_worse,
+    p_value, paired_differences, read_records, told)
 
 # %% ../../nbs/studies/12_criteria.ipynb #d3273605
 SIX = 'wanda', 'magnitude', 'fluctuation', 'obs', 'random', 'taylor'  # that were measured
@@ -77,31 +79,35 @@ def shares(swaps: pd.DataFrame) -> pd.Series:
 
 # %% ../../nbs/studies/12_criteria.ipynb #46581e02
 def findings(table: pd.DataFrame, swaps: pd.DataFrame) -> list[str]:
-    "Markdown lines with the figures; differences below 0.01 nats do not matter"
+    "Markdown lines with the figures; intervals are over the seeds of one model"
     static = table[table.calibration == 'static']
     ffp = static[static.policy == 'ffp']
     even = static[static.policy == 'uniform-ffn'].set_index('criterion').nll
     g = ffp.groupby('criterion').nll
     order = g.mean().sort_values()
+    against = paired_differences(ffp, 'wanda', 'criterion', ['seed'])
     off = swaps[(swaps.searched != swaps.applied) & (swaps.searched != 'random')
                 & (swaps.applied != 'random')]
     strange = swaps[(swaps.searched == 'random') & (swaps.applied != 'random')]
     v, rho = shares(swaps), similarity(ffp).groupby(['same', 'kind']).rho.mean()
-    pairs = off.groupby(['searched', 'applied']).above.agg(['mean', half_width])
-    told = pairs[pairs['mean'].abs() > pairs.half_width]
+    pairs = off.groupby(['searched', 'applied']).above.agg(['mean', p_value])
+    word = [told(d, p) for d, p in zip(pairs['mean'], holm(pairs.p_value))]
+    fine = off.groupby(['searched', 'applied']).above.agg(no_worse)
     return [
         ('- **Final quality depends on the criterion**: test perplexity with static repair from '
          f'{np.exp(order.iloc[0]):.2f} ({order.index[0]}) to {np.exp(order.iloc[-1]):.2f} '
-         f'({order.index[-1]}); in nats above the best: ')
-        + ', '.join(f'{c} {x - order.iloc[0]:+.3f} ± {half_width(g.get_group(c)):.3f}'
-                    for c, x in order.items()) + '.',
+         f'({order.index[-1]}); in nats above Wanda, in pairs of seeds: ')
+        + ', '.join(f'{r.criterion} {r.difference:+.3f} ± {r.interval:.3f} '
+                    f'({told(r.difference, r.holm)})' for r in against.itertuples())
+        + ' (Holm over these).',
         '- **The search helps under every criterion**: against an even cut of the FFNs '
         f'{", ".join(f"{c} {order[c] - even[c]:+.3f}" for c in order.index)} nats.',
         '- **Policies travel**: a policy that was searched under another criterion (random '
         f'orders aside) costs {off.above.mean():+.4f} nats on average against the one searched '
-        f'there ({pairs["mean"].min():+.4f} to {pairs["mean"].max():+.4f} by pair; {len(told)} '
-        f'of {len(pairs)} pairs have zero outside their interval; '
-        f'{(pairs["mean"] > 0.01).sum()} cost more than 0.01 nats). Policies searched '
+        f'there ({pairs["mean"].min():+.4f} to {pairs["mean"].max():+.4f} by pair; of {len(pairs)} '
+        f'pairs {word.count("above")} are worse and {word.count("below")} better by Holm\'s '
+        f'correction, and {fine.sum()} are shown to cost at most {MARGIN} nats; '
+        f'{(pairs["mean"] > MARGIN).sum()} cost more than that in the mean). Policies searched '
         f'under a random order cost {strange.above.mean():+.4f}.',
         f'- Of the variance of all swapped results {v.applied:.1%} is the criterion that is '
         f'applied, {v.searched:.1%} the one that was searched under, {v.rest:.1%} seeds and '

@@ -33,7 +33,7 @@ from .cells import Lab, read_cells
 from .quantise import read_policy, repaired_folder
 from .slopes import EQUAL
 from .study import (
-    Measurement, Plan, Study, half_width, mean_interval, read_records)
+    Measurement, Plan, Study, half_width, holm, mean_interval, p_value, read_records, told)
 
 # %% ../../nbs/studies/18_distillation.ipynb #e754d0ba
 SIGMAS, SEEDS, STARTS = (0.5, 0.3), (0, 1, 2), ('searched', 'even')
@@ -331,7 +331,8 @@ def accuracy_table(table: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/studies/18_distillation.ipynb #c90e6477
 def against_text(table: pd.DataFrame) -> pd.DataFrame:
     """For each target and kind of text: nats by which distilled models are below those trained on
-    text (same searched widths, tokens and seed): mean, 95 % interval over seeds"""
+    text (same searched widths, tokens and seed): mean, 95 % interval over seeds, p, and Holm's over
+    all rows"""
     t = _short(table)
     t = t[(t.texts == 'own') & (t.start == 'searched')]
     wide = t.pivot_table(index=['sparsity', 'start', 'seed'], columns='loss',
@@ -342,12 +343,8 @@ def against_text(table: pd.DataFrame) -> pd.DataFrame:
             sign = -1 if k == 'accuracy' else 1
             by_seed = (sign * (d[k]['text'] - d[k]['distil'])).groupby(level='seed').mean().dropna()
             rows.append(dict(sparsity=s, what=k, mean=by_seed.mean(), interval=half_width(by_seed),
-                             seeds=len(by_seed)))
-    return pd.DataFrame(rows)
-
-
-def _judge(mean: float, interval: float, better: str, worse: str) -> str:
-    return 'not told apart' if not abs(mean) > interval else better if mean > 0 else worse
+                             p=p_value(by_seed), seeds=len(by_seed)))
+    return pd.DataFrame(rows).assign(holm=lambda t: holm(t.p)) if rows else pd.DataFrame()
 
 # %% ../../nbs/studies/18_distillation.ipynb #3f9bb747
 def findings(table: pd.DataFrame, points: pd.DataFrame) -> list[str]:
@@ -358,12 +355,13 @@ def findings(table: pd.DataFrame, points: pd.DataFrame) -> list[str]:
     names = dict(own='WikiText-2', other='the help topics')
     for s, d in both.groupby('sparsity'):
         x = d.set_index('what')
-        parts = [f'{names[k]}: {_judge(*x.loc[k, ["mean", "interval"]], "below", "above")} '
+        parts = [f'{names[k]}: {told(-x["mean"][k], x.holm[k])} '
                  f'({-x["mean"][k]:+.3f} ± {x.interval[k]:.3f} nats)' for k in names]
         lines.append(f'- σ = {s:g}: distilled on WikiText-2 against trained on it, {TOKENS:,} '
                      f'tokens each, searched widths, {x.seeds["own"]:.0f} seeds: '
                      + '; '.join(parts) + f'; accuracy {x["mean"]["accuracy"]:+.1f} ± '
-                     f'{x.interval["accuracy"]:.1f} points.')
+                     f'{x.interval["accuracy"]:.1f} points (intervals over seeds, Holm over '
+                     f'{len(both)} comparisons).')
     for s, d in leads.groupby('sparsity'):
         lead = lambda k: ', '.join(
             f'{what} {mean_interval(d[d.loss == loss][k], 3)}' for loss, what in (

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEEDS', 'SIGMAS', 'ORDER', 'FEW', 'BETWEEN', 'SEARCHED', 'SERVED', 'NAMES', 'STUDY', 'sweep_cell', 'plan',
            'measure_sweep', 'is_slow', 'find_policies', 'measure_kind', 'tidy', 'against', 'pairs', 'readings',
-           'lengths', 'findings']
+           'lengths', 'over_seeds', 'findings']
 
 # %% ../../nbs/studies/19_elastic.ipynb #32659c20
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..pipeline.dynamic import ScorePath
 from ..search.loop import Search
 from .cells import TOKENS, Cell, Lab, cell_settings, plan_cells, read_cells
 from .dynamic import FINE
-from .study import Measurement, Plan, Study, read_records
+from .study import MARGIN, Measurement, Plan, Study, no_worse, read_records, signed
 
 # %% ../../nbs/studies/19_elastic.ipynb #da86d741
 SEEDS, SIGMAS, ORDER = (0, 1, 2), (0.2, 0.3, 0.5), 'greedy'
@@ -220,6 +220,21 @@ def _says(d) -> str:
     return f'{d.mean():+.4f} on average ({d.min():+.4f} to {d.max():+.4f})'
 
 
+def over_seeds(d: pd.DataFrame) -> pd.Series:
+    """Of `pairs`: mean of each seed over the targets that all seeds have. Targets of one seed are
+    not independent"""
+    wide = d.pivot_table(index='target', columns='seed', values='difference')
+    return wide.dropna().mean().rename_axis('seed')
+
+
+def _sure(d) -> str:
+    "The interval over seeds, where there are several"
+    x = over_seeds(d)
+    if len(x) < 2: return '; one seed gives no interval'
+    return (f'; over {len(x)} seeds, at the targets that all have, {signed(x)}, '
+            f'{"" if no_worse(x) else "not "}shown to be at most {MARGIN} worse')
+
+# %% ../../nbs/studies/19_elastic.ipynb #b8c16874
 def _one_model(table, costs, model, name, steps, blocks) -> list[str]:
     "The paths against searches for single targets, and what they cost"
     lines = []
@@ -233,7 +248,7 @@ def _one_model(table, costs, model, name, steps, blocks) -> list[str]:
             at = f' with FFN widths in steps of {step}' * (len(steps) > 1)
             lines.append(f'- **{name}**{at}: the {kind} above a search for each target, in nats: '
                          f'{_says(d.difference)}{by}; targets of {counts}; lower in '
-                         f'{(d.difference < 0).sum()} of {len(d)}.')
+                         f'{(d.difference < 0).sum()} of {len(d)}{_sure(d)}.')
     c = costs[costs.model == model].groupby('kind')
     for kind in ('path', 'slow path'):
         if not {kind, 'search'} <= set(c.groups): continue

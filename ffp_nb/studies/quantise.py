@@ -24,7 +24,9 @@ from ..pipeline.bench import Bench
 from ..pipeline.config import run_config
 from .cells import Lab
 from .speed import round_policy
-from .study import Measurement, Plan, Study, half_width, only_one, read_records
+from .study import (
+    Measurement, Plan, Study, half_width,
+    holm, only_one, p_value, read_records, told)
 
 # %% ../../nbs/studies/17_quantise.ipynb #99912817
 FORMATS = ['f16', 'q8_0', 'q6_k', 'q5_k_m', 'q4_k_m']
@@ -145,10 +147,11 @@ def against_dense(table: pd.DataFrame) -> pd.DataFrame:
         if (small := dense[dense.mb <= r.mb]).empty: continue
         d = small.loc[small.ppl.idxmin()]
         nats, interval = paired_interval(r.nll, d.nll)
+        p = p_value(np.subtract(r.nll, d.nll))
         rows[-1] |= dict(dense=d.quant, dense_mb=d.mb, dense_ppl=d.ppl, nats=nats,
-                         interval=interval)
-    columns = ['file', 'mb', 'ppl', 'dense', 'dense_mb', 'dense_ppl', 'nats', 'interval']
-    return pd.DataFrame(rows, columns=columns).set_index('file')
+                         interval=interval, p=p)
+    columns = ['file', 'mb', 'ppl', 'dense', 'dense_mb', 'dense_ppl', 'nats', 'interval', 'p']
+    return pd.DataFrame(rows, columns=columns).set_index('file').assign(holm=lambda t: holm(t.p))
 
 # %% ../../nbs/studies/17_quantise.ipynb #c198e27c
 def _choose(table: pd.DataFrame) -> str:
@@ -168,10 +171,11 @@ def findings(table: pd.DataFrame, policies: pd.DataFrame) -> list[str]:
     "What to choose, and the comparisons at equal size, as Markdown lines"
     t = against_dense(table[table.step == 32])
     both = t.dropna(subset='nats')
-    worse = (both.nats > both.interval).sum()
+    worse = sum(told(r.nats, r.holm) == 'above' for r in both.itertuples())
     lines = [_choose(table), f'- {worse} of {len(both)} pruned files are worse than a dense file '
              f'that is no larger, by {both.nats.min():+.2f} to {both.nats.max():+.2f} nats a token '
-             f'(the 95 % interval is at most ± {both.interval.max():.3f}).']
+             f'(the 95 % interval over test blocks is at most ± {both.interval.max():.3f}; Holm over '
+             'all).']
     costs = table[(table.step == 32) & (table.quant != 'f16')]
     costs = costs.groupby('quant', observed=True).change
     lines.append('- What a format costs, nats a token over all targets: ' + ', '.join(

@@ -26,7 +26,8 @@ from ..recover.train import Recipe, Recovered, recover, save_recovered
 from ..search.loop import Evaluator, Search, SearchConfig
 from .cells import MODES, Cell, Facts, Lab, cell_settings
 from .study import (
-    Measurement, Plan, Study, half_width, mean_interval, only_one, read_records)
+    Measurement, Plan, Study, half_width, holm,
+    mean_interval, only_one, p_value, read_records, told)
 
 # %% ../../nbs/studies/14_recovery.ipynb #045e6122
 MODEL, SPARSITY, SEEDS = 'llama', 0.5, (0, 1, 2)
@@ -237,14 +238,15 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, ...]:
 
 # %% ../../nbs/studies/14_recovery.ipynb #dba481bd
 def leads(table: pd.DataFrame, base: str) -> pd.DataFrame:  # a row per recovery and policy
-    """Nats per token of each policy below `base`, same recovery: mean over seeds, 95 % interval,
-    how many seeds are below"""
+    """Nats per token of each policy below `base`, same recovery: mean over seeds, 95 % interval
+    over them, p, how many seeds are below"""
     keys = ['recovery', 'policy']
     wide = table[table.policy != 'dense'].pivot_table(index=['recovery', 'seed'], columns='policy',
                                                       values='nll')
-    if base not in wide: return pd.DataFrame(columns=[*keys, 'lead', 'interval', 'below', 'seeds'])
+    columns = ['lead', 'interval', 'p', 'seeds', 'below']
+    if base not in wide: return pd.DataFrame(columns=[*keys, *columns])
     d = wide.drop(columns=base).rsub(wide[base], axis=0).stack().dropna()
-    out = d.groupby(keys).agg(lead='mean', interval=half_width, seeds='size',
+    out = d.groupby(keys).agg(lead='mean', interval=half_width, p=p_value, seeds='size',
                               below=lambda x: int((x > 0).sum())).reset_index()
     in_order = lambda c: c.map(RECOVERIES.index) if c.name == 'recovery' else c
     return out.sort_values(keys, key=in_order, ignore_index=True)
@@ -269,10 +271,6 @@ def nll_table(table: pd.DataFrame) -> pd.DataFrame:
                          columns=[r for r in RECOVERIES if r in found])
 
 # %% ../../nbs/studies/14_recovery.ipynb #0a72fbcc
-def _judge(lead, interval):
-    return 'not told apart' if not abs(lead) > interval else 'below' if lead > 0 else 'above'
-
-
 def _pm(mean, h):
     return f'{mean:+.3f}' + (f' ± {h:.3f}' if h == h else ' with one seed')
 
@@ -281,36 +279,46 @@ def survival(table: pd.DataFrame) -> list[str]:
     "A Markdown line per search: under which recoveries its winners are below the better even cut"
     means, lines = table.groupby(['recovery', 'policy']).nll.mean().unstack(), []
     even = means[means.columns.intersection(BASES)].dropna(how='all')
-    for policy in SEARCHES:
+    found = [leads(table[table.recovery == r], even.loc[r].idxmin())
+             for r in RECOVERIES if r in even.index]
+    if not found: return []
+    x = pd.concat(found)
+    x = x[x.policy.isin(SEARCHES)].assign(holm=lambda t: holm(t.p))
+    for policy in (p for p in SEARCHES if p in set(x.policy)):
         parts: dict[str, list[str]] = {}
-        for recovery in (r for r in RECOVERIES if r in even.index):
-            x = leads(table[table.recovery == recovery], even.loc[recovery].idxmin())
-            for lead, h in x.loc[x.policy == policy, ['lead', 'interval']].to_numpy():
-                parts.setdefault(_judge(lead, h), []).append(f'{recovery} ({_pm(lead, h)})')
-        if parts:
-            lines.append(f'- **{policy}** against the better even cut of each recovery: '
-                         + '; '.join(f'{what} with {", ".join(parts[what])}'
-                                     for what in ('below', 'not told apart', 'above')
-                                     if what in parts) + '.')
-    return lines
+        for r in x[x.policy == policy].itertuples():
+            parts.setdefault(told(-r.lead, r.holm), []).append(
+                f'{r.recovery} ({_pm(r.lead, r.interval)})')
+        lines.append(f'- **{policy}** against the better even cut of each recovery: '
+                     + '; '.join(f'{what} with {", ".join(parts[what])}'
+                                 for what in ('below', 'not told apart', 'above') if what in parts)
+                     + '.')
+    return [*lines, f'- Intervals are over the seeds of one model; "below" and "above" hold after '
+                    f'Holm\'s correction for {len(x)} comparisons.'] if lines else []
 
 # %% ../../nbs/studies/14_recovery.ipynb #4c2c5214
 def bias(table: pd.DataFrame) -> list[str]:
     """Markdown lines: the lead of searches with ridge over the search without, by recovery; is it
     larger under their own ridge?"""
     lines, x = [], leads(table, SEARCHES[0])
-    for repair, policy in zip(MODES[1:], SEARCHES[1:]):
+    pairs = [*zip(MODES[1:], SEARCHES[1:])]
+    own = {(p, r): -shift(table, p, SEARCHES[0], r, repair) for repair, p in pairs
+           for r in RECOVERIES if r != repair}
+    own = {k: d for k, d in own.items() if len(d)}
+    adjusted = dict(zip(own, holm([p_value(d) for d in own.values()])))
+    for repair, policy in pairs:
         mine = x[x.policy == policy]
         if mine.empty: continue
         lines.append(f'- Lead of **{policy}** over search-none by recovery: ' + ', '.join(
             f'{r.recovery} {_pm(r.lead, r.interval)}' for r in mine.itertuples()) + '.')
-        own = {r: -shift(table, policy, SEARCHES[0], r, repair) for r in RECOVERIES if r != repair}
-        own = {r: (d.mean(), half_width(d)) for r, d in own.items() if len(d)}
-        names = lambda what: ', '.join(r for r, d in own.items() if _judge(*d) == what)
+        its = {r: d for (p, r), d in own.items() if p == policy}
+        word = {r: told(-d.mean(), adjusted[policy, r]) for r, d in its.items()}
+        names = lambda what: ', '.join(r for r, w in word.items() if w == what)
         lines.append(f'  - Against its lead under {repair} ridge itself: smaller with '
                      f'{names("above") or "no other"}, larger with {names("below") or "no other"}, '
                      f'not told apart with {names("not told apart") or "no other"} (differences '
-                     + ', '.join(f'{r} {_pm(*d)}' for r, d in own.items()) + ').')
+                     + ', '.join(f'{r} {_pm(d.mean(), half_width(d))}' for r, d in its.items())
+                     + f'; Holm over {len(own)}).')
     return lines
 
 # %% ../../nbs/studies/14_recovery.ipynb #177fc3c7

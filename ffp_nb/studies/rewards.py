@@ -31,7 +31,8 @@ from ..pipeline.tasks import SEVEN, TaskLM, load_tasks, quiet
 from ..search.loop import Evaluator, Search, search_summary
 from .cells import Facts, Lab
 from .study import (
-    Measurement, Plan, Study, find_measured, only_one, paired_differences, read_records)
+    LEVEL, Measurement, Plan, Study,
+    find_measured, holm, only_one, paired_differences, read_records)
 
 # %% ../../nbs/studies/13_rewards.ipynb #0bda08ad
 class TaskGroups:
@@ -338,16 +339,17 @@ def task_correlations(policies: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/studies/13_rewards.ipynb #e536ef8d
 def reward_differences(judged: pd.DataFrame) -> pd.DataFrame:
     """Differences of searches with other rewards to those on perplexity, in pairs of seeds, with
-    the 95 % interval"""
+    the 95 % interval over seeds, p, and Holm's over all rows"""
     t, columns = judged[judged.policy.isin(REWARDS)], ['reward', 'figure', 'pairs', 'difference',
-                                                       'interval']
+                                                       'interval', 'p', 'holm']
     if 'ppl' not in {*t.policy}: return pd.DataFrame(columns=columns)
     d = pd.concat(paired_differences(t.assign(nll=t[k]), 'ppl', 'policy', ['seed']).assign(figure=k)
                   for k in ('own', 'other', 'loss', 'accuracy'))
+    d['holm'] = holm(d.p)
     return d.rename(columns=dict(policy='reward')).reindex(columns=columns).sort_values(
         'reward', kind='stable', ignore_index=True)
 
-
+# %% ../../nbs/studies/13_rewards.ipynb #edf7e512
 def findings(scale: dict, policies: pd.DataFrame, judged: pd.DataFrame,
              promised: pd.DataFrame) -> list[str]:
     "Markdown lines with the figures"
@@ -369,6 +371,10 @@ def findings(scale: dict, policies: pd.DataFrame, judged: pd.DataFrame,
         lines.append(f'- Reward "{reward}" against "ppl" ({g.pairs.max()} seeds): '
                      + ', '.join(f'{names[x.figure]} {x.difference:+.4f} ± {x.interval:.4f}'
                                  for x in g.itertuples()) + '.')
+    if len(d := reward_differences(judged)):
+        apart = [f'{x.reward}, {names[x.figure]}' for x in d[d.holm < LEVEL].itertuples()]
+        lines.append(f'- Of these {len(d)} differences, with intervals over seeds and Holm\'s '
+                     f'correction, told apart from no difference: {"; ".join(apart) or "none"}.')
     return lines or ['- no record yet']
 
 

@@ -24,7 +24,9 @@ from .cells import (
     MODES, TOKENS, Cell, Facts, Lab, against, cell_settings, plan_cells, plan_selection, read_cells,
     read_traces, test_nll, tokens_to_reach)
 from .searchers import label
-from .study import Measurement, Plan, Study, read_records, spread
+from .study import (
+    MARGIN, Measurement, Plan, Study, clusters,
+    holm, over, p_value, read_records, signed, spread, told)
 
 # %% ../../nbs/studies/16_slopes.ipynb #957246b4
 SETTINGS = dict(dtype='float32', forward_batch=16)  # of what ran on a GPU
@@ -392,21 +394,30 @@ def _equal_cost(table) -> list[str]:
 
 # %% ../../nbs/studies/16_slopes.ipynb #633a5083
 def _twins(twins) -> str:
-    "In how many pairs of model, target and seed the gradient search is below each rival"
+    """In how many pairs of model, target and seed the gradient search is below each rival, and the
+    mean difference with its interval over models"""
     t = twins[(twins.calibration == 'static') & (twins.order == 'wanda')]
     t = t.set_index(['model', 'sparsity', 'seed'])
-    ours, says = t[t.policy == 'gradient'].nll, []
-    for name, d in t[t.policy != 'gradient'].groupby('method'):
-        both = (d.nll - ours).dropna()
-        says.append(f'{name}: {(both > 0).sum()} of {len(both)} ({both.mean():+.4f} nats)')
+    ours = t[t.policy == 'gradient'].nll
+    rivals = t[t.policy != 'gradient'].groupby('method')
+    both = {name: (d.nll - ours).dropna() for name, d in rivals}
+    adjusted = holm([p_value(clusters(d)) for d in both.values()])
+    apart = [name for (name, d), p in zip(both.items(), adjusted)
+             if told(d.mean(), p) != 'not told apart']
+    says = [f'{name}: {(d > 0).sum()} of {len(d)} ({signed(d)} nats, {over(d)})'
+            for name, d in both.items()]
     return ('- **Twins** (six layers, equal tokens, Wanda, static). In how many pairs of model, '
-            'target and seed the gradient search ends below, and the mean difference: '
-            + '; '.join(says) + '.')
+            'target and seed the gradient search ends below, and the mean difference with its '
+            'interval over models, or over seeds where there is one model: ' + '; '.join(says)
+            + f'. Told apart by Holm\'s correction for {len(both)} rivals: '
+            f'{", ".join(apart) or "none"}.')
 
 
 def _path(paths) -> str:
     says = [f'{name} {d.difference.mean():+.4f} ({d.difference.min():+.4f} to '
-            f'{d.difference.max():+.4f})' for name, d in paths.groupby('agent')]
+            f'{d.difference.max():+.4f}; the whole interval over seeds below {MARGIN} at '
+            f'{(d.difference + d.interval < MARGIN).sum()} of {len(d)} targets)'
+            for name, d in paths.groupby('agent')]
     return ('- **One sweep for eleven targets** (llama twin): nats above an agent trained for each '
             'target, mean over targets: ' + ', '.join(says) + '. `path` is a gradient search whose '
             'target rises, `range` the agent for all targets.')

@@ -20,7 +20,8 @@ from ..pipeline.bench import Bench
 from ..pipeline.config import run_config
 from .cells import Lab
 from .spine import SPARSITIES
-from .study import Measurement, Plan, Study, only_one, read_records
+from .study import (
+    Measurement, Plan, Study, holm, only_one, p_value, read_records, told)
 
 # %% ../../nbs/studies/05_speed.ipynb #eb2a3242
 STEPS = (1, 8, 32, 64, 128, 256)  # FFN channels that are kept or removed together
@@ -80,16 +81,20 @@ def read_speed(folder: str | Path,
 
 def tidy(runs: Path) -> tuple[pd.DataFrame, dict | None, pd.DataFrame]:
     """`read_speed` of the benchmarks beside the notebooks, and a row for each rounding with its
-    paired difference to widths that are not rounded (step 1): `cost` in nats per token"""
+    paired difference to widths that are not rounded (step 1): `cost` in nats per token, with its
+    interval over test blocks, p, and Holm's over all roundings"""
     found = only_one(read_records(runs / 'speed', 'speed-round-'), runs / 'speed').values()
     rows = [dict(target=r['config']['sparsity'], step=r['config']['step'][1]) | r['result']
             for r in found]
     exact = {r['target']: r['nll'] for r in rows if r['step'] == 1}
     for r in rows:
         r['ppl'] = np.exp(np.mean(r['nll']))
-        r['cost'], r['interval'] = paired_interval(r['nll'], exact.get(r['target'], r['nll']))
-    columns = ['target', 'step', 'sparsity', 'widths', 'nll', 'blocks', 'ppl', 'cost', 'interval']
-    rounding = pd.DataFrame(rows, columns=columns)
+        base = exact.get(r['target'], r['nll'])
+        r['cost'], r['interval'] = paired_interval(r['nll'], base)
+        r['p'] = p_value(np.subtract(r['nll'], base))
+    columns = ['target', 'step', 'sparsity', 'widths', 'nll', 'blocks', 'ppl', 'cost', 'interval',
+               'p']
+    rounding = pd.DataFrame(rows, columns=columns).assign(holm=lambda t: holm(t.p))
     return (*read_speed(runs.resolve().parents[1] / 'benchmarks/results'),
             rounding.sort_values(['target', 'step'], ignore_index=True))
 
@@ -189,9 +194,9 @@ def weigh(rounding: pd.DataFrame, both: pd.DataFrame | None = None) -> list[str]
     lines"""
     lines = []
     for step, t in rounding[rounding.step > 1].groupby('step'):
-        sure = [f'σ = {r.target}' for r in t.itertuples() if r.cost > r.interval]
+        sure = [f'σ = {r.target}' for r in t.itertuples() if told(r.cost, r.holm) == 'above']
         line = f'- FFN steps of {step}: {t.cost.min():+.4f} to {t.cost.max():+.4f} nats a token; '
-        line += f'outside the 95 % interval at {", ".join(sure) or "none"}'
+        line += f'worse, by Holm\'s correction for all steps, at {", ".join(sure) or "none"}'
         if both is not None:  # at equal MACs: a coarser step may realise another sparsity
             exact, now = (both[both.step == n].set_index('target').reached for n in (1, step))
             line += (f'. Prefill at equal MACs {(now / exact - 1).min():+.1%} to '
