@@ -18,7 +18,7 @@ from . import (
     ablation, allocation, criteria, distillation, dynamic, elastic, methods, prediction, quantise,
     ranking, rewards, scaling, schedules, slopes)
 from .cells import against
-from .study import colours, half_width
+from .study import colours, half_width, told
 
 # %% ../../nbs/studies/23_answers.ipynb #ab6a88a3
 ANSWERS: dict[str, Callable[..., str]] = {}  # study -> (its tables) -> a sentence
@@ -109,26 +109,27 @@ def _schedules(mine, traces):
 @answers('ablation')
 def _ablation(mine):
     e = ablation.effects(mine)
-    sure = e.selection_difference.abs() > e.selection_interval
-    better = (sure & (e.selection_difference < 0)).sum()
+    word = [told(r.selection_difference, r.selection_holm) for r in e.itertuples()]
     worst = e.loc[e.selection_difference.idxmax()]
-    return (f'Of {len(e)} changes to the agent, {better or "none"} makes it clearly better; what '
-            f'costs most is "{worst.change}" ({worst.selection_difference:+.3f} nats).')
+    return (f'Of {len(e)} changes to the agent, {word.count("below")} are told apart as better and '
+            f'{word.count("above")} as worse after Holm\'s correction; what costs most is '
+            f'"{worst.change}" ({worst.selection_difference:+.3f} nats).')
 
 
 @answers('prediction')
 def _prediction(judged, timing, searches):
-    r = prediction.best(judged)[0]
+    r = prediction.chosen(judged).loc['random']
+    times = 1e6 * timing['model_s'] / r.us_alone
     d = searches.pivot_table(index='seed', columns='kind', values='nll')
     d = d['predicted'] - d['model'] if 'predicted' in d else d.iloc[:, 0] - d.iloc[:, 1]
-    return (f'The best predictor ({r.name}) orders unseen policies with a Spearman correlation of '
-            f"{r.spearman:.3f} and takes {1e6 * timing['model_s'] / r.us_alone:,.0f} times less "
+    return (f'The predictor chosen by cross-validation ({r["name"]}) orders unseen policies with a '
+            f'Spearman correlation of {r.spearman:.3f} and takes {times:,.0f} times less '
             f'time than the model; a search that learns on predictions ends {d.mean():+.3f} ± '
             f'{half_width(d):.3f} nats from one that does not.')
 
 
 @answers('dynamic')
-def _dynamic(table):
+def _dynamic(table, heuristics):
     d = dynamic.differences(table)
     x = d[d.agent == 'range'].difference
     tokens = table.groupby(['agent', 'seed']).tokens
@@ -363,7 +364,7 @@ def _draw_prediction(ax, judged, *rest):
 
 
 @picture('dynamic')
-def _draw_dynamic(ax, table):
+def _draw_dynamic(ax, table, heuristics):
     names = dict(fixed='an agent for each target', range='one agent for all', uniform='even cut')
     t = table[table.agent.isin(names)]
     t = t.assign(agent=t.agent.map(names))
