@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'Methods', 'Profiles', 'Criteria', 'Budgets', 'Calibrations', 'Kinds', 'Quants', 'Model', 'Text',
-           'Sparsity', 'Method', 'ProfileOpt', 'Seed', 'Out', 'Resume', 'Criterion', 'Dtype', 'Remove', 'FfnStep',
-           'Parallel', 'Device', 'Workers', 'Debug', 'Nbs', 'BudgetOpt', 'Params', 'Macs', 'Memory', 'Speedup',
-           'Context', 'Sequences', 'Repair', 'Alpha', 'Overwrite', 'Split', 'BlockLen', 'Stride', 'Bos', 'MaxBlocks',
-           'Tasks', 'Limit', 'Part', 'Metric', 'Data', 'Csv', 'Batch', 'Recoveries', 'Trained', 'Mix', 'How', 'Teacher',
-           'Tokens', 'Train', 'Lr', 'Rank', 'Heat', 'Truth', 'Hidden', 'Patience', 'Thrifty', 'StepBatch', 'Pruned',
-           'Runs', 'ReportOut', 'Measure', 'Points', 'GainBlocks', 'Folder', 'Gguf', 'Quant', 'StudyName', 'Pages',
-           'Missing', 'Markdown', 'Low', 'High', 'ServedStep', 'CutSparsity', 'CutMemory', 'CutContext', 'CutOut',
-           'studies', 'print_table', 'prune', 'search', 'evaluate', 'recover', 'report', 'elastic', 'export',
-           'study_list', 'study_run', 'study_report']
+           'EvalText', 'EvalLength', 'Sparsity', 'Method', 'ProfileOpt', 'Seed', 'Out', 'Resume', 'Criterion', 'Dtype',
+           'Remove', 'FfnStep', 'Parallel', 'Device', 'Workers', 'Debug', 'Nbs', 'BudgetOpt', 'Params', 'Macs',
+           'Memory', 'Speedup', 'Context', 'Sequences', 'Repair', 'Alpha', 'Overwrite', 'Split', 'BlockLen', 'Stride',
+           'Bos', 'MaxBlocks', 'Tasks', 'Limit', 'Part', 'Metric', 'Data', 'Csv', 'Batch', 'Recoveries', 'Trained',
+           'Mix', 'How', 'Teacher', 'Tokens', 'Train', 'Lr', 'Rank', 'Heat', 'Truth', 'Hidden', 'Patience', 'Thrifty',
+           'StepBatch', 'Pruned', 'Runs', 'ReportOut', 'Measure', 'Points', 'GainBlocks', 'Folder', 'Gguf', 'Quant',
+           'StudyName', 'Pages', 'Missing', 'Markdown', 'Low', 'High', 'ServedStep', 'CutSparsity', 'CutMemory',
+           'CutContext', 'CutOut', 'studies', 'print_table', 'prune', 'search', 'evaluate', 'recover', 'report',
+           'elastic', 'export', 'study_list', 'study_run', 'study_report']
 
 # %% ../../nbs/pipeline/06_cli.ipynb #b968ed25
 import io
@@ -64,8 +64,12 @@ Quants = Enum('Quants', {q: q for q in QUANTS})
 Model = Annotated[str, typer.Option(
     help="'smollm2' (needs no hub), 'smollm2-mistral', a local folder, or a hub id")]
 Text = Annotated[str, typer.Option(
-    help="'wikitext2', 'pydoc', 'auto', a text file, a file or folder of rows (parquet, jsonl, "
-         "csv), or a hub data set")]
+    help="'wikitext2', 'wikitext2-full', 'fineweb-edu', 'pydoc', 'auto', a text file, a file or "
+         "folder of rows (parquet, jsonl, csv), or a hub data set")]
+EvalText = Annotated[Optional[str], typer.Option(
+    help='measure the figures on the test split of this text; default: on that of --text')]
+EvalLength = Annotated[Optional[int], typer.Option(
+    min=2, help="tokens of a block of that split; default: the profile's")]
 Sparsity = Annotated[float, typer.Option(
     help='share of the decoder-block parameters to remove, or of what --budget names')]
 Method = Annotated[Methods, typer.Option(
@@ -331,7 +335,8 @@ def _config(ctx: typer.Context, **kw) -> PruneConfig:
 
 # %% ../../nbs/pipeline/06_cli.ipynb #43b234d0
 @app.command()
-def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.2,
+def prune(model: Model = 'smollm2', text: Text = 'auto', eval_text: EvalText = None,
+          eval_length: EvalLength = None, sparsity: Sparsity = 0.2,
           budget: BudgetOpt = None, params: Params = None, macs: Macs = None,
           memory: Memory = None, speedup: Speedup = None, context: Context = None,
           batch: Sequences = None, method: Method = Methods.gradient,
@@ -344,10 +349,11 @@ def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.
     "Search widths, repair, measure on the test split, save the model with a table and pictures."
     with _told(debug, 'prune'):
         from ffp_nb.pipeline.prune import prune as run
-        config = _config(ctx, calibration=calibration.value, alpha=alpha)
+        config = _config(ctx, calibration=calibration.value, alpha=alpha,
+                         eval_text=eval_text or '', eval_len=eval_length)
         table = run(config, out, resume, overwrite, workers=workers, device=device, tp=tp)
         print_table(table, f'{model}, {config.goal}: perplexity on the test split of '
-                           f'{config.text}')
+                           f'{config.eval_text or config.text}')
         pictures = 'retention.png' + ', search.png' * (config.method in SEARCHERS)
         pictures += ', slopes.png' * getattr(SEARCHERS.get(config.method), 'slopes', False)
         _say_where(f'model, table.csv, {pictures} and the record are in {out}')
