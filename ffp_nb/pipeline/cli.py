@@ -10,9 +10,10 @@ __all__ = ['app', 'console', 'Methods', 'Profiles', 'Criteria', 'Budgets', 'Cali
            'Bos', 'MaxBlocks', 'Tasks', 'Limit', 'Part', 'Metric', 'Data', 'Csv', 'Batch', 'Recoveries', 'Trained',
            'Mix', 'How', 'Teacher', 'Tokens', 'Train', 'Lr', 'Rank', 'Heat', 'Truth', 'Hidden', 'Patience', 'Thrifty',
            'StepBatch', 'Pruned', 'Runs', 'ReportOut', 'Measure', 'Points', 'GainBlocks', 'Folder', 'Gguf', 'Quant',
-           'StudyName', 'Pages', 'Missing', 'Markdown', 'Low', 'High', 'ServedStep', 'CutSparsity', 'CutMemory',
-           'CutContext', 'CutOut', 'studies', 'print_table', 'prune', 'search', 'evaluate', 'recover', 'report',
-           'elastic', 'export', 'study_list', 'study_run', 'study_report']
+           'StudyName', 'Pages', 'Missing', 'TableName', 'Records', 'Only', 'Shares', 'Weights', 'Rehearse', 'Layers',
+           'Shrink', 'Force', 'Markdown', 'Low', 'High', 'ServedStep', 'CutSparsity', 'CutMemory', 'CutContext',
+           'CutOut', 'studies', 'print_table', 'prune', 'search', 'evaluate', 'recover', 'report', 'elastic', 'export',
+           'study_list', 'study_run', 'study_report', 'study_protocol']
 
 # %% ../../nbs/pipeline/06_cli.ipynb #b968ed25
 import io
@@ -186,6 +187,20 @@ StudyName = Annotated[str, typer.Argument(help='a name that `ffp study list` giv
 Pages = Annotated[Path, typer.Option(help='folder for the executed copy of the page')]
 Missing = Annotated[bool, typer.Option(
     '--records', help='first compute the records that are missing, for hours')]
+TableName = Annotated[str, typer.Argument(
+    help='llama-2-7b, llama-3.1-8b, llama-7b or opt-125m')]
+Records = Annotated[Optional[Path], typer.Option(
+    help="folder for records and work; default: the checkout's own")]
+Only = Annotated[Optional[str], typer.Option(
+    help="some recipes, with commas: 'default,paper,flap,even,even FFN'")]
+Shares = Annotated[Optional[list[float]], typer.Option(
+    '--sparsity', help="a sparsity, or several; default: those of the table")]
+Weights = Annotated[Optional[Path], typer.Option(help="a folder of the model; default: the hub")]
+Rehearse = Annotated[bool, typer.Option(
+    '--rehearse', help='a random model of the same shape, made text and very little work')]
+Layers = Annotated[int, typer.Option(min=1, help='of the random model')]
+Shrink = Annotated[int, typer.Option(min=1, help='its widths are so many times smaller')]
+Force = Annotated[bool, typer.Option('--force', help='also with too little memory')]
 Markdown = Annotated[Optional[Path], typer.Option(
     help='write the Markdown to this file; default: to the terminal')]
 
@@ -644,3 +659,27 @@ def study_report(out: Markdown = None, nbs: Nbs = None, debug: Debug = False):
             _say_where(f'written to {atomic_write(out, text)}')
         else:
             console.print(Rendered(text))
+
+# %% ../../nbs/pipeline/06_cli.ipynb #bbb78e12
+@studies.command('protocol')
+def study_protocol(name: TableName, out: Records = None, only: Only = None,
+                   sparsity: Shares = None, weights: Weights = None, device: Device = None,
+                   rehearse: Rehearse = False, layers: Layers = 4, shrink: Shrink = 1,
+                   force: Force = False, nbs: Nbs = None, debug: Debug = False, *,
+                   ctx: typer.Context):
+    "Fill a published table: a model under the protocol of the field, or of the paper."
+    with _told(debug, 'study'):
+        registry, protocol = _registry(), import_module('ffp_nb.studies.protocol')
+        recipes = tuple(r.strip() for r in only.split(',')) if only else tuple(protocol.RECIPES)
+        options = dict(recipes=recipes, sparsities=tuple(sparsity or ()), device=device,
+                       force=force)
+        if rehearse:
+            _refuse(ctx, 'with --rehearse', 'weights', 'nbs')
+            place = out or Path('runs/rehearsal')
+            records = protocol.rehearse(name, place, shrink, layers, **options)
+        else:
+            _refuse(ctx, 'without --rehearse', 'layers', 'shrink')
+            lab = registry.Lab(out or registry.find_notebooks(nbs), 'field', runs=out, work=out)
+            place = lab.runs / 'protocol'
+            records = protocol.run_protocol(name, lab, weights=weights and str(weights), **options)
+        _say_where(f'{len(records)} records are in {place}')

@@ -44,8 +44,8 @@ PROFILES = dict(
     demo=Profile(512, 32, 16, 160, 10, 2, 8, 16),  # minutes on two cores
     cpu=Profile(),  # a quarter of an hour to an hour on two cores
     gpu=Profile(2048, 128, 64, 1920, 32, 16, 64, None, 8),  # a workstation
-    # one GPU, and text as published results have it: 4,194,304 tokens of calibration
-    field=Profile(4096, 1024, 64, 1920, 32, 8, 32, None, 1))
+    # a GPU, and the 4,194,304 tokens of calibration text that published results have
+    field=Profile(2048, 2048, 128, 1920, 32, 16, 64, None, 1))
 
 METHODS = *SEARCHERS, *BASELINES, *HEURISTICS  # every way to choose widths: `--method`
 
