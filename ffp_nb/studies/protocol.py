@@ -324,8 +324,10 @@ def run_protocol(name: str, lab: Lab, recipes: Sequence[str] = tuple(RECIPES),
         raise ValueError(f'recipe {unknown[0]!r}; expected some of {", ".join(RECIPES)}')
     target = target or get_target(name)
     protocol = protocol or PROTOCOLS[target.protocol]
-    need = estimate(name, scaling.newest(lab.benchmarks), recipes, sparsities, target, protocol,
-                    lab.benchmarks)
+    there = lab.benchmarks
+    if not there.is_dir():  # records are in a folder of their own
+        there = Path(__file__).resolve().parents[2] / 'benchmarks' / 'results'
+    need = estimate(name, scaling.newest(there), recipes, sparsities, target, protocol, there)
     print(*say_need(name, need), sep='\n', flush=True)
     check_room(name, need, device, force)
     own = FieldLab(lab, target, protocol, weights, device, progress)
@@ -345,11 +347,18 @@ def random_model(config: dict,  # as in config.json
     """Save a random model in bfloat16 with a configuration cut to some layers, widths divided by
     `shrink`, and a tokenizer of bytes. The folder's config.json has the form of the given one"""
     folder, small = Path(folder), config | dict(num_hidden_layers=layers, torch_dtype='bfloat16')
-    for k in ('hidden_size', 'intermediate_size', 'ffn_dim', 'word_embed_proj_dim', 'vocab_size'):
-        if k in small:  # heads and their groups stay: a head gets narrower
-            small[k] = max(small[k] // shrink, 259 if k == 'vocab_size' else 1)
-    for k in ('bos_token_id', 'eos_token_id'):
-        small[k] = min(small[k], small['vocab_size'] - 1)
+    heads, hidden = config['num_attention_heads'], config['hidden_size']
+    # heads and their groups stay: a head gets narrower, by an even number for the positions
+    small['hidden_size'] = heads * max(hidden // heads // shrink // 2 * 2, 2)
+    for k in ('intermediate_size', 'ffn_dim', 'word_embed_proj_dim', 'vocab_size'):
+        if k in small:
+            small[k] = max(small[k] // shrink, 259 if k == 'vocab_size' else 8)
+    if config.get('word_embed_proj_dim') == hidden:
+        small['word_embed_proj_dim'] = small['hidden_size']
+    for k, v in config.items():
+        if k.endswith('_token_id'):  # one, or several
+            last = small['vocab_size'] - 1
+            small[k] = [min(i, last) for i in v] if isinstance(v, list) else min(v, last)
     text = json.dumps(small, indent=1)
     if (folder / 'done').exists() and (folder / 'config.json').read_text() == text: return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -393,7 +402,6 @@ def rehearse(name: str, out: str | Path, shrink: int = 1, layers: int = 4, **opt
     config = json.loads((folder / 'config.json').read_text())
     target = replace(known, hub=f'rehearsal/{name}-{layers}-{shrink}', config=config)
     lab = Lab(out, runs=out / 'records', work=out)
-    lab.benchmarks = Path(__file__).resolve().parents[2] / 'benchmarks' / 'results'
     return run_protocol(name, lab, weights=str(folder), target=target, protocol=protocol, **options)
 
 # %% ../../nbs/studies/20_protocol.ipynb #f66e145d
@@ -418,6 +426,7 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
                  for mode, v in r['result']['nll'].items()]
     t = pd.DataFrame(rows, columns=['name', 'sparsity', 'recipe', 'repair', 'ppl', 'realised',
                                     'record', 'accuracy'])
+    t = t.astype(dict(sparsity=float, ppl=float, accuracy=float))  # also where there is no row
     return t[t.recipe != 'dense'], t[t.recipe == 'dense']
 
 
