@@ -349,6 +349,15 @@ def test_an_estimate_counts_what_was_asked_for():
 
 # The page
 
+def test_published_figures_name_their_sources():
+    bib = (NBS / 'references.bib').read_text()
+    assert all(f'{{{key},' in bib for key in set(protocol.PUBLISHED.source))
+    t = protocol.PUBLISHED.set_index(['name', 'method', 'sparsity']).ppl
+    assert t['llama-2-7b', 'Týr-the-Pruner'].to_dict() == {0.25: 7.51, 0.375: 10.3, 0.5: 16.2}
+    assert t['llama-2-7b', 'dense', 0.0] == 5.12 and len(t) == 16
+    assert protocol.PUBLISHED.accuracy.dropna().tolist() == [61.89]
+
+
 def test_what_was_not_run_stays_on_the_page(tmp_path):
     have, of = count_records(STUDY, Lab(tmp_path, dry=True))
     assert have == 0 and of == 2 * (1 + 3 * 5) + 2 * (1 + 5 + 3)

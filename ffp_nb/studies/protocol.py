@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'PROTOCOLS', 'RECIPES', 'SCORED', 'PUBLISHED', 'TEST_TOKENS', 'CACHED_GB', 'GREEDY', 'REHEARSED', 'STUDY',
-           'Target', 'Protocol', 'Recipe', 'commands', 'shape_of', 'estimate', 'needs', 'say_need', 'check_room',
-           'FieldLab', 'plan', 'run_protocol', 'get_target', 'random_model', 'made_rows', 'rehearse', 'tidy',
-           'side_by_side', 'findings']
+           'Target', 'Protocol', 'Recipe', 'commands', 'shape_of', 'results', 'estimate', 'needs', 'say_need',
+           'check_room', 'FieldLab', 'plan', 'run_protocol', 'get_target', 'random_model', 'made_rows', 'rehearse',
+           'tidy', 'side_by_side', 'findings']
 
 # %% ../../nbs/studies/20_protocol.ipynb #5dce7119
 import json
@@ -29,7 +29,7 @@ from ..pipeline.config import PROFILES, Profile, PruneConfig, run_config
 from ..search.rivals import SEARCHERS
 from . import scaling
 from .cells import MODES, Cell, Lab, plan_cells, planned_tokens
-from .scaling import Shape, expected
+from .scaling import Shape, expected, work
 from .study import Measurement, Plan, Study, read_records, run_study
 
 # %% ../../nbs/studies/20_protocol.ipynb #99c39e8d
@@ -139,6 +139,13 @@ def shape_of(config: dict) -> Shape:
                  c['vocab_size'])
 
 
+def results(there: str | Path | None = None) -> Path:
+    "The folder of benchmark records: this one if it exists, or that of the checkout"
+    there = Path(there or '')
+    own = Path(__file__).resolve().parents[2] / 'benchmarks' / 'results'
+    return there if there.name and there.is_dir() else own
+
+
 def _backward_GB(shape, tokens, benchmarks) -> float:
     "Of one backward pass of a search by slopes; SmolLM2 was measured"
     record = max(read_records(benchmarks, 'slopes-'), key=lambda r: r['created'], default=None)
@@ -148,11 +155,27 @@ def _backward_GB(shape, tokens, benchmarks) -> float:
     measured = Shape(30, 576, 9, 3, 1536, 49152)
     return peak * size(shape, tokens) / size(measured, record['config']['block_len']) / 1e9
 
+# %% ../../nbs/studies/20_protocol.ipynb #0fc5a1c4
+def _search_hours(recipe, protocol, e) -> float:
+    "Forward tokens, and calibrated weights for every policy"
+    if recipe.method not in SEARCHERS: return 0.0
+    c = PruneConfig(method=recipe.method, **protocol.settings)
+    search = c.search_config()
+    policies = search.updates * (1 if search.by_slopes else search.batch)
+    return (e['forward'] * planned_tokens(c, 10**9) / 1000 + policies * e['new_policy']) / 3600
+
+
+def _repair_hours(shape, tokens, e, record) -> float:
+    "Sequential calibration: a part of it does not grow with the tokens"
+    measured = record['config']['blocks'] * record['config']['block_len']
+    more = work('sequential', shape, tokens) / work('sequential', shape, measured)
+    return e['sequential'] * measured / 1000 * more / 3600
+
 # %% ../../nbs/studies/20_protocol.ipynb #4faa899c
 def estimate(name: str, record: dict | None,  # of `scaling.newest`
              recipes: Iterable[str] = tuple(RECIPES), sparsities: Sequence[float] = (),
              target: Target | None = None, protocol: Protocol | None = None,
-             benchmarks: str | Path = '../../benchmarks/results') -> dict | None:
+             benchmarks: str | Path | None = None) -> dict | None:
     "GB by what holds them, and hours by stage on the CPU of the record; None without a record"
     if record is None: return None
     target = target or MODELS[name]
@@ -169,21 +192,13 @@ def estimate(name: str, record: dict | None,  # of `scaling.newest`
     policies = chosen * len(sparsities or protocol.sparsities)
     for r in policies:
         hours['search'] += _search_hours(r, protocol, e)
-        hours['repair'] += per('sequential', p.block_len * p.sequential_blocks)
+        hours['repair'] += _repair_hours(shape, p.block_len * p.sequential_blocks, e, record)
         hours['test'] += len(r.modes) * per('forward', test)
     slopes = any(r.method == 'gradient' for r in chosen)
     held = {k: e[f'{k}_GB'] for k in ('weights', 'gram', 'factors')}
-    return dict(GB=held | dict(backward=slopes * _backward_GB(shape, p.block_len, benchmarks)),
+    back = slopes * _backward_GB(shape, p.block_len, benchmarks or results())
+    return dict(GB=held | dict(backward=back),
                 hours=hours, policies=len(policies))
-
-
-def _search_hours(recipe, protocol, e) -> float:
-    "Forward tokens, and calibrated weights for every policy"
-    if recipe.method not in SEARCHERS: return 0.0
-    c = PruneConfig(method=recipe.method, **protocol.settings)
-    search = c.search_config()
-    policies = search.updates * (1 if search.by_slopes else search.batch)
-    return (e['forward'] * planned_tokens(c, 10**9) / 1000 + policies * e['new_policy']) / 3600
 
 # %% ../../nbs/studies/20_protocol.ipynb #5cdd663d
 def needs(need: dict, device: str) -> tuple[float, float]:  # GB of the device, GB of RAM
@@ -267,7 +282,7 @@ def plan(lab: Lab, names: Sequence[str] = tuple(n for n, t in MODELS.items() if 
     for name in names:
         own = lab if isinstance(lab, FieldLab) else FieldLab(
             lab, MODELS[name], PROTOCOLS[MODELS[name].protocol])
-        yield from _plan_dense(own)
+        yield from _plan_dense(own, RECIPES[recipes[0]].criterion)
         for criterion in dict.fromkeys(RECIPES[r].criterion for r in recipes):
             same = [r for r in recipes if RECIPES[r].criterion == criterion]
             cells = {(r, s): Cell(own.target.hub, s, RECIPES[r].method, modes=RECIPES[r].modes)
@@ -278,15 +293,14 @@ def plan(lab: Lab, names: Sequence[str] = tuple(n for n, t in MODELS.items() if 
                     yield _zero_shot(own, f'{recipe}-{s}', r, criterion)
 
 
-def _plan_dense(lab):
-    "The dense model; its order of the units is of no account"
-    first = next(iter(RECIPES.values())).criterion
-    facts = lab.facts(lab.target.hub, first)
+def _plan_dense(lab, criterion):
+    "The dense model, on whatever bench is made first: the order of the units is of no account"
+    facts = lab.facts(lab.target.hub, criterion)
     key = (dict(name=f'{Path(lab.target.hub).name}-dense', study='protocol')
-           | run_config(facts.config, facts.text_sha256, facts.bos))
-    r = yield Measurement(key, lambda _: _dense(lab.bench(lab.target.hub, first)))
+           | run_config(replace(facts.config, criterion='wanda'), facts.text_sha256, facts.bos))
+    r = yield Measurement(key, lambda _: _dense(lab.bench(lab.target.hub, criterion)))
     if lab.protocol.tasks:
-        yield _zero_shot(lab, 'dense', r, first)
+        yield _zero_shot(lab, 'dense', r, criterion)
 
 
 def _dense(bench) -> dict:
@@ -324,9 +338,7 @@ def run_protocol(name: str, lab: Lab, recipes: Sequence[str] = tuple(RECIPES),
         raise ValueError(f'recipe {unknown[0]!r}; expected some of {", ".join(RECIPES)}')
     target = target or get_target(name)
     protocol = protocol or PROTOCOLS[target.protocol]
-    there = lab.benchmarks
-    if not there.is_dir():  # records are in a folder of their own
-        there = Path(__file__).resolve().parents[2] / 'benchmarks' / 'results'
+    there = results(lab.benchmarks)
     need = estimate(name, scaling.newest(there), recipes, sparsities, target, protocol, there)
     print(*say_need(name, need), sep='\n', flush=True)
     check_room(name, need, device, force)
