@@ -326,9 +326,9 @@ def test_what_cannot_be_run_is_said_in_a_line(ffp, monkeypatch, tmp_path):
     started = []
     monkeypatch.setattr(protocol, 'run_study', lambda *a, **kw: started.append(kw) or [])
     done = ffp('study', 'protocol', 'llama-2-7b', '--device', 'cpu', '--force', '--sparsity', '0.5',
-               '--only', 'default, even FFN', '--out', tmp_path)
+               '--only', 'default, even-ffn', '--out', tmp_path)
     assert done.exit_code == 0, done.output
-    assert started == [dict(names=('llama-2-7b',), recipes=('default', 'even FFN'),
+    assert started == [dict(names=('llama-2-7b',), recipes=('default', 'even-ffn'),
                             sparsities=(0.5,))]
 
 

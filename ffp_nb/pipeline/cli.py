@@ -192,7 +192,7 @@ TableName = Annotated[str, typer.Argument(
 Records = Annotated[Optional[Path], typer.Option(
     help="folder for records and work; default: the checkout's own")]
 Only = Annotated[Optional[str], typer.Option(
-    help="some recipes, with commas: 'default,paper,flap,even,even FFN'")]
+    help="some recipes, with commas: 'default,paper,flap,even,even-ffn'")]
 Shares = Annotated[Optional[list[float]], typer.Option(
     '--sparsity', help="a sparsity, or several; default: those of the table")]
 Weights = Annotated[Optional[Path], typer.Option(help="a folder of the model; default: the hub")]

@@ -93,7 +93,7 @@ class Recipe:
 
 
 RECIPES = {'default': Recipe('gradient', 'greedy'), 'even': Recipe('uniform', 'greedy'),
-           'even FFN': Recipe('uniform-ffn', 'greedy'), 'paper': Recipe('ffp', 'wanda'),
+           'even-ffn': Recipe('uniform-ffn', 'greedy'), 'paper': Recipe('ffp', 'wanda'),
            'flap': Recipe('flap', 'fluctuation', ('none', 'bias', 'sequential'))}
 SCORED = 'default', 'paper'  # what gets a zero-shot average, besides the dense model
 
@@ -220,7 +220,8 @@ def say_need(name: str, need: dict | None) -> list[str]:
     longest = ', '.join(f'{k} {v:,.3g}' for k, v in sorted(h.items(), key=lambda x: -x[1])[:3])
     (device, ram), cpu = needs(need, 'cuda'), needs(need, 'cpu')[1]
     return [f'{name}: {need["policies"]} policies. Estimated GB: {held}. A device needs '
-            f'{device:,.3g} and RAM {ram:,.3g}; on a CPU, RAM {cpu:,.3g}.',
+            f'{device:,.3g} and RAM {ram:,.3g}; on a CPU, RAM {cpu:,.3g}. Statistics are kept '
+            f'on disk, {g["gram"]:,.3g}.',
             f'  Estimated hours on the two CPU cores of the record: {sum(h.values()):,.3g} '
             f'({longest}). A GPU is much faster; none was measured.']
 
