@@ -7,7 +7,8 @@
 The weights are random: neither time nor memory depends on their values. All layers of a model are
 alike, so each shape is measured at two depths, and a line through the two gives the cost of a layer
 and of the rest (embeddings, head). The shapes of SmolLM2 135M, 360M and 1.7B and of LLaMA-7B are
-measured; 13B and 70B are projected: a stage's work is counted (WORK below), and the rate at the
+measured; 13B and 70B are projected: a stage's work is counted (`work` in the page of the scaling
+study), and the rate at the
 largest measured shape is taken for the larger ones. How well that works is measured too: 7B is
 projected from 1.7B and compared with what was measured.
 
@@ -36,22 +37,7 @@ from ffp_nb.core.ridge import Calibrator, sequential_calibrate
 from ffp_nb.core.runs import save_record
 from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Blocks
-
-@dataclass(frozen=True)
-class Shape:
-    "A LLaMA by its sizes"
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocab: int = 32000
-
-    @property
-    def layer_params(self) -> int:
-        return (2 * self.hidden**2 + 2 * self.hidden**2 * self.kv_heads // self.heads + 3
-                * self.hidden * self.ffn)
-
+from ffp_nb.studies.scaling import Shape, project, totals
 
 SHAPES = {'135M': Shape(30, 576, 9, 3, 1536, 49152), '360M': Shape(32, 960, 15, 5, 2560, 49152),
           '1.7B': Shape(24, 2048, 32, 32, 8192, 49152), '7B': Shape(32, 4096, 32, 32, 11008),
@@ -69,20 +55,6 @@ class Size:
     blocks: int = 2
     turns: int = 3
     sparsity: float = 0.5
-
-
-def work(stage: str, s: Shape, tokens: int) -> float:
-    "Multiply-accumulates of a stage in one layer: what a projection scales with"
-    # inputs of the two output projections
-    n, d = np.array([s.hidden, s.ffn], dtype=float), float(s.hidden)
-    forward, gram = s.layer_params * tokens, (n**2).sum() * tokens
-    factors = (n**3).sum() + d * (n**2).sum()
-    return dict(statistics=forward + gram, factors=factors, new_policy=d * (n**2).sum() / 4,
-                cached_policy=1.0, forward=forward / 2,
-                sequential=2 * forward + gram + factors)[stage]
-
-
-PER_TOKEN = ('statistics', 'forward', 'sequential')  # reported for a thousand tokens
 
 
 def tensors(*values) -> int:
@@ -156,48 +128,23 @@ def fit(shape: Shape, size: Size) -> list[dict]:
     return rows
 
 
-def project(rows: list[dict], of: Shape, to: Shape, size: Size) -> list[dict]:
-    """The rows of a larger shape from those of a measured one: time by counted work, memory by
-    counted numbers"""
-    tokens = size.blocks * size.block_len
-    n = lambda s: s.hidden**2 + s.ffn**2
-    bytes_ratio = dict(weights_GB=to.layer_params / of.layer_params, gram_GB=n(to) / n(of),
-                       factors_GB=(n(to) + to.hidden * (to.hidden + to.ffn))
-                       / (n(of) + of.hidden * (of.hidden + of.ffn)),
-                       policy_GB=to.hidden * (to.hidden + to.ffn)
-                       / (of.hidden * (of.hidden + of.ffn)))
-    rest = to.hidden * to.vocab / (of.hidden * of.vocab)
-    return [r
-            | dict(layer=r['layer']
-                   * (bytes_ratio[r['what']] if r['unit'] == 'bytes'
-                      else work(r['what'], to, tokens) / work(r['what'], of, tokens)),
-                   rest=r['rest'] * rest) for r in rows]
-
-
-def totals(rows: list[dict], shape: Shape,
-           size: Size) -> dict:  # by stage: seconds (for 1,000 tokens where it reads text) or GB
-    "A whole model"
-    per = {s: 1000 / (size.blocks * size.block_len) for s in PER_TOKEN}
-    return {r['what']: (r['rest'] + shape.layers * r['layer'])
-            * (per.get(r['what'], 1) if r['unit'] == 's' else 1e-9) for r in rows}
-
-
 def run(shapes: dict, size: Size) -> dict:
     "Measure, project, and compare a projection with a measurement"
-    measured = {}
+    measured, tokens = {}, size.blocks * size.block_len
     for name in size.measured:
         print(f'{name}: measuring {size.depths[0]} and {size.depths[1]} layers', flush=True)
         measured[name] = fit(shapes[name], size)
     last, before = size.measured[-1], size.measured[-2]
-    rows = [dict(model=n, how='measured', **totals(measured[n], shapes[n], size))
+    rows = [dict(model=n, how='measured', **totals(measured[n], shapes[n], tokens))
             for n in size.measured]
     larger = [n for n in shapes if n not in size.measured]
     rows += [dict(model=n, how='projected',
-                  **totals(project(measured[last], shapes[last], shapes[n], size), shapes[n], size))
+                  **totals(project(measured[last], shapes[last], shapes[n], tokens), shapes[n],
+                           tokens))
              for n in larger]
-    guess = totals(project(measured[before], shapes[before], shapes[last], size), shapes[last],
-                   size)
-    known = totals(measured[last], shapes[last], size)
+    guess = totals(project(measured[before], shapes[before], shapes[last], tokens), shapes[last],
+                   tokens)
+    known = totals(measured[last], shapes[last], tokens)
     check = {k: float(guess[k] / known[k]) for k in known if known[k] > 0}
     return dict(rows=rows, layers=measured, check=dict(projected=last, of=before, ratio=check))
 

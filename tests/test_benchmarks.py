@@ -99,7 +99,7 @@ def test_scaling_measures_and_projects(tmp_path):
     assert [r['how'] for r in rows.values()] == ['measured', 'measured', 'projected']
     # memory has no noise: a projection of the larger shape counts what is really there
     big, size = scaling.SMALL['c'], scaling.Size(block_len=32, turns=2)
-    real = scaling.totals(scaling.fit(big, size), big, size)
+    real = scaling.totals(scaling.fit(big, size), big, size.blocks * size.block_len)
     for part in ('gram_GB', 'factors_GB'):
         assert rows['c'][part] == pytest.approx(real[part], rel=0.05), part
     weights = (sum(p.numel()
@@ -109,13 +109,13 @@ def test_scaling_measures_and_projects(tmp_path):
 
 
 def test_scaling_counts_the_work():
-    import scaling
-    s = scaling.Shape(1, 8, 4, 2, 24)
+    from ffp_nb.studies.scaling import Shape, work
+    s = Shape(1, 8, 4, 2, 24)
     params = sum(m.out.in_features * m.out.out_features
                  + sum(l.in_features * l.out_features for l, _ in m.rows)
                  for m in Layout(tiny_model('llama', 1, 8, 4, 2, 24)).modules.values())
-    assert s.layer_params == params and scaling.work('forward', s, 10) == params * 10 / 2
-    assert scaling.work('factors', s, 10) == 8**3 + 24**3 + 8 * (8**2 + 24**2)
+    assert s.layer_params == params and work('forward', s, 10) == params * 10 / 2
+    assert work('factors', s, 10) == 8**3 + 24**3 + 8 * (8**2 + 24**2)
 
 
 def test_slopes_measures_its_jobs(tmp_path):

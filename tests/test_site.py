@@ -111,13 +111,13 @@ def test_every_study_is_among_the_results():
     from ffp_nb.studies.registry import STUDIES
     pages = [p for p in sidebar()[0] if p.startswith('studies/')]
     numbered = [f'studies/{i:02}_{s}.ipynb'
-                for i, s in enumerate(['twins', 'study', 'cells', *STUDIES, 'registry'])]
+                for i, s in enumerate(['twins', 'study', 'cells', *STUDIES, 'answers', 'registry'])]
     assert pages == numbered
     heads = re.findall(r'^## \[[^]]+\]\((studies/\w+\.ipynb)\)$',
                        source('results.ipynb', ['markdown']), re.M)
-    assert heads == numbered[3:-1]
+    assert heads == numbered[3:-2]
     code = source('results.ipynb', ['code'])
-    assert all(f"said('{s}')" in code for s in STUDIES)
+    assert all(f"answer('{s}')" in code for s in STUDIES)
 
 
 def test_results_hold_no_figure_that_was_typed_in():

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'Methods', 'Profiles', 'Criteria', 'Budgets', 'Calibrations', 'Kinds', 'Quants', 'Model', 'Text',
-           'Sparsity', 'Method', 'ProfileOpt', 'Seed', 'Out', 'Resume', 'Criterion', 'Dtype', 'Remove', 'FfnStep',
-           'Parallel', 'Device', 'Workers', 'Debug', 'Nbs', 'BudgetOpt', 'Params', 'Macs', 'Memory', 'Speedup',
-           'Context', 'Sequences', 'Repair', 'Alpha', 'Overwrite', 'Split', 'BlockLen', 'Stride', 'Bos', 'MaxBlocks',
-           'Tasks', 'Limit', 'Part', 'Metric', 'Data', 'Csv', 'Batch', 'Recoveries', 'Trained', 'Mix', 'How', 'Teacher',
-           'Tokens', 'Train', 'Lr', 'Rank', 'Heat', 'Truth', 'Hidden', 'Patience', 'Thrifty', 'StepBatch', 'Pruned',
-           'Runs', 'ReportOut', 'Measure', 'Points', 'GainBlocks', 'Folder', 'Gguf', 'Quant', 'StudyName', 'Pages',
-           'Missing', 'Markdown', 'Low', 'High', 'ServedStep', 'CutSparsity', 'CutMemory', 'CutContext', 'CutOut',
-           'studies', 'print_table', 'prune', 'search', 'evaluate', 'recover', 'report', 'elastic', 'export',
-           'study_list', 'study_run', 'study_report']
+           'EvalText', 'EvalLength', 'Sparsity', 'Method', 'ProfileOpt', 'Seed', 'Out', 'Resume', 'Criterion', 'Dtype',
+           'Remove', 'FfnStep', 'Parallel', 'Device', 'Workers', 'Debug', 'Nbs', 'BudgetOpt', 'Params', 'Macs',
+           'Memory', 'Speedup', 'Context', 'Sequences', 'Repair', 'Alpha', 'Overwrite', 'Split', 'BlockLen', 'Stride',
+           'Bos', 'MaxBlocks', 'Tasks', 'Limit', 'Part', 'Metric', 'Data', 'Csv', 'Batch', 'Recoveries', 'Trained',
+           'Mix', 'How', 'Teacher', 'Tokens', 'Train', 'Lr', 'Rank', 'Heat', 'Truth', 'Hidden', 'Patience', 'Thrifty',
+           'StepBatch', 'Pruned', 'Runs', 'ReportOut', 'Measure', 'Points', 'GainBlocks', 'Folder', 'Gguf', 'Quant',
+           'StudyName', 'Pages', 'Missing', 'TableName', 'Records', 'Only', 'Shares', 'Weights', 'Rehearse', 'Layers',
+           'Shrink', 'Force', 'Markdown', 'Low', 'High', 'ServedStep', 'CutSparsity', 'CutMemory', 'CutContext',
+           'CutOut', 'studies', 'print_table', 'prune', 'search', 'evaluate', 'recover', 'report', 'elastic', 'export',
+           'study_list', 'study_run', 'study_report', 'study_protocol']
 
 # %% ../../nbs/pipeline/06_cli.ipynb #b968ed25
 import io
@@ -64,8 +65,12 @@ Quants = Enum('Quants', {q: q for q in QUANTS})
 Model = Annotated[str, typer.Option(
     help="'smollm2' (needs no hub), 'smollm2-mistral', a local folder, or a hub id")]
 Text = Annotated[str, typer.Option(
-    help="'wikitext2', 'pydoc', 'auto', a text file, a file or folder of rows (parquet, jsonl, "
-         "csv), or a hub data set")]
+    help="'wikitext2', 'wikitext2-full', 'fineweb-edu', 'pydoc', 'auto', a text file, a file or "
+         "folder of rows (parquet, jsonl, csv), or a hub data set")]
+EvalText = Annotated[Optional[str], typer.Option(
+    help='measure the figures on the test split of this text; default: on that of --text')]
+EvalLength = Annotated[Optional[int], typer.Option(
+    min=2, help="tokens of a block of that split; default: the profile's")]
 Sparsity = Annotated[float, typer.Option(
     help='share of the decoder-block parameters to remove, or of what --budget names')]
 Method = Annotated[Methods, typer.Option(
@@ -182,6 +187,20 @@ StudyName = Annotated[str, typer.Argument(help='a name that `ffp study list` giv
 Pages = Annotated[Path, typer.Option(help='folder for the executed copy of the page')]
 Missing = Annotated[bool, typer.Option(
     '--records', help='first compute the records that are missing, for hours')]
+TableName = Annotated[str, typer.Argument(
+    help='llama-2-7b, llama-3.1-8b, llama-7b or opt-125m')]
+Records = Annotated[Optional[Path], typer.Option(
+    help="folder for records and work; default: the checkout's own")]
+Only = Annotated[Optional[str], typer.Option(
+    help="some recipes, with commas: 'default,paper,flap,even,even-ffn'")]
+Shares = Annotated[Optional[list[float]], typer.Option(
+    '--sparsity', help="a sparsity, or several; default: those of the table")]
+Weights = Annotated[Optional[Path], typer.Option(help="a folder of the model; default: the hub")]
+Rehearse = Annotated[bool, typer.Option(
+    '--rehearse', help='a random model of the same shape, made text and very little work')]
+Layers = Annotated[int, typer.Option(min=1, help='of the random model')]
+Shrink = Annotated[int, typer.Option(min=1, help='its widths are so many times smaller')]
+Force = Annotated[bool, typer.Option('--force', help='also with too little memory')]
 Markdown = Annotated[Optional[Path], typer.Option(
     help='write the Markdown to this file; default: to the terminal')]
 
@@ -331,7 +350,8 @@ def _config(ctx: typer.Context, **kw) -> PruneConfig:
 
 # %% ../../nbs/pipeline/06_cli.ipynb #43b234d0
 @app.command()
-def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.2,
+def prune(model: Model = 'smollm2', text: Text = 'auto', eval_text: EvalText = None,
+          eval_length: EvalLength = None, sparsity: Sparsity = 0.2,
           budget: BudgetOpt = None, params: Params = None, macs: Macs = None,
           memory: Memory = None, speedup: Speedup = None, context: Context = None,
           batch: Sequences = None, method: Method = Methods.gradient,
@@ -344,10 +364,11 @@ def prune(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0.
     "Search widths, repair, measure on the test split, save the model with a table and pictures."
     with _told(debug, 'prune'):
         from ffp_nb.pipeline.prune import prune as run
-        config = _config(ctx, calibration=calibration.value, alpha=alpha)
+        config = _config(ctx, calibration=calibration.value, alpha=alpha,
+                         eval_text=eval_text or '', eval_len=eval_length)
         table = run(config, out, resume, overwrite, workers=workers, device=device, tp=tp)
         print_table(table, f'{model}, {config.goal}: perplexity on the test split of '
-                           f'{config.text}')
+                           f'{config.eval_text or config.text}')
         pictures = 'retention.png' + ', search.png' * (config.method in SEARCHERS)
         pictures += ', slopes.png' * getattr(SEARCHERS.get(config.method), 'slopes', False)
         _say_where(f'model, table.csv, {pictures} and the record are in {out}')
@@ -638,3 +659,27 @@ def study_report(out: Markdown = None, nbs: Nbs = None, debug: Debug = False):
             _say_where(f'written to {atomic_write(out, text)}')
         else:
             console.print(Rendered(text))
+
+# %% ../../nbs/pipeline/06_cli.ipynb #bbb78e12
+@studies.command('protocol')
+def study_protocol(name: TableName, out: Records = None, only: Only = None,
+                   sparsity: Shares = None, weights: Weights = None, device: Device = None,
+                   rehearse: Rehearse = False, layers: Layers = 4, shrink: Shrink = 1,
+                   force: Force = False, nbs: Nbs = None, debug: Debug = False, *,
+                   ctx: typer.Context):
+    "Fill a published table: a model under the protocol of the field, or of the paper."
+    with _told(debug, 'study'):
+        registry, protocol = _registry(), import_module('ffp_nb.studies.protocol')
+        recipes = tuple(r.strip() for r in only.split(',')) if only else tuple(protocol.RECIPES)
+        options = dict(recipes=recipes, sparsities=tuple(sparsity or ()), device=device,
+                       force=force)
+        if rehearse:
+            _refuse(ctx, 'with --rehearse', 'weights', 'nbs')
+            place = out or Path('runs/rehearsal')
+            records = protocol.rehearse(name, place, shrink, layers, **options)
+        else:
+            _refuse(ctx, 'without --rehearse', 'layers', 'shrink')
+            lab = registry.Lab(out or registry.find_notebooks(nbs), 'field', runs=out, work=out)
+            place = lab.runs / 'protocol'
+            records = protocol.run_protocol(name, lab, weights=weights and str(weights), **options)
+        _say_where(f'{len(records)} records are in {place}')

@@ -45,7 +45,7 @@ def check_place(out: str | Path,  # a run's folder
     if model is not None and model.exists() and out.exists() and out.samefile(model):
         raise ValueError(f'{out} is the model that is read. Choose another --out.')
     for name in OUTPUTS:
-        check_output(out / name, model, config.text)
+        check_output(out / name, model, config.text, config.eval_text or None)
 
 # %% ../../nbs/pipeline/02_prune.ipynb #13644cd9
 def prune(config: PruneConfig,
@@ -63,7 +63,8 @@ def prune(config: PruneConfig,
     if workers:
         import_ray()  # before anything is loaded
     put_right(out / 'model')
-    check_folder(out / 'model', overwrite, CARD_FILES, config.model, config.text)
+    check_folder(out / 'model', overwrite, CARD_FILES, config.model, config.text,
+                 config.eval_text or None)
     check_place(out, config)
     check_writable(out)
     with writing(out / 'search'):  # until all is saved, no other process writes to `out`
@@ -220,8 +221,8 @@ def card_files(bench, widths, table, out, record,
     cut = int(params.dense - params.total(widths))
     tokens = f'the first {c.profile.test_blocks} blocks' if c.profile.test_blocks else 'all blocks'
     how = (f'Widths by the method "{c.method}", order of the units by the criterion '
-           f'"{c.criterion}". Test split of {bench.corpus.name}, {tokens} of '
-           f'{c.profile.block_len} tokens without overlap, {c.dtype}'
+           f'"{c.criterion}". Test split of {bench.corpus.test_name or bench.corpus.name}, '
+           f'{tokens} of {bench.text.test_len} tokens without overlap, {c.dtype}'
            f'{", each behind the first token" * bench.text.convention.bos}; the model in this '
            f'folder has the calibration "{c.calibration}".')
     if c.budget != Budget():

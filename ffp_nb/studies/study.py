@@ -64,6 +64,7 @@ class Study:
     findings: Callable[..., list[str]]  # (tables) -> Markdown lines
     claims: tuple[Claim, ...] = ()
     benchmark: str = ''  # the script in `benchmarks` whose newest record it reads
+    command: str = ''  # makes its records where a machine can; they need not be there
 
     def read(self, runs: str | Path = '../runs') -> tuple:
         "Tables of the existing records"
