@@ -63,7 +63,8 @@ Quants = Enum('Quants', {q: q for q in QUANTS})
 
 # %% ../../nbs/pipeline/06_cli.ipynb #276e6a98
 Model = Annotated[str, typer.Option(
-    help="'smollm2' (needs no hub), 'smollm2-mistral', a local folder, or a hub id")]
+    help="'smollm2' (needs no hub), 'smollm2-mistral', 'gemma3-270m' (its terms accepted), a local "
+         "folder, or a hub id")]
 Text = Annotated[str, typer.Option(
     help="'wikitext2', 'wikitext2-full', 'fineweb-edu', 'pydoc', 'auto', a text file, a file or "
          "folder of rows (parquet, jsonl, csv), or a hub data set")]

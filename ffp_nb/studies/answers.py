@@ -249,6 +249,13 @@ def _ranking(table, truth):
             f'{top.spearman:.2f} after {top.tokens:,.0f} tokens of rewards, a line from slopes '
             f'with {drawn.spearman:.2f} after {drawn.tokens:,.0f}.')
 
+
+@answers('protocol')
+def _protocol(table, dense):
+    done = table.groupby(['model', 'sparsity', 'recipe']).ngroups
+    return (f'{done} of the wanted policies are measured; the page has them beside the published '
+            'figures.')
+
 # %% ../../nbs/studies/23_answers.ipynb #c45557dc
 PICTURES: dict[str, Callable] = {}  # study -> (its tables) -> a matplotlib figure
 SIZE = 6.8, 3.6  # inches: one column of the site

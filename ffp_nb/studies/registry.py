@@ -15,10 +15,10 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.runs import atomic_write, check_output, read_json
-from ffp_nb.studies import (
+from . import (
     ablation, allocation, criteria, distillation, dynamic, elastic, families, methods, prediction,
-    protocol, quantise, ranking, recovery, rewards, scaling, schedules, searchers, slopes, speed,
-    spine)
+    protocol, quantise, ranking, recovery, rewards, scaling, schedules,
+    searchers, slopes, speed, spine)
 from .cells import Lab
 from .study import Study, count_records, run_study
 
