@@ -206,7 +206,7 @@ def told(difference: float, adjusted: float, below: str = 'below', above: str = 
     if not adjusted < LEVEL: return 'not told apart'
     return below if difference < 0 else above
 
-
+# %% ../../nbs/studies/01_study.ipynb #9e0dba01
 def margin_p(d, margin: float = MARGIN) -> float:
     """p of a test for non-inferiority: how surely a mean difference (lower is better) is below the
     margin. Twice the one-sided p, so that it is below 0.05 if the 95 % interval is below"""
