@@ -94,7 +94,7 @@ def findings(table: pd.DataFrame, swaps: pd.DataFrame) -> list[str]:
     word = [told(d, p) for d, p in zip(pairs['mean'], holm(pairs.p_value))]
     fine = off.groupby(['searched', 'applied']).above.agg(no_worse)
     return [
-        ('- **Final quality depends on the criterion**: test perplexity with static repair from '
+        ('- **Final quality by criterion**: test perplexity with static repair from '
          f'{np.exp(order.iloc[0]):.2f} ({order.index[0]}) to {np.exp(order.iloc[-1]):.2f} '
          f'({order.index[-1]}); in nats above Wanda, in pairs of seeds: ')
         + ', '.join(f'{r.criterion} {r.difference:+.3f} ± {r.interval:.3f} '
@@ -102,7 +102,7 @@ def findings(table: pd.DataFrame, swaps: pd.DataFrame) -> list[str]:
         + ' (Holm over these).',
         '- **The search helps under every criterion**: against an even cut of the FFNs '
         f'{", ".join(f"{c} {order[c] - even[c]:+.3f}" for c in order.index)} nats.',
-        '- **Policies travel**: a policy that was searched under another criterion (random '
+        '- **Do policies travel?** A policy that was searched under another criterion (random '
         f'orders aside) costs {off.above.mean():+.4f} nats on average against the one searched '
         f'there ({pairs["mean"].min():+.4f} to {pairs["mean"].max():+.4f} by pair; of {len(pairs)} '
         f'pairs {word.count("above")} are worse and {word.count("below")} better by Holm\'s '

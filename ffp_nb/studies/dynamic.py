@@ -161,7 +161,7 @@ def below_strongest(table: pd.DataFrame, rivals: pd.DataFrame) -> pd.DataFrame:
     for s, d in table[table.agent == 'range'].groupby('sparsity'):
         others = rivals[rivals.sparsity == s]
         if others.empty: continue
-        best = others.loc[others.nll.idxmin()]
+        best = others.sort_values('nll').iloc[0]
         g = best.nll - d.set_index('seed').nll
         rows.append(dict(sparsity=s, strongest=best.policy, heuristics=len(others), gain=g.mean(),
                          interval=half_width(g), p=p_value(g)))

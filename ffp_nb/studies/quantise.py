@@ -174,8 +174,8 @@ def findings(table: pd.DataFrame, policies: pd.DataFrame) -> list[str]:
     worse = sum(told(r.nats, r.holm) == 'above' for r in both.itertuples())
     lines = [_choose(table), f'- {worse} of {len(both)} pruned files are worse than a dense file '
              f'that is no larger, by {both.nats.min():+.2f} to {both.nats.max():+.2f} nats a token '
-             f'(the 95 % interval over test blocks is at most ± {both.interval.max():.3f}; Holm over '
-             'all).']
+             f'(the 95 % interval over test blocks is at most ± {both.interval.max():.3f}; Holm '
+             'over all).']
     costs = table[(table.step == 32) & (table.quant != 'f16')]
     costs = costs.groupby('quant', observed=True).change
     lines.append('- What a format costs, nats a token over all targets: ' + ', '.join(

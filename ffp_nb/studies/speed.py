@@ -98,7 +98,7 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, dict | None, pd.DataFrame]:
     return (*read_speed(runs.resolve().parents[1] / 'benchmarks/results'),
             rounding.sort_values(['target', 'step'], ignore_index=True))
 
-
+# %% ../../nbs/studies/05_speed.ipynb #2db3be75
 def with_speed(rounding: pd.DataFrame, speed: pd.DataFrame, record: dict) -> pd.DataFrame:
     """The roundings with their prefill speed in PyTorch. ValueError if the benchmark measured other
     widths"""
