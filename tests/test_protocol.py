@@ -271,7 +271,7 @@ def test_shapes_are_those_of_the_hub():
 def test_a_rehearsal_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys, no_data):
     run = lambda out: protocol.rehearse('llama-2-7b', tmp_path / out, shrink=32, layers=2,
                                         recipes=('default', 'even'), sparsities=(0.5,),
-                                        progress=False)
+                                        progress=False, force=True)
     whole = run('whole')
     assert [r['config']['name'].split('-2-32-')[1] for r in whole] == [
         'dense', 'gradient-0.5-0', 'uniform-0.5-0']
@@ -302,7 +302,7 @@ def test_a_rehearsal_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys,
 
 def test_every_recipe_and_the_paper_s_model(tmp_path, ffp, no_data):
     done = ffp('study', 'protocol', 'opt-125m', '--rehearse', '--shrink', '12', '--layers', '2',
-               '--out', tmp_path)
+               '--force', '--out', tmp_path)
     assert done.exit_code == 0, done.output
     assert 'opt-125m: 5 policies. Estimated GB' in done.output and '6 records' in done.output
     records = [read_json(f) for f in (tmp_path / 'records/protocol').glob('*.json')]
@@ -404,7 +404,7 @@ def test_the_paper_s_average_is_measured(tmp_path, monkeypatch):
     few = replace(PROTOCOLS['paper'], tasks=('piqa', 'openbookqa'))
     monkeypatch.setitem(PROTOCOLS, 'paper', few)
     records = protocol.rehearse('opt-125m', tmp_path, shrink=12, layers=2, recipes=('default',),
-                                progress=False)
+                                progress=False, force=True)
     scores = {r['config']['name']: r['result'] for r in records if 'accuracy' in r['result']}
     assert len(scores) == 2
     for r in scores.values():
