@@ -264,6 +264,26 @@ def test_the_predictor_is_not_chosen_by_what_it_is_judged_on():
     assert 'nats²' in prediction.judged_findings(judged, timing)[0]
 
 
+def test_the_choice_does_not_read_what_is_judged(monkeypatch):
+    "Cross-validation on the training policies alone: what the test policies cost changes nothing"
+    names = {k: prediction.PREDICTORS[k] for k in ('ridge', 'spline')}
+    monkeypatch.setattr(prediction, 'PREDICTORS', names)
+    monkeypatch.setattr(prediction, 'SEEDS', (0,))
+    g = np.random.default_rng(9)
+    widths = g.integers(1, 9, (60, 2, 2))
+    data = dict(widths=widths, X=widths.reshape(60, 4) / 8.0, source=np.array(['designed'] * 60),
+                target=np.full(60, 0.3), calibrated=np.ones(60, bool))
+    data['y'] = data['X'] @ [1, 2, 3, 4] + g.normal(0, 0.01, 60)
+    found = prediction.measure_choice(data)['rows']
+    assert [r['predictor'] for r in found] == [*names] and found[0]['mse'] < 0.5
+    train, test = prediction.split(data, 'random', 0)
+    assert len(test) == 12
+    data['y'][test] = 1e6
+    assert prediction.measure_choice(data)['rows'] == found
+    data['y'][train] = 0.0
+    assert prediction.measure_choice(data)['rows'] != found
+
+
 def test_a_default_is_compared_with_its_own_pairs_only():
     "Claims read the tables of their study: extra searchers and targets change nothing"
     g = np.random.default_rng(8)

@@ -165,7 +165,7 @@ def test_other_searchers_can_learn_on_predictions():
 DESIGN = dict(targets=[0.2, 0.3, 0.5, 0.6], each=10, head_starts=[0, 2], scale=1.5, seed=0)
 CHOSEN = dict(methods=['ffp'], sparsity=0.5, seeds=[0], each=6, tokens=None)
 SMALLER = dict(MODEL='toy', DESIGN=DESIGN, VISITED=CHOSEN, BLOCKS=4, SEEDS=(0, 1),
-               GROWTH=(10, None), NOISE=prediction.NOISE | dict(seeds=()),
+               GROWTH=(10, None), FOLDS=2, NOISE=prediction.NOISE | dict(seeds=()),
                PREDICTORS=dict(ridge=PREDICTORS['ridge']), TOKENS=6_000, MEASURED=3, SELECTION=4,
                KINDS=dict(model=None, predicted=Prediction('ridge', 1, 2, 8, pool=16)))
 

@@ -177,8 +177,8 @@ def signed(d: pd.Series, digits: int = 4) -> str:
     return f'{c.mean():+.{digits}f} ± {half_width(c):.{digits}f}'
 
 # %% ../../nbs/studies/01_study.ipynb #a26184a0
-# nats a token that do not matter: 1 % of perplexity. Set before any interval was compared with it,
-# but after the first records existed; the study of criteria used it first
+# nats a token that do not matter: 1 % of perplexity, as the study of criteria took it from the
+# start. As a margin it was set when most records, and their differences, were already known
 MARGIN = 0.01
 LEVEL = 0.05  # of a family of comparisons
 
