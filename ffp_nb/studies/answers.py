@@ -351,11 +351,14 @@ def _draw_schedules(ax, mine, traces):
 def _draw_ablation(ax, mine):
     e = ablation.effects(mine)
     ax.figure.set_size_inches(SIZE[0], 0.22 * len(e) + 1)
+    wide = mine.pivot_table(index=['model', 'seed'], columns='variant', values='selection')
+    by_model = wide.sub(wide['default'], axis=0).groupby('model').mean()[list(e.index)]
     ax.axvline(0, color='0.4', lw=1)
-    ax.errorbar(e.selection_difference, np.arange(len(e)), xerr=e.selection_interval, fmt='o', ms=4,
-                lw=1, capsize=2)
+    for (model, d), mark in zip(by_model.iterrows(), 'osv^'):
+        ax.plot(d, np.arange(len(e)), mark, ms=4, label=model)
     ax.set_yticks(range(len(e)), [c[:52] for c in e.change], fontsize=7)
-    ax.set(xlabel='nats above the default (left: better)')
+    ax.set(xlabel='nats above the default, mean of each model (left: better)')
+    ax.legend()
 
 # %% ../../nbs/studies/23_answers.ipynb #13a564e4
 @picture('prediction')
