@@ -21,6 +21,7 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import ffp_nb
 from ..core.families import tiny_tokenizer
 from ..core.ridge import spare_bytes
 from ..core.runs import atomic_write
@@ -142,7 +143,7 @@ def shape_of(config: dict) -> Shape:
 def results(there: str | Path | None = None) -> Path:
     "The folder of benchmark records: this one if it exists, or that of the checkout"
     there = Path(there or '')
-    own = Path(__file__).resolve().parents[2] / 'benchmarks' / 'results'
+    own = Path(ffp_nb.__file__ or '').resolve().parents[1] / 'benchmarks' / 'results'
     return there if there.name and there.is_dir() else own
 
 
@@ -458,11 +459,11 @@ def side_by_side(found: pd.DataFrame, dense: pd.DataFrame, name: str) -> pd.Data
     own = dense[dense.name == name]
     ours = _shown(own.ppl.iloc[0], own.accuracy.iloc[0]) if len(own) else 'not run'
     for recipe, how in RECIPES.items():
-        for mode in how.modes:
-            t = found[(found.name == name) & (found.recipe == recipe) & (found.repair == mode)]
+        mine = found[(found.name == name) & (found.recipe == recipe)]
+        for mode in how.modes if len(mine) else ('any repair',):
             cell = {s: _shown(r.ppl.iloc[0], r.accuracy.iloc[0])
-                    for s, r in t.groupby('sparsity')}
-            rows[f'{recipe}, {mode}'] = dict(dense=ours) | {
+                    for s, r in mine[mine.repair == mode].groupby('sparsity')}
+            rows[f'ours: {recipe}, {mode}'] = dict(dense=ours) | {
                 f'σ = {s:g}': cell.get(s, 'not run') for s in sparsities}
     columns = ['dense', *(f'σ = {s:g}' for s in sparsities)]
     return pd.DataFrame(rows).T.reindex(columns=columns).fillna('')
@@ -473,7 +474,8 @@ def findings(found: pd.DataFrame, dense: pd.DataFrame) -> list[str]:
     lines = []
     for name, target in MODELS.items():
         if not target.protocol: continue
-        theirs = PUBLISHED[(PUBLISHED.name == name) & (PUBLISHED.sparsity > 0)]
+        theirs = PUBLISHED[(PUBLISHED.name == name) & (PUBLISHED.sparsity > 0)
+                           & ~PUBLISHED.method.str.contains('in domain')]
         ours, parts = found[found.name == name], []
         for s in PROTOCOLS[target.protocol].sparsities:
             best = theirs[theirs.sparsity == s].nsmallest(1, 'ppl')
