@@ -53,7 +53,7 @@ def wanted(model: str) -> list[tuple[str, Cell]]:  # (order, cell) in the order 
 
 # %% ../../nbs/studies/21_methods.ipynb #de6bdcae
 def policies(runs: Path) -> dict[tuple, dict]:
-    "Records that other studies have already, by order and what `_same` says of a cell"
+    "Records that other studies have already, by order and by what makes two cells one policy"
     found = {}
     for r in [r for f in ('slopes', 'main', 'spine') for r in read_records(runs / f)]:
         c = r['config']
