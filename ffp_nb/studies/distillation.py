@@ -29,9 +29,8 @@ from ..pipeline.config import run_config
 from ..pipeline.tasks import SEVEN, load_tasks, zero_shot
 from ..recover.distill import Distillation, distill_loss, mix_blocks
 from ..recover.train import Watch, student_from, train_student
-from .cells import Lab, read_cells
+from .cells import Lab
 from .quantise import read_policy, repaired_folder
-from .slopes import EQUAL
 from .study import (
     Measurement, Plan, Study, half_width, holm, mean_interval, p_value, read_records, told)
 
@@ -126,15 +125,10 @@ class Desk:
         return load_tasks(SEVEN, self.documents)
 
     def widths(self, sparsity: float, start: str, seed: int) -> np.ndarray:
-        "Of a policy of the default method, of CMA-ES, or of the even cut of the FFNs"
+        "Of a policy of the default method, or of the even cut of the FFNs"
         if start == 'searched':
             policy = read_policy(sparsity, self.lab.runs / 'slopes', seed)
             return np.array(policy['result']['widths'])
-        if start == 'cma':  # in Wanda's order
-            t = read_cells(self.lab.runs / 'slopes')
-            found = t[(t.policy == 'cma') & (t.sparsity == sparsity) & (t.seed == seed)
-                      & (t.tokens == EQUAL)]
-            return np.array(found.record.iloc[0]['result']['widths'])
         facts = self.lab.facts('smollm2', self.criterion)
         return uniform(facts.cost(), sparsity, ('ffn',), facts.config.step, facts.config.p_min)
 

@@ -76,7 +76,7 @@ def _same(model, sparsity, method, seed, variant, tokens):
 
 # %% ../../nbs/studies/21_methods.ipynb #af891ca9
 def plan(lab: Lab) -> Plan:
-    "Every policy, those of other studies as they are; without repair; tasks; distilled CMA-ES"
+    "Every policy, those of other studies as they are, and tasks of some"
     known = policies(lab.runs)
     for model in DONE:
         names = {v: k for k, v in METHODS.items()}
@@ -85,23 +85,10 @@ def plan(lab: Lab) -> Plan:
             at = _same(model, cell.sparsity, cell.method, cell.seed, cell.variant, cell.tokens)
             r = yield Measurement(cell_key(cell, facts), lambda to: measure_cell(
                 bench(), cell, to, lab.work / 'work'), known.get((order, at)))
-            if r is None: continue
-            if 'none' not in r['result']['nll']:
-                key = dict(name=f'none-{cell.name}', study='methods', of=r['config_id'])
-                yield Measurement(key, lambda _: _unrepaired(bench(), r))
-            if cell.seed == 0 and names[order, cell.method, cell.variant] in TASKS_OF[model]:
+            if r and cell.seed == 0 and names[order, cell.method, cell.variant] in TASKS_OF[model]:
                 yield _zero_shot(lab, model, order, r)
-    yield from distillation.plan(lab, [(s, 'cma', 'distil', 'own', seed, distillation.TOKENS)
-                                       for s in distillation.SIGMAS for seed in SEEDS],
-                                 dict(distil=(('lora', 3e-3),)), 'wanda')
 
 # %% ../../nbs/studies/21_methods.ipynb #5c52ed8c
-def _unrepaired(bench, record: dict) -> dict:
-    "Nats of each test block without repair"
-    widths = np.array(record['result']['widths'])
-    return dict(nll=dict(none=bench.perplexity(widths, bench.text.test).nll.round(5)))
-
-
 def _zero_shot(lab, model, order, record) -> Measurement:
     "Tasks after sequential repair, with the documents of the study of allocation"
     from ffp_nb.pipeline.tasks import TASKS  # needs lm-eval
@@ -118,24 +105,21 @@ _COLUMNS = ['model', 'method', 'sparsity', 'seed', 'calibration', 'ppl', 'nll', 
             'seconds']
 
 
-def _rows(name, record, known: dict) -> list[dict]:
-    "A row for each repair of a policy; `known` has what was measured without repair later"
+def _rows(name, record) -> list[dict]:
+    "A row for each repair of a policy"
     c, found = record['config'], record['result']
-    nll = known.get(record['config_id'], {}) | found['nll']
     spent = found.get('search') or {}
     return [dict(model=c['cell']['model'] if 'cell' in c else 'smollm2', method=name,
                  sparsity=c['sparsity'], seed=c['seed'], calibration=m,
                  ppl=float(np.exp(np.mean(v))), nll=float(np.mean(v[:SAME])),
                  forward_tokens=found.get('forward_tokens', 0), seconds=spent.get('wall_s'))
-            for m, v in nll.items() if m in MODES]
+            for m, v in found['nll'].items() if m in MODES]
 
 # %% ../../nbs/studies/21_methods.ipynb #7babf0fa
 def tidy(runs: Path) -> tuple[pd.DataFrame, list[dict], pd.DataFrame]:
     """A row for each policy and repair (`ppl` on all its test blocks, `nll` on the first `SAME`);
     records of tasks with the `method` they are of; trainings and what they started from"""
     own = read_records(runs / 'methods')
-    none = {r['config']['of']: r['result']['nll'] for r in own
-            if r['config']['name'].startswith('none-')}
     known = policies(runs)
     for r in (r for r in own if 'cell' in r['config']):
         c = r['config']['cell']
@@ -147,7 +131,7 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, list[dict], pd.DataFrame]:
             if (r := known.get(at)) is None: continue
             name = _NAMES[order, cell.method, cell.variant]
             by_id[r['config_id']] = name, cell.sparsity
-            rows += _rows(name, r, none)
+            rows += _rows(name, r)
     dense = read_records(runs / 'spine', 'spine-dense')
     rows += [dict(model='smollm2', method='dense', sparsity=0.0, seed=0, calibration='none',
                   ppl=float(np.exp(np.mean(r['result']['nll']['none']))),
@@ -165,9 +149,8 @@ def _tasks(runs, by_id) -> list[dict]:
 # %% ../../nbs/studies/21_methods.ipynb #7f6aec4a
 def _trained(runs) -> pd.DataFrame:
     "Distilled models (equal tokens, WikiText-2) and their starts: nats on the first test blocks"
-    rows, names = [], dict(searched='default', cma='CMA-ES', even='even FFN cut, greedy')
-    found = [r for f in ('distillation', 'methods') for r in read_records(runs / f, 'distillation-')
-             if r['config'].get('start') in names]
+    rows, names = [], dict(searched='default', even='even FFN cut, greedy')
+    found = [r for r in read_records(runs / 'distillation') if r['config'].get('start') in names]
     nats = lambda r: float(np.mean(r['result']['nll']['own']))
     about = lambda c: (c['start'], c['sparsity'], c['seed'])
     before = {about(r['config']): nats(r) for r in found if 'recipe' not in r['config']}
