@@ -209,7 +209,7 @@ def _distillation(table, points):
     t = table[(table.budget == distillation.TOKENS) & (table.texts == 'own')
               & (table.start == 'searched')]
     g = t.groupby(['sparsity', 'loss'])[['own_gain', 'other_gain']].mean()
-    lead = distillation._leads(table).groupby(['sparsity', 'loss']).own.mean()
+    lead = distillation.leads(table).groupby(['sparsity', 'loss']).own.mean()
     top = max(distillation.SIGMAS)
     return (f'At half size distilling gains {g.own_gain[top, "distil"]:.2f} nats on its own text '
             f'and {g.other_gain[top, "distil"]:.2f} on another, training on the text alone '
@@ -245,7 +245,7 @@ def _ranking(table, truth):
     most = table[table.policies == table.policies.max()]
     top, drawn = most.loc[most.spearman.idxmax()], table[table.how.str.startswith('slopes')]
     drawn = drawn.loc[drawn.spearman.idxmax()]
-    return (f'The best predictor ({top.how}) ranks policies of searches with a correlation of '
+    return (f'The best predictor ({top.how}, with hindsight) ranks policies with a correlation of '
             f'{top.spearman:.2f} after {top.tokens:,.0f} tokens of rewards, a line from slopes '
             f'with {drawn.spearman:.2f} after {drawn.tokens:,.0f}.')
 

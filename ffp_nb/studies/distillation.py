@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIGMAS', 'SEEDS', 'STARTS', 'LOSSES', 'TEXTS', 'TOKENS', 'PILOT', 'RATES', 'CHECKS', 'WATCHED', 'SHOWN', 'JUDGED',
            'DOCUMENTS', 'CELLS', 'STUDY', 'plan', 'recipe', 'Desk', 'train', 'tidy', 'read_rates', 'gain_table',
-           'lead_table', 'accuracy_table', 'against_text', 'findings']
+           'leads', 'lead_table', 'accuracy_table', 'against_text', 'findings']
 
 # %% ../../nbs/studies/18_distillation.ipynb #eee82486
 import time
@@ -290,7 +290,7 @@ def gain_table(table: pd.DataFrame) -> pd.DataFrame:
         key=lambda c: c.map(order) if c.name == 'loss' else c, ignore_index=True)
 
 # %% ../../nbs/studies/18_distillation.ipynb #31618599
-def _leads(table):
+def leads(table: pd.DataFrame) -> pd.DataFrame:
     """Nats by which searched widths are below the even cut after the same training with the same
     seed; before training there is one even cut"""
     t = table[table.texts.isna() | (table.texts == 'own')]
@@ -308,7 +308,7 @@ def _leads(table):
 
 def lead_table(table: pd.DataFrame) -> pd.DataFrame:
     "Nats (and points of accuracy) by which the search is ahead, with 95 % intervals over seeds"
-    found = _leads(table).groupby(['sparsity', 'loss'])[['own', 'other', 'accuracy']]
+    found = leads(table).groupby(['sparsity', 'loss'])[['own', 'other', 'accuracy']]
     return found.agg(lambda v: mean_interval(v, 3)).rename(
         columns=dict(own='WikiText-2', other='help topics', accuracy='accuracy, points'))
 
@@ -344,7 +344,7 @@ def findings(table: pd.DataFrame, points: pd.DataFrame) -> list[str]:
     "Markdown lines with the figures"
     t, lines = _short(table), []
     if t.empty: return ['- no record yet']
-    both, leads = against_text(table), _leads(table)
+    both, ahead = against_text(table), leads(table)
     names = dict(own='WikiText-2', other='the help topics')
     for s, d in both.groupby('sparsity'):
         x = d.set_index('what')
@@ -355,7 +355,7 @@ def findings(table: pd.DataFrame, points: pd.DataFrame) -> list[str]:
                      + '; '.join(parts) + f'; accuracy {x["mean"]["accuracy"]:+.1f} ± '
                      f'{x.interval["accuracy"]:.1f} points (intervals over seeds, Holm over '
                      f'{len(both)} comparisons).')
-    for s, d in leads.groupby('sparsity'):
+    for s, d in ahead.groupby('sparsity'):
         lead = lambda k: ', '.join(
             f'{what} {mean_interval(d[d.loss == loss][k], 3)}' for loss, what in (
                 ('before', 'before training'), ('distil', 'distilled'), ('text', 'on text'))

@@ -35,6 +35,7 @@ METHODS = {'default': ('greedy', 'gradient', 'default'),
            'even FFN cut, greedy': ('greedy', 'uniform-ffn', 'default'),
            'even FFN cut': ('wanda', 'uniform-ffn', 'default'),
            'even cut': ('wanda', 'uniform', 'default')}
+_NAMES = {v: k for k, v in METHODS.items()}
 # what is measured of each model; a search takes minutes to an hour
 DONE = {'smollm2': {m: SIGMAS for m in METHODS if m != 'even FFN cut, greedy'} | {
     'EAS': (0.2, 0.3), 'EvoPress': (0.3,)}}
@@ -80,13 +81,12 @@ def plan(lab: Lab) -> Plan:
     "Every policy, those of other studies as they are, and tasks of some"
     known = policies(lab.runs)
     for model in DONE:
-        names = {v: k for k, v in METHODS.items()}
         for order, cell in sorted(wanted(model), key=lambda w: w[0]):
             bench, facts = (lambda: lab.bench(model, order)), lab.facts(model, order)
             at = _same(model, cell.sparsity, cell.method, cell.seed, cell.variant, cell.tokens)
             r = yield Measurement(cell_key(cell, facts), lambda to: measure_cell(
                 bench(), cell, to, lab.work / 'work'), known.get((order, at)))
-            name = names[order, cell.method, cell.variant]
+            name = _NAMES[order, cell.method, cell.variant]
             if r and cell.seed == 0 and cell.sparsity in TASKS_OF[model].get(name, ()):
                 yield _zero_shot(lab, model, order, r)
 
@@ -102,7 +102,6 @@ def _zero_shot(lab, model, order, record) -> Measurement:
 
 # %% ../../nbs/studies/21_methods.ipynb #57112993
 _KEYS = 'model', 'sparsity', 'method', 'seed', 'variant', 'tokens'
-_NAMES = {v: k for k, v in METHODS.items()}
 _COLUMNS = ['model', 'method', 'sparsity', 'seed', 'calibration', 'ppl', 'nll', 'forward_tokens',
             'seconds']
 
