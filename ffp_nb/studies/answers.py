@@ -225,19 +225,28 @@ def _elastic(table, costs):
     return (f'On the twin {d.mean():+.4f} nats against a search for each target; on SmolLM2 '
             f'{slow.mean():+.3f}, with a sweep three times as long as one search.')
 
-
+# %% ../../nbs/studies/23_answers.ipynb #5cafb2be
 @answers('methods')
 def _methods(table, tasks, trained):
-    parts = []
-    for s in methods.SIGMAS:
-        t = table[(table.model == 'smollm2') & (table.sparsity == s)
-                  & (table.calibration == 'sequential')]
-        m, rival = _mean(t, 'method'), methods.best_rival(table, 'smollm2', s)
-        parts.append((m[rival] - m['default'], s, rival))
-    ahead = sum(gain > 0 for gain, *_ in parts)
-    return (f'The default has the least perplexity at {ahead} of {len(parts)} targets of SmolLM2; '
-            'against the best other method it has less by '
-            + ', '.join(f'{_cut(gain)} at {s:g} ({rival})' for gain, s, rival in parts) + '.')
+    parts, ahead, total = [], 0, 0
+    for model in [m for m in methods.MODELS if (table.model == m).any()]:
+        gains = []
+        for s in methods.SIGMAS:
+            t = table[(table.model == model) & (table.sparsity == s)
+                      & (table.calibration == 'sequential')]
+            m, rival = _mean(t, 'method'), methods.best_rival(table, model, s)
+            if rival and 'default' in m:
+                gains.append((m[rival] - m['default'], s, rival))
+        ahead, total = ahead + sum(gain > 0 for gain, *_ in gains), total + len(gains)
+        said = ', '.join(f'{_change(gain)} at {s:g} ({rival})' for gain, s, rival in gains)
+        parts.append(f'on {methods.MODELS[model]} {said}')
+    return (f'The default has the least perplexity in {ahead} of {total} pairs of model and '
+            'target. The best other method has, ' + '; '.join(parts) + '.')
+
+
+def _change(gain):
+    "How much more perplexity, in words"
+    return f'{abs(np.expm1(gain)):.0%} ' + ('more' if gain > 0 else 'less')
 
 # %% ../../nbs/studies/23_answers.ipynb #1eaa013c
 @answers('ranking')

@@ -34,7 +34,8 @@ from ..search.loop import Evaluator, Search, save_policies, search_summary
 from ..search.rivals import searcher_settings
 from .study import (
     Measurement, Plan, clusters, half_width, holm, p_value, read_records)
-from .twins import NAMES, SETUPS, Training, Twin, build_model, open_twin, twin_config
+from .twins import (
+    SETUPS, TRAINED, Training, Twin, build_model, open_twin, twin_config)
 
 # %% ../../nbs/studies/02_cells.ipynb #f4ed5e9d
 MODES = ('none', 'static', 'sequential')  # repairs
@@ -56,22 +57,23 @@ class Facts:
                    len(bench.text.search), bench.text.convention.bos)
 
 
-def base_config(model: str,  # 'smollm2', a twin of `NAMES`, a local folder or a hub id
+def base_config(model: str,  # 'smollm2', a twin of `TRAINED`, a local folder or a hub id
                 profile: str = 'cpu', text: str = 'wikitext2', criterion: str = 'wanda',
                 ) -> PruneConfig:
     "The settings that all cells of a model and a criterion share; twins ignore `text`"
-    if model in NAMES: return twin_config(model, SETUPS[profile], criterion=criterion)
+    if model in TRAINED: return twin_config(model, SETUPS[profile], criterion=criterion)
     return PruneConfig(model, text, 0.3, 'ffp', criterion=criterion, profile=PROFILES[profile])
 
 # %% ../../nbs/studies/02_cells.ipynb #705175a9
-def _known(runs: Path) -> dict[str, tuple[dict, str, str]]:
-    "Hashes of text and weights of every model, and their type, as its records name them"
-    found: dict[str, tuple[dict, str, str]] = {}
-    for r in (r for d in ('main', 'families', 'spine') for r in read_records(runs / d)):
+def _known(runs: Path) -> dict[str, tuple[dict, str, str, bool]]:
+    """Of every model as its records name them: hashes of text and weights, the type, and whether
+    blocks start with the tokenizer's first token"""
+    found: dict[str, tuple[dict, str, str, bool]] = {}
+    for r in (r for d in ('main', 'families', 'spine', 'methods') for r in read_records(runs / d)):
         c, w = r['config'], r['result'].get('weights') if isinstance(r['result'], dict) else ''
         if 'text_sha256' in c and isinstance(c.get('model'), str):
-            old = found.get(c['model'], ({}, '', ''))
-            found[c['model']] = c['text_sha256'], w or old[1], c['dtype']
+            old = found.get(c['model'], ({}, '', '', False))
+            found[c['model']] = c['text_sha256'], w or old[1], c['dtype'], c['convention']['bos']
     return found
 
 # %% ../../nbs/studies/02_cells.ipynb #3a8ad3c0
@@ -94,14 +96,14 @@ class Lab:
     config: Callable[..., PruneConfig]
     facts: Callable[..., Facts]
 
-    def twin(self, family: str) -> Twin:
-        return open_twin(family, self.work / 'models', SETUPS[self.profile])
+    def twin(self, name: str) -> Twin:
+        return open_twin(name, self.work / 'models', SETUPS[self.profile])
 
     def bench(self, model: str, criterion: str = 'wanda') -> Bench:
         "The bench that all cells of a model and a criterion share; the last one stays open"
         if self._open[0] != (key := (model, criterion)):
             self._open = (None, None)  # not two in memory
-            if model in NAMES:
+            if model in TRAINED:
                 bench = self.twin(model).bench(criterion)
             else:
                 bench = Bench.load(self.config(model, criterion), os.environ.get('FFP_CACHE_DIR'),
@@ -126,7 +128,7 @@ def like(self: Lab, **settings) -> Lab:  # dtype, and fields of the profile
 def config(self: Lab, model: str, criterion: str = 'wanda') -> PruneConfig:
     "`base_config` with the settings of this lab"
     c = base_config(model, self.profile, self.text, criterion)
-    if model in NAMES or not self.settings: return c
+    if model in TRAINED or not self.settings: return c
     own = {k: v for k, v in self.settings.items() if k != 'dtype'}
     return replace(c, dtype=self.settings.get('dtype', c.dtype), profile=replace(c.profile, **own))
 
@@ -136,9 +138,9 @@ def facts(self: Lab, model: str, criterion: str = 'wanda') -> Facts:
     "What configurations depend on; a dry lab knows it from the records"
     if not self.dry: return Facts.of(self.bench(model, criterion))
     c = self.config(model, criterion)
-    sha, weights, dtype = self._recorded.get(c.model, ({}, '', c.dtype))
+    sha, weights, dtype, bos = self._recorded.get(c.model, ({}, '', c.dtype, False))
     return Facts(replace(c, dtype=self.settings.get('dtype', dtype)), sha, weights,
-                 lambda: _shape_cost(model), np.inf)
+                 lambda: _shape_cost(model), np.inf, bos)
 
 # %% ../../nbs/studies/02_cells.ipynb #275b9955
 @cache
@@ -149,14 +151,14 @@ def _shape_cost(model):
 
 def _untrained(model):
     "A model with the shapes of this one"
-    if model in NAMES: return build_model(Training(model))
+    if model in TRAINED: return build_model(Training(**SETUPS['cpu'].settings(model)))
     return load_model(model, device='cpu')[0]
 
 # %% ../../nbs/studies/02_cells.ipynb #ba428286
 @dataclass(frozen=True)
 class Cell:
     "One policy: how it is found, and for which model"
-    model: str  # 'smollm2', a twin of `NAMES`, a local folder or a hub id
+    model: str  # 'smollm2', a twin of `TRAINED`, a local folder or a hub id
     sparsity: float
     method: str = 'ffp'  # one of `ffp_nb.pipeline.config.METHODS`
     seed: int = 0

@@ -64,7 +64,7 @@ def plan(lab: Lab, names: Iterable[str] = NAMES,
 def training_record(lab: Lab, family: str) -> tuple[dict, Callable]:
     """Configuration of a twin's training, and a function that copies the record stored beside the
     model"""
-    c = Training(family, **SETUPS[lab.profile].training)
+    c = Training(**SETUPS[lab.profile].settings(family))
     sha = DJANGO_SHA256 if c.text == 'django' else text_sha256(documents(c.text))
     def copy(to):
         f = next(lab.twin(family).folder.glob('train-*.json'))

@@ -27,6 +27,7 @@ from .searchers import label
 from .study import (
     MARGIN, Measurement, Plan, Study, clusters,
     holm, over, p_value, read_records, signed, spread, told)
+from .twins import TRAINED
 
 # %% ../../nbs/studies/16_slopes.ipynb #957246b4
 SETTINGS = dict(dtype='float32', forward_batch=16)  # of what ran on a GPU
@@ -119,9 +120,10 @@ def plan_gpu(lab: Lab, criteria: tuple[str, ...] = tuple(RIVALS), gates: bool = 
 # %% ../../nbs/studies/16_slopes.ipynb #a961dda5
 def measure_grasprune(lab: Lab, cell: Cell) -> dict:
     "Learn gates, sort another bench by them, measure it with GRASPrune's scales and each repair"
-    bench = lab.bench('smollm2')
-    found = grasprune(bench.problem(cell_settings(cell, lab.facts('smollm2'))))
-    other = Bench.load(bench.config, progress=False, order=found.order)
+    bench = lab.bench(cell.model)
+    found = grasprune(bench.problem(cell_settings(cell, lab.facts(cell.model))))
+    other = (lab.twin(cell.model).bench(order=found.order) if cell.model in TRAINED else
+             Bench.load(bench.config, progress=False, order=found.order))
     nll = test_nll(other, found.widths, MODES)
     own = ScaledWeights(other.elastic, found)
     nll['scales'] = other.perplexity(found.widths, other.text.test, own).nll.round(5)

@@ -1,0 +1,69 @@
+"All methods on several models: a deep twin goes through the plan, and models are the clusters"
+import numpy as np
+import pandas as pd
+import pytest
+
+from ffp_nb.pipeline.config import Profile
+from ffp_nb.search.gates import grasprune
+from ffp_nb.studies import methods, twins
+from ffp_nb.studies.cells import Lab
+from ffp_nb.studies.methods import STUDY, against_default, wanted
+from ffp_nb.studies.study import count_records, read_records, run_study
+from ffp_nb.studies.twins import DEEP, SETUPS, Setup
+
+TOY = dict(text='pydoc', tokens=20_000, batch=8, lr=6e-3, vocab=400, hidden=48, layers=2,
+           block_len=32)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setitem(SETUPS, 'smoke', Setup(TOY, Profile(32, 50, 8, 8, 4, 1, 2, 8, 2), (1, 8),
+                                               deep=dict(layers=3)))
+    monkeypatch.setattr(methods, 'DONE', {'mistral-deep': [
+        (('default', 'EvoPress', 'OWL', 'even FFN cut'), (0.3,), 1)]})
+    monkeypatch.setattr(methods, 'LEARNED', {'mistral-deep': ((0.3,), 1)})
+    monkeypatch.setattr(methods, 'LIMIT', {'mistral-deep': 3000})
+    monkeypatch.setattr('ffp_nb.studies.slopes.grasprune',
+                        lambda p: grasprune(p, steps=4))
+
+
+def test_a_deep_twin_goes_through_the_plan(toy, tmp_path, capsys):
+    lab = Lab(tmp_path, 'smoke', runs=tmp_path, work=tmp_path)
+    run_study(STUDY, lab)
+    names = {r['config']['name'] for r in read_records(tmp_path / 'methods')}
+    assert names == {'train-mistral', 'dense-mistral-deep', 'mistral-deep-gradient-0.3-0',
+                     'mistral-deep-evopress-0.3-0-none', 'mistral-deep-owl-0.3-0',
+                     'mistral-deep-uniform-ffn-0.3-0', 'mistral-deep-grasprune-0.3-0'}
+    table, tasks, _ = STUDY.read(tmp_path)
+    assert set(table.method) == {'default', 'EvoPress', 'OWL', 'even FFN cut', 'GRASPrune', 'dense'}
+    assert set(table[table.method == 'GRASPrune'].calibration) == {'none', 'static', 'sequential',
+                                                                   'scales'}
+    layers = read_records(tmp_path / 'methods', 'mistral-deep-owl')[0]['result']['widths']
+    assert len(layers) == 3 and not tasks
+    assert table.seconds[table.method == 'GRASPrune'].gt(0).all()
+    assert count_records(STUDY, lab) == (7, 7)
+    fig = methods.draw(table)
+    assert [a.get_title() for a in fig.axes if a.get_visible()] == ['deep Mistral']
+
+
+def test_deep_models_are_told_from_the_others():
+    shallow, deep = SETUPS['cpu'].settings('opt'), SETUPS['cpu'].settings('opt-deep')
+    assert shallow == dict(family='opt') and deep['layers'] >= 24 and deep['family'] == 'opt'
+    assert twins.twin_config('opt').model != twins.twin_config('opt-deep').model
+    assert {c.model for _, c in wanted('smollm2')} == {'smollm2'} and not set(DEEP) & {*twins.NAMES}
+
+
+def rows(model, sparsity, **nll):
+    return [dict(model=model, sparsity=sparsity, method=m.replace('_', ' '), seed=s, nll=x,
+                 calibration='sequential') for m, v in nll.items() for s, x in enumerate(v)]
+
+
+def test_models_are_the_clusters():
+    "Seeds and targets are averaged first; a method of one model alone is left out"
+    t = pd.DataFrame(rows('a', 0.3, default=[3.0, 3.2], EAS=[3.3], OWL=[3.5])
+                     + rows('a', 0.5, default=[4.0], EAS=[4.4])
+                     + rows('b', 0.3, default=[2.0], EAS=[2.1], FLAP=[9.0]))
+    found = against_default(t).set_index('method')
+    assert [*found.index] == ['EAS'] and found.over['EAS'] == '2 models'
+    assert np.isclose(found.difference['EAS'], (0.3 + 0.1) / 2)  # a: (0.2 + 0.4) / 2
+    assert against_default(t[t.model == 'a']).empty
