@@ -67,3 +67,12 @@ def test_models_are_the_clusters():
     assert [*found.index] == ['EAS'] and found.over['EAS'] == '2 models'
     assert np.isclose(found.difference['EAS'], (0.3 + 0.1) / 2)  # a: (0.2 + 0.4) / 2
     assert against_default(t[t.model == 'a']).empty
+
+
+def test_without_the_terms_of_gemma_the_rest_goes_on(toy, tmp_path, monkeypatch):
+    "One warning that says what to do; nothing is opened"
+    monkeypatch.delenv('FFP_GEMMA_TERMS', raising=False)
+    monkeypatch.setattr(methods, 'DONE', {'gemma3-270m': [(('even FFN cut',), (0.3,), 1)]})
+    with pytest.warns(UserWarning, match='Gemma 3 270M is left out: .*(FFP_GEMMA_TERMS|installed)'):
+        run_study(STUDY, Lab(tmp_path, 'smoke', runs=tmp_path, work=tmp_path))
+    assert not (tmp_path / 'methods').exists()
