@@ -39,7 +39,9 @@ LIMIT = dict.fromkeys(REAL, EQUAL) | dict.fromkeys(DEEP, 190_464)
 # what it is called -> order, method, variant
 METHODS = {'default': ('greedy', 'gradient', 'default'),
            'default, attention may go': ('greedy', 'gradient', 'removable'),
-           "paper's recipe": ('wanda', 'ffp', 'published'), 'CMA-ES': ('wanda', 'cma', 'default'),
+           "default, Wanda's order": ('wanda', 'gradient', 'default'),
+           "paper's recipe": ('wanda', 'ffp', 'published'),
+           "paper's recipe, greedy": ('greedy', 'ffp', 'published'), 'CMA-ES': ('wanda', 'cma', 'default'),
            'EAS': ('wanda', 'eas', 'none'), 'EvoPress': ('wanda', 'evopress', 'none'),
            'sensitivity': ('wanda', 'sensitivity', 'default'),
            'FLAP': ('wanda', 'flap', 'default'), 'OWL': ('wanda', 'owl', 'default'),
@@ -264,9 +266,10 @@ def _at(table, model, calibration='sequential'):
 
 def best_rival(table: pd.DataFrame, model: str, sparsity: float,
                calibration: str = 'sequential') -> str | None:
-    "The method with the least mean on the compared blocks, without the default and the paper's"
+    """The method with the least mean on the compared blocks, without the default, the paper's recipe
+    and what differs from them in one thing"""
     t = _at(table, model, calibration)
-    t = t[(t.sparsity == sparsity) & ~t.method.isin([*OURS, "paper's recipe"])]
+    t = t[(t.sparsity == sparsity) & ~t.method.str.startswith(('default', "paper's recipe"))]
     return None if t.empty else t.groupby('method').nll.mean().idxmin()
 
 
@@ -330,8 +333,8 @@ def draw(table: pd.DataFrame, calibration: str = 'sequential',
 
 
 def _style(name):
-    "Searches are drawn through; what needs none is dashed"
-    if name in OURS[1:]: return ':'
+    "Searches are drawn through, what needs none is dashed, variants are dotted"
+    if name.startswith(("default,", "paper's recipe,")): return ':'
     return '--' if name in _DIRECT else '-'
 
 # %% ../../nbs/studies/21_methods.ipynb #4b66ce3b
