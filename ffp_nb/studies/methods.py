@@ -41,7 +41,8 @@ METHODS = {'default': ('greedy', 'gradient', 'default'),
            'default, attention may go': ('greedy', 'gradient', 'removable'),
            "default, Wanda's order": ('wanda', 'gradient', 'default'),
            "paper's recipe": ('wanda', 'ffp', 'published'),
-           "paper's recipe, greedy": ('greedy', 'ffp', 'published'), 'CMA-ES': ('wanda', 'cma', 'default'),
+           "paper's recipe, greedy": ('greedy', 'ffp', 'published'),
+           'CMA-ES': ('wanda', 'cma', 'default'),
            'EAS': ('wanda', 'eas', 'none'), 'EvoPress': ('wanda', 'evopress', 'none'),
            'sensitivity': ('wanda', 'sensitivity', 'default'),
            'FLAP': ('wanda', 'flap', 'default'), 'OWL': ('wanda', 'owl', 'default'),
@@ -266,8 +267,8 @@ def _at(table, model, calibration='sequential'):
 
 def best_rival(table: pd.DataFrame, model: str, sparsity: float,
                calibration: str = 'sequential') -> str | None:
-    """The method with the least mean on the compared blocks, without the default, the paper's recipe
-    and what differs from them in one thing"""
+    """The method with the least mean on the compared blocks, without the default, the paper's
+    recipe and what differs from them in one thing"""
     t = _at(table, model, calibration)
     t = t[(t.sparsity == sparsity) & ~t.method.str.startswith(('default', "paper's recipe"))]
     return None if t.empty else t.groupby('method').nll.mean().idxmin()
