@@ -1,4 +1,6 @@
 "All methods on several models: a deep twin goes through the plan, and models are the clusters"
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,7 +8,7 @@ import pytest
 from ffp_nb.pipeline.config import Profile
 from ffp_nb.search.gates import grasprune
 from ffp_nb.studies import methods, twins
-from ffp_nb.studies.cells import Lab
+from ffp_nb.studies.cells import Lab, base_config, planned_tokens
 from ffp_nb.studies.methods import STUDY, against_default, wanted
 from ffp_nb.studies.study import count_records, read_records, run_study
 from ffp_nb.studies.twins import DEEP, SETUPS, Setup
@@ -51,6 +53,12 @@ def test_deep_models_are_told_from_the_others():
     assert shallow == dict(family='opt') and deep['layers'] >= 24 and deep['family'] == 'opt'
     assert twins.twin_config('opt').model != twins.twin_config('opt-deep').model
     assert {c.model for _, c in wanted('smollm2')} == {'smollm2'} and not set(DEEP) & {*twins.NAMES}
+
+
+@pytest.mark.parametrize('model', ['smollm2', 'gemma3-270m', *DEEP])
+def test_rivals_may_read_what_the_default_reads(model):
+    c = replace(base_config(model), method='gradient', criterion='greedy')
+    assert planned_tokens(c, 10**6) == methods.LIMIT[model]
 
 
 def rows(model, sparsity, **nll):

@@ -53,16 +53,19 @@ CELLS = [*((s, start, loss, 'own', seed, TOKENS) for s in SIGMAS for seed in SEE
 
 # %% ../../nbs/studies/18_distillation.ipynb #af70b338
 def plan(lab: Lab, cells=tuple(CELLS), rates=RATES, criterion: str = 'greedy',
-         documents: int = DOCUMENTS) -> Plan:
+         documents: int = DOCUMENTS,
+         # widths (n_layers, 2) of other starts, by (sparsity, start, seed)
+         given: dict[tuple[float, str, int], np.ndarray] | None = None) -> Plan:
     "The settings of each loss; the dense model; each policy before training; every training"
-    facts, desk = lab.facts('smollm2', criterion), Desk(lab, criterion, documents)
+    facts, desk = lab.facts('smollm2', criterion), Desk(lab, criterion, documents, given or {})
     base = run_config(facts.config, facts.text_sha256, facts.bos)
     names = 'model', 'dtype', 'criterion', 'profile', 'text_sha256'
     own = lambda name, **kw: {k: base[k] for k in names} | dict(
         name=f'distillation-{name}', study='distillation', weights=facts.fingerprint) | kw
     best = yield from _plan_rates(desk, rates, own)
-    yield Measurement(own('dense', documents=documents), lambda _: desk.dense())
-    for s, start, seed in dict.fromkeys((s, start, seed if start == 'searched' else 0)
+    if not given:  # else it is known
+        yield Measurement(own('dense', documents=documents), lambda _: desk.dense())
+    for s, start, seed in dict.fromkeys((s, start, seed if desk.differ(s, start) else 0)
                                         for s, start, _, _, seed, _ in cells):
         about = dict(sparsity=s, start=start, seed=seed)
         widths = desk.widths(**about)
@@ -76,7 +79,7 @@ def plan(lab: Lab, cells=tuple(CELLS), rates=RATES, criterion: str = 'greedy',
                   seed=seed, recipe=asdict(how), documents=documents, **about)
         yield Measurement(key, lambda _: train(desk, widths, texts, how))
 
-
+# %% ../../nbs/studies/18_distillation.ipynb #d63bd0fb
 def _plan_rates(desk, rates, own) -> Plan:
     "Returns for each loss the setting with the least nats on selection text; None if not measured"
     best, first = {}, dict(sparsity=0.5, start='searched', seed=0)
@@ -100,13 +103,20 @@ def recipe(loss: str, method: str, lr: float, tokens: int, seed: int) -> Distill
 # %% ../../nbs/studies/18_distillation.ipynb #fdeae68e
 class Desk:
     "The model, the texts and the tasks of this study, opened when a measurement needs them"
-    folder: Callable[..., Path]  # these are given below
+    widths: Callable[..., np.ndarray]  # these are given below
+    folder: Callable[..., Path]
     judge: Callable[..., dict]
     dense: Callable[..., dict]
     before: Callable[..., dict]
 
-    def __init__(self, lab: Lab, criterion: str, documents: int):
+    def __init__(self, lab: Lab, criterion: str, documents: int,
+                 given: dict[tuple[float, str, int], np.ndarray]):  # as for `plan`
         self.lab, self.criterion, self.documents = lab, criterion, documents
+        self.given = given
+
+    def differ(self, sparsity: float, start: str) -> bool:
+        "Are there widths for each seed?"
+        return start == 'searched' or (sparsity, start, 1) in self.given
 
     @property
     def bench(self) -> Bench:
@@ -124,13 +134,17 @@ class Desk:
     def tasks(self):
         return load_tasks(SEVEN, self.documents)
 
-    def widths(self, sparsity: float, start: str, seed: int) -> np.ndarray:
-        "Of a policy of the default method, or of the even cut of the FFNs"
-        if start == 'searched':
-            policy = read_policy(sparsity, self.lab.runs / 'slopes', seed)
-            return np.array(policy['result']['widths'])
-        facts = self.lab.facts('smollm2', self.criterion)
-        return uniform(facts.cost(), sparsity, ('ffn',), facts.config.step, facts.config.p_min)
+# %% ../../nbs/studies/18_distillation.ipynb #0b0fc0b0
+@patch
+def widths(self: Desk, sparsity: float, start: str, seed: int) -> np.ndarray:
+    "Of a policy of the default method, of the even cut of the FFNs, or as given"
+    if (sparsity, start, 0) in self.given:
+        return self.given[sparsity, start, seed if self.differ(sparsity, start) else 0]
+    if start == 'searched':
+        policy = read_policy(sparsity, self.lab.runs / 'slopes', seed)
+        return np.array(policy['result']['widths'])
+    facts = self.lab.facts('smollm2', self.criterion)
+    return uniform(facts.cost(), sparsity, ('ffn',), facts.config.step, facts.config.p_min)
 
 # %% ../../nbs/studies/18_distillation.ipynb #c0bdec27
 @patch
