@@ -421,7 +421,8 @@ def findings(table: pd.DataFrame, tasks: list[dict], trained: pd.DataFrame) -> l
                          f'{gap:.3f} nats below the best other method ({rival}){said}; its worst '
                          f'of {len(ours)} seeds is below every seed of {below} of '
                          f'{rest.method.nunique()} methods.')
-    return (lines + _pooled(table) + _attention(table) + _taught(trained) + _accuracy(tasks))
+    return (lines + _pooled(table) + _parts(table) + _attention(table) + _taught(trained)
+            + _accuracy(tasks))
 
 
 def _taught(trained) -> list[str]:
@@ -441,13 +442,28 @@ def _taught(trained) -> list[str]:
 def _attention(table) -> list[str]:
     "What is gained where attention is all or nothing, and a search may take it away?"
     lines = []
-    for (model, s), t in _at(table, MODELS, 'sequential').groupby(['model', 'sparsity']):
+    for (model, s), t in _at(table, MODELS).groupby(['model', 'sparsity']):
         free, own = (t[t.method == m] for m in (OURS[1], OURS[0]))
         if free.empty or own.empty: continue
         lines.append(f'- {MODELS[model]}, σ = {s:g}: a search that may remove attention whole '
                      f'takes {free.gone.mean():.1f} modules away and is '
                      f'{free.nll.mean() - own.nll.mean():+.3f} nats from one that keeps them '
                      f'({len(free)} and {len(own)} seeds).')
+    return lines
+
+# %% ../../nbs/studies/21_methods.ipynb #5d0ac13d
+def _parts(table) -> list[str]:
+    "How much of the default's lead over the paper's recipe is the order, how much the search?"
+    lines = []
+    for (model, s), t in _at(table, MODELS).groupby(['model', 'sparsity'], sort=False):
+        m = t.groupby('method').nll.mean()
+        other, greedy = (m.get(k) for k in ("default, Wanda's order", "paper's recipe, greedy"))
+        if None in (other, greedy, m.get('default'), m.get("paper's recipe")): continue
+        paper, own = m["paper's recipe"], m['default']
+        lines.append(f'- {MODELS[model]}, σ = {s:g}: of {paper - own:.3f} nats between the '
+                     "paper's recipe and the default, the search alone makes "
+                     f"{paper - other:.3f} in Wanda's order and {greedy - own:.3f} in the greedy "
+                     f"one; the order alone {other - own:.3f} under the default's search.")
     return lines
 
 # %% ../../nbs/studies/21_methods.ipynb #726de22d
