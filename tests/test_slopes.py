@@ -313,6 +313,42 @@ def test_a_search_with_any_cost(cost, p_min, rule, recwarn):
         assert u['step'] > 0 or rule == 'mirror'
 
 
+def gated_loss(em, static, units):
+    "Nats with so many units in the attention of all layers"
+    widths = np.array(em.layout.full, dtype=float)
+    widths[:, 0] = units
+    return float(slopes(em, static, widths=widths).nats.mean())
+
+
+def test_behind_a_norm_a_fraction_of_a_unit_is_all_of_it():
+    "Gemma 3 normalises what attention gives: slopes see no difference until it is gone"
+    em, static = tiny('gemma3_text', repaired=False)
+    full, some, none = (gated_loss(em, static, k) for k in (1.0, 0.2, 0.0))
+    assert abs(some - full) < 0.02 * abs(none - full)
+    em, static = tiny('llama', repaired=False)
+    full, some, none = (gated_loss(em, static, k) for k in (1.0, 0.2, 0.0))
+    assert abs(some - full) > 0.4 * abs(none - full)
+
+
+@pytest.mark.parametrize('broken', [True, False])
+@pytest.mark.parametrize('method', ['gradient', 'pathwise'])
+def test_a_module_is_removed_only_where_that_is_better(method, broken, monkeypatch):
+    "What slopes recommend is measured beside the same scores with every module kept"
+    s = search(method, p_min=0.0, sparsity=0.5)
+    low = np.array([[-9.0, 3.0]] * len(s.cost.full))  # attention goes, FFNs stay
+    monkeypatch.setattr(type(s), 'guess', lambda self: low)
+    seen = []
+    def rewards(policies, idx):
+        seen.extend(policies)
+        return np.array([0.01 if (w == 0).any() == broken else 0.5 for w in policies])
+    monkeypatch.setattr(s.evaluator, 'rewards', rewards)
+    found = s.finish()
+    assert [(w == 0).any() for w in seen] == [True, False]
+    assert (found.widths == 0).any() != broken and found.reward == 0.5
+    assert found.source == ('searcher, no module removed' if broken else 'searcher')
+    assert s.cost.sparsity(found.widths) >= 0.5
+
+
 # The same search
 
 @pytest.mark.parametrize('settings', [*(dict(rule=r) for r in RULES), dict(loss='kl'),

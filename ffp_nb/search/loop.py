@@ -465,6 +465,37 @@ def step(self: Search) -> None:
         self.run_dir.log(rows)  # first the log, then the checkpoint that counts its rows
         self.run_dir.save_checkpoint(self._state())
 
+# %% ../../nbs/search/06_loop.ipynb #bd8cde54
+def _candidates(search: Search) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    "Name, scores and widths of the policies that are compared at the end"
+    c, guess = search.config, search.guess()
+    found: dict[bytes, tuple] = {}
+    if guess is not None:
+        widths = search.solve(guess, c.sparsity)
+        found[widths.tobytes()] = 'searcher' if c.by_slopes else 'agent', guess, widths
+        if c.by_slopes and ((widths == 0) & (search.cost.full > 0)).any():
+            found |= _all_kept(search, guess)
+    most = max(len(found), 1) + c.candidates
+    for r in sorted((r for r in search.log if r['target'] == c.sparsity and r['reward'] > 0),
+                    key=lambda r: -r['reward']):
+        if len(found) >= most: break
+        scores = np.array(r['scores'])
+        found.setdefault(np.array(r['widths']).tobytes(),
+                         (f"episode {r['episode']}", scores, search.solve(scores, c.sparsity)))
+    return [*found.values()]
+
+
+def _all_kept(search, scores) -> dict:
+    """The same scores without removing a module. A slope is that of a fraction of a unit; behind a
+    norm even a small one does the work of the whole, so it cannot say what no unit would do"""
+    c = search.config
+    least = [max(float(p), 1e-9) for p in np.broadcast_to(c.p_min, 2)]
+    try:
+        widths = solve(scores, search.cost, c.sparsity, c.step, (least[0], least[1]))
+    except InfeasibleBudget:
+        return {}
+    return {widths.tobytes(): ('searcher, no module removed', scores, widths)}
+
 # %% ../../nbs/search/06_loop.ipynb #2b84eef6
 def final_idx(pool: int,  # blocks of the search text
               seed: int,  # of the search
@@ -479,30 +510,19 @@ def finish(self: Search) -> SearchResult:
     c, start = self.config, time.perf_counter()
     # restored below: finishing twice gives the same result and token count
     before = self.evaluator.state_dict()
-    at_target = sorted((r for r in self.log if r['target'] == c.sparsity and r['reward'] > 0),
-                       key=lambda r: -r['reward'])
-    found = {}
-    if (guess := self.guess()) is not None:
-        whose = 'searcher' if c.by_slopes else 'agent'
-        found[self.solve(guess, c.sparsity).tobytes()] = (whose, guess)
-    for r in at_target:
-        if len(found) > c.candidates: break
-        found.setdefault(np.array(r['widths']).tobytes(),
-                         (f"episode {r['episode']}", np.array(r['scores'])))
-    # with one candidate there is nothing to compare: a few blocks for its reward
-    few = c.by_slopes and len(found) == 1
+    found = _candidates(self)
+    # what slopes recommend has no rivals: a few blocks for its reward
+    few = c.by_slopes and not c.candidates
     idx = final_idx(len(self.evaluator.pool), c.seed, 2 * c.blocks if few else c.final_blocks)
-    rewards = (self.evaluator.rewards([self.solve(s, c.sparsity) for _, s in found.values()],
-                                      idx).tolist() if found else [])
-    ranked = sorted(((r, name, s) for r, (name, s) in zip(rewards, found.values())),
-                    key=lambda x: -x[0])
+    rewards = self.evaluator.rewards([w for *_, w in found], idx).tolist() if found else []
+    ranked = sorted(((r, *of) for r, of in zip(rewards, found)), key=lambda x: -x[0])
     if not ranked or ranked[0][0] == 0:
         raise RuntimeError('no policy of this search could be measured: every episode gave NaN '
                            'or infinity. Check the weights, or '
                            'load the model in another dtype (--dtype float32).')
-    used, (reward, name, scores) = self.evaluator.forward_tokens, ranked[0]
+    used, (reward, name, scores, widths) = self.evaluator.forward_tokens, ranked[0]
     self.evaluator.load_state_dict(before)
-    return SearchResult(self.solve(scores, c.sparsity), scores, reward, name, self.log,
+    return SearchResult(widths, scores, reward, name, self.log,
                         self.updates, used, self.wall_s + time.perf_counter() - start, self.broken,
                         self.start)
 

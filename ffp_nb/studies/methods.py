@@ -34,7 +34,7 @@ from .twins import DEEP
 REAL = {'smollm2': 'SmolLM2-135M', GEMMA3: 'Gemma 3 270M'}
 MODELS = REAL | {'mistral-deep': 'deep Mistral', 'opt-deep': 'deep OPT'}
 SIGMAS = 0.2, 0.3, 0.5
-SAME = {'smollm2': 24}  # test blocks of all comparisons, as the study of distillation; else all
+SAME = dict.fromkeys(REAL, 24)  # test blocks that are compared, as for distillation; else all
 # what the default's search reads, which searches among the rivals may read, too
 LIMIT = dict.fromkeys(REAL, EQUAL) | dict.fromkeys(DEEP, 190_464)
 # what it is called -> order, method, variant
