@@ -1,4 +1,5 @@
 "All methods on several models: a deep twin goes through the plan, and models are the clusters"
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -84,3 +85,16 @@ def test_without_the_terms_of_gemma_the_rest_goes_on(toy, tmp_path, monkeypatch)
     with pytest.warns(UserWarning, match='Gemma 3 270M is left out: .*(FFP_GEMMA_TERMS|installed)'):
         run_study(STUDY, Lab(tmp_path, 'smoke', runs=tmp_path, work=tmp_path))
     assert not (tmp_path / 'methods').exists()
+
+
+def test_records_of_another_training_are_not_continued(toy, tmp_path, monkeypatch):
+    lab = Lab(tmp_path, 'smoke', runs=tmp_path, work=tmp_path)
+    monkeypatch.setattr(methods, 'DONE', {'mistral-deep': [(('even FFN cut',), (0.3,), 1)]})
+    monkeypatch.setattr(methods, 'LEARNED', {})
+    run_study(STUDY, lab)
+    (path,) = (tmp_path / 'methods').glob('dense-*.json')
+    record = json.loads(path.read_text())
+    record['result']['weights'] = 'others'
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match='records of another mistral-deep .weights others, here'):
+        run_study(STUDY, lab)

@@ -22,7 +22,7 @@ from ..pipeline.config import BASELINES, run_config
 from ..search.heuristics import HEURISTICS
 from . import allocation, distillation
 from .cells import MODES, Cell, Lab, cell_key, cell_settings, measure_cell
-from .families import training_record
+from .families import check_same, training_record
 from .slopes import EQUAL, measure_grasprune
 from .spine import of_model
 from .study import (
@@ -114,8 +114,10 @@ def plan(lab: Lab) -> Plan:
         if model in DEEP:
             yield _training(lab, model)
         if model != 'smollm2':  # its dense record is the first study's
-            key = dict(name=f'dense-{model}', study='methods') | of_model(lab.facts(model))
-            yield Measurement(key, lambda _: _measure_dense(lab.bench(model)))
+            facts = lab.facts(model)
+            key = dict(name=f'dense-{model}', study='methods') | of_model(facts)
+            dense = yield Measurement(key, lambda _: _measure_dense(lab.bench(model)))
+            check_same(dense, facts, model, lab.runs)
         for order, cell in sorted(wanted(model), key=lambda w: w[0]):
             bench, facts = (lambda: lab.bench(model, order)), lab.facts(model, order)
             at = _same(model, cell.sparsity, cell.method, cell.seed, cell.variant, cell.tokens)
@@ -128,11 +130,7 @@ def plan(lab: Lab) -> Plan:
                     and cell.sparsity in TASKS_OF.get(model, {}).get(name, ())):
                 yield _zero_shot(lab, model, order, r)
         yield from _learned(lab, model)
-    if given:
-        cells = [(s, name, 'distil', 'own', seed, distillation.TOKENS)
-                 for name, sigmas in DISTILLED.items() for s in sigmas
-                 for seed in distillation.SEEDS]
-        yield from distillation.plan(lab, cells, dict(distil=(TAUGHT,)), 'wanda', given=given)
+    yield from _taught_plan(lab, given)
 
 
 def _is_offered(model) -> bool:
@@ -146,6 +144,14 @@ def _is_offered(model) -> bool:
     return True
 
 # %% ../../nbs/studies/21_methods.ipynb #d4f5ea45
+def _taught_plan(lab, given) -> Plan:
+    "Rivals, taught as the study of distillation teaches"
+    cells = [(s, name, 'distil', 'own', seed, distillation.TOKENS)
+             for name, sigmas in DISTILLED.items() for s in sigmas for seed in distillation.SEEDS]
+    if given:
+        yield from distillation.plan(lab, cells, dict(distil=(TAUGHT,)), 'wanda', given=given)
+
+
 def _learned(lab, model) -> Plan:
     "GRASPrune, with its own number of steps"
     sigmas, seeds = LEARNED.get(model, ((), 0))
