@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REAL', 'MODELS', 'SIGMAS', 'SAME', 'LIMIT', 'METHODS', 'NAMED', 'OURS', 'PAPER', 'DONE', 'LEARNED', 'DISTILLED',
-           'TAUGHT', 'TASKS_OF', 'STUDY', 'wanted', 'policies', 'plan', 'twin_table', 'tidy', 'best_rival', 'headline',
-           'perplexity_table', 'draw', 'zero_shot_table', 'distilled_table', 'cost_table', 'costs', 'findings',
-           'against_default']
+           'TAUGHT', 'TASKS_OF', 'EVEN', 'STUDY', 'wanted', 'policies', 'plan', 'twin_table', 'tidy', 'best_rival',
+           'headline', 'perplexity_table', 'draw', 'zero_shot_table', 'distilled_table', 'cost_table', 'costs',
+           'findings', 'against_default']
 
 # %% ../../nbs/studies/21_methods.ipynb #805ce91f
 import warnings
@@ -57,12 +57,18 @@ _NAMES = {v: k for k, v in METHODS.items()}
 _DIRECT = {k for k, (_, m, _) in METHODS.items() if m in {*BASELINES, *HEURISTICS}}
 
 # %% ../../nbs/studies/21_methods.ipynb #0dbbc08c
+_SEARCHED = ('default', "default, Wanda's order", "paper's recipe", "paper's recipe, greedy",
+             'CMA-ES', 'EAS', 'EvoPress')
 # of each model, what is measured: methods, targets, and for searches the number of seeds
 DONE: dict[str, list[tuple[tuple[str, ...], tuple[float, ...], int]]] = {
     'smollm2': [(('default', "paper's recipe", 'CMA-ES', 'sensitivity', 'FLAP', 'OWL',
                   'AlphaPruning', 'even FFN cut', 'even cut'), SIGMAS, 3),
-                (('EAS',), (0.2, 0.3), 3), (('EvoPress',), (0.3,), 3)]}
-LEARNED: dict[str, tuple[tuple[float, ...], int]] = {}  # targets and seeds of GRASPrune
+                (('EAS',), (0.2, 0.3), 3), (('EvoPress',), (0.3,), 3)],
+    GEMMA3: [(('default', "paper's recipe", 'sensitivity', 'even FFN cut, greedy', 'even FFN cut'),
+              (0.3, 0.5), 1), (('default, attention may go',), (0.5,), 1)],
+    'mistral-deep': [(_SEARCHED, (0.3,), 1), (_SEARCHED, (0.5,), 3),
+                     (tuple(m for m in METHODS if m in _DIRECT), (0.3, 0.5), 1)]}
+LEARNED = {'mistral-deep': ((0.3, 0.5), 1)}  # targets and seeds of GRASPrune
 # SmolLM2's policies that are taught by the dense model, beside the default's; see `distillation`
 DISTILLED: dict[str, tuple[float, ...]] = {}
 TAUGHT = 'lora', 3e-3  # what the study of distillation chose
@@ -432,8 +438,8 @@ def findings(table: pd.DataFrame, tasks: list[dict], trained: pd.DataFrame) -> l
                          f'of the best other method ({rival}) by {mean_interval(d, 3)} nats{said} '
                          f'(interval over test blocks); {worst} is below every seed of {below} of '
                          f'{rest.method.nunique()} methods.')
-    return (lines + _pooled(table) + _parts(table) + _attention(table) + _taught(trained)
-            + _accuracy(tasks))
+    return (lines + _pooled(table) + _searched(table) + _parts(table) + _attention(table)
+            + _taught(trained) + _accuracy(tasks))
 
 # %% ../../nbs/studies/21_methods.ipynb #f03777c1
 def _gap(t, name) -> np.ndarray:
@@ -466,6 +472,23 @@ def _attention(table) -> list[str]:
                      f'takes {free.gone.mean():.1f} modules away and is '
                      f'{free.nll.mean() - own.nll.mean():+.3f} nats from one that keeps them '
                      f'({len(free)} and {len(own)} seeds).')
+    return lines
+
+# %% ../../nbs/studies/21_methods.ipynb #d3ba4afb
+EVEN = 'even FFN cut, greedy'
+
+
+def _searched(table) -> list[str]:
+    "What does the search gain over an even cut of the FFNs in the same order?"
+    lines = []
+    for model in table.model.unique():
+        said = []
+        for s, t in _at(table, model).groupby('sparsity'):
+            if {'default', EVEN} <= {*t.method}:
+                said.append(f'{mean_interval(_gap(t, EVEN), 3)} nats at {s:g}')
+        if said:
+            lines.append(f'- {MODELS[model]}: the search is ahead of an even cut of the FFNs in '
+                         f'the same order by {", ".join(said)} (interval over test blocks).')
     return lines
 
 # %% ../../nbs/studies/21_methods.ipynb #5d0ac13d
