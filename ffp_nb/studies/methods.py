@@ -318,6 +318,7 @@ def headline(table: pd.DataFrame, trained: pd.DataFrame, calibration: str = 'seq
                          "paper's recipe": shown(mean.get("paper's recipe", np.nan)),
                          'best rival': f'{shown(mean[rival])} ({rival})' if rival else '',
                          'default': f'**{shown(mean["default"])}**',
+                         'seeds': int((t[t.method == 'default'].sparsity == s).sum()),
                          'distilled': shown(taught.mean() if model == 'smollm2' else np.nan)})
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
@@ -407,8 +408,9 @@ def cost_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def costs(table: pd.DataFrame) -> list[str]:
-    "What the widths of the default and of the paper's recipe cost, as Markdown lines"
-    t = table[(table.calibration == 'sequential') & table.seconds.notna()]
+    "What the widths of the default and of the paper's recipe cost on real models: Markdown lines"
+    t = table[(table.calibration == 'sequential') & table.seconds.notna()
+              & table.model.isin([*REAL])]
     lines = []
     for (model, name), d in t[t.method.isin(['default', "paper's recipe"])].groupby(
             ['model', 'method']):
