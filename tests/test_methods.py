@@ -43,7 +43,7 @@ def test_a_deep_twin_goes_through_the_plan(toy, tmp_path, capsys):
                                                                    'scales'}
     layers = read_records(tmp_path / 'methods', 'mistral-deep-owl')[0]['result']['widths']
     assert len(layers) == 3 and not tasks
-    assert table.seconds[table.method == 'GRASPrune'].gt(0).all()
+    assert table.seconds[table.method == 'GRASPrune'].notna().all()
     assert count_records(STUDY, lab) == (7, 7)
     fig = methods.draw(table)
     assert [a.get_title() for a in fig.axes if a.get_visible()] == ['deep Mistral']

@@ -29,7 +29,8 @@ from ..pipeline.bench import Bench
 from ..pipeline.config import PROFILES, Profile, PruneConfig, run_config
 from ..search.rivals import SEARCHERS
 from . import scaling
-from .cells import MODES, Cell, Lab, plan_cells, planned_tokens
+from .cells import (
+    MODES, Cell, Lab, known_models, plan_cells, planned_tokens)
 from .scaling import Shape, expected, work
 from .study import Measurement, Plan, Study, read_records, run_study
 
@@ -272,10 +273,7 @@ class FieldLab(Lab):
 
     @property
     def _recorded(self):
-        "Text, weights and type of each model, as its records name them"
-        return {c['model']: (c['text_sha256'], r['result'].get('weights', ''), c['dtype'])
-                for r in read_records(self.runs / STUDY.folder)
-                if 'text_sha256' in (c := r['config'])}
+        return known_models(self.runs, (STUDY.folder,))
 
 # %% ../../nbs/studies/20_protocol.ipynb #72c2fb7a
 def plan(lab: Lab, names: Sequence[str] = tuple(n for n, t in MODELS.items() if t.protocol),
