@@ -1,6 +1,7 @@
 "All methods on several models: a deep twin goes through the plan, and models are the clusters"
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,12 +9,13 @@ import pytest
 
 from ffp_nb.pipeline.config import Profile
 from ffp_nb.search.gates import grasprune
-from ffp_nb.studies import methods, twins
+from ffp_nb.studies import distillation, methods, twins
 from ffp_nb.studies.cells import Lab, base_config, planned_tokens
 from ffp_nb.studies.methods import STUDY, against_default, wanted
-from ffp_nb.studies.study import count_records, read_records, run_study
+from ffp_nb.studies.study import count_records, find_measured, read_records, run_study, walk
 from ffp_nb.studies.twins import DEEP, SETUPS, Setup
 
+ROOT = Path(__file__).parent.parent
 TOY = dict(text='pydoc', tokens=20_000, batch=8, lr=6e-3, vocab=400, hidden=48, layers=2,
            block_len=32)
 
@@ -98,3 +100,20 @@ def test_records_of_another_training_are_not_continued(toy, tmp_path, monkeypatc
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match='records of another mistral-deep .weights others, here'):
         run_study(STUDY, lab)
+
+
+def test_rivals_are_taught_from_their_own_widths(monkeypatch):
+    "Each seed starts from its own policy; a start without widths is no even cut"
+    monkeypatch.setattr(methods, 'DISTILLED', {'CMA-ES': (0.5,)})
+    lab, asked = Lab(ROOT / 'nbs', dry=True), []
+    walk(STUDY.plan(lab), lambda m: asked.append(m.config) or find_measured(
+        lab.runs / 'methods', m.config))
+    taught = [c for c in asked if c['name'].startswith('distillation-CMA-ES-')]
+    assert [c['name'].removeprefix('distillation-CMA-ES-') for c in taught] == [
+        '0.5-0', '0.5-1', '0.5-2', *(f'0.5-distil-own-{i}' for i in range(3))]
+    before, after = taught[:3], taught[3:]
+    assert len({str(c['widths']) for c in before}) == 3
+    assert [str(c['widths']) for c in before] == [str(c['widths']) for c in after]
+    desk = distillation.Desk(lab, 'wanda', 0, {(0.5, 'CMA-ES', 0): before[0]['widths']})
+    with pytest.raises(KeyError, match='no widths are given for EAS, sparsity 0.5, seed 0'):
+        desk.widths(0.5, 'EAS', 0)

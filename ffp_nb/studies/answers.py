@@ -251,12 +251,15 @@ def _change(gain):
 # %% ../../nbs/studies/23_answers.ipynb #1eaa013c
 @answers('ranking')
 def _ranking(table, truth):
-    most = table[table.policies == table.policies.max()]
-    top, drawn = most.loc[most.spearman.idxmax()], table[table.how.str.startswith('slopes')]
-    drawn = drawn.loc[drawn.spearman.idxmax()]
-    return (f'The best predictor ({top.how}, with hindsight) ranks policies with a correlation of '
-            f'{top.spearman:.2f} after {top.tokens:,.0f} tokens of rewards, a line from slopes '
-            f'with {drawn.spearman:.2f} after {drawn.tokens:,.0f}.')
+    sloped = table.how.str.startswith('slopes')
+    best = lambda t: t.loc[t.spearman.idxmax()]
+    drawn = best(table[sloped & table.policies.isna()])
+    parts = [f'{top.spearman:.2f} after {top.tokens:,.0f} tokens of {labels} ({top.how})'
+             for labels, t in table[~sloped & table.policies.notna()].groupby(
+                 'labels', sort=False) for top in [best(t[t.policies == t.policies.max()])]]
+    return ('The best predictors, with hindsight, rank policies with a correlation of '
+            f'{" and ".join(parts)}; a line from slopes with {drawn.spearman:.2f} after '
+            f'{drawn.tokens:,.0f}.')
 
 
 @answers('protocol')
@@ -486,7 +489,9 @@ PICTURES['methods'] = _draw_methods
 
 @picture('ranking')
 def _draw_ranking(ax, table, truth):
-    sns.lineplot(table, x='tokens', y='spearman', hue='how', style='how', markers=True, ax=ax)
+    t = table[table.labels == table.labels.iloc[0]]  # measured ones, where they are
+    t = t[t.policies.isna() | ~t.how.str.startswith('slopes')]
+    sns.lineplot(t, x='tokens', y='spearman', hue='how', style='how', markers=True, ax=ax)
     ax.axhline(ranking.GOAL, color='0.4', ls='--', lw=1)
     ax.set(xscale='log', xlabel='forward tokens read', ylabel='rank correlation')
     ax.legend(fontsize=8)

@@ -143,6 +143,8 @@ def widths(self: Desk, sparsity: float, start: str, seed: int) -> np.ndarray:
     if start == 'searched':
         policy = read_policy(sparsity, self.lab.runs / 'slopes', seed)
         return np.array(policy['result']['widths'])
+    if start != 'even':
+        raise KeyError(f'no widths are given for {start}, sparsity {sparsity:g}, seed {seed}')
     facts = self.lab.facts('smollm2', self.criterion)
     return uniform(facts.cost(), sparsity, ('ffn',), facts.config.step, facts.config.p_min)
 

@@ -151,11 +151,12 @@ def _is_offered(model) -> bool:
 
 # %% ../../nbs/studies/21_methods.ipynb #d4f5ea45
 def _taught_plan(lab, given) -> Plan:
-    "Rivals, taught as the study of distillation teaches"
+    "Rivals, taught as the study of distillation teaches; judged on text alone"
     cells = [(s, name, 'distil', 'own', seed, distillation.TOKENS)
-             for name, sigmas in DISTILLED.items() for s in sigmas for seed in distillation.SEEDS]
+             for name, sigmas in DISTILLED.items() for s in sigmas for seed in distillation.SEEDS
+             if (s, name, seed) in given]
     if given:
-        yield from distillation.plan(lab, cells, dict(distil=(TAUGHT,)), 'wanda', given=given)
+        yield from distillation.plan(lab, cells, dict(distil=(TAUGHT,)), 'wanda', 0, given)
 
 
 def _learned(lab, model) -> Plan:

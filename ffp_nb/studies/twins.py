@@ -185,10 +185,10 @@ def build_model(c: Training):
                mistral=dict(intermediate_size=3 * h + h // 6, num_key_value_heads=c.heads // 4,
                             sliding_window=c.block_len // 2))
     with seeded(c.seed):
-        # eager: matrix products are faster in bfloat16 on a CPU, where fused attention has a slow
-        # backward pass
+        # fused attention has a slow backward pass in bfloat16 on a CPU
+        how = 'eager' if c.autocast else 'sdpa'
         config = AutoConfig.for_model(c.family, **common, **own[c.family])
-        return AutoModelForCausalLM.from_config(config, attn_implementation='eager')
+        return AutoModelForCausalLM.from_config(config, attn_implementation=how)
 
 # %% ../../nbs/studies/00_twins.ipynb #0144f0bf
 def train(c: Training, model, ids: torch.Tensor,  # (tokens,) the training text
@@ -275,18 +275,22 @@ class Setup:
     profile: Profile
     step: tuple[int, int] = (1, 16)
     deep: dict = field(default_factory=dict)  # what the deep ones have instead
+    apart: dict = field(default_factory=dict)  # by name, what one model has instead
 
     def settings(self, name: str) -> dict:  # of `Training`, and of `small_model`
         "The settings of a model of `TRAINED`"
         family, _, deep = name.partition('-')
-        return dict(family=family) | self.training | (self.deep if deep else {})
+        own = (self.deep if deep else {}) | self.apart.get(name, {})
+        return dict(family=family) | self.training | own
 
 
 SETUPS = dict(smoke=Setup(dict(text='pydoc', tokens=40_000, vocab=512, hidden=96, layers=2,
                                block_len=64, lr=6e-3),
                           Profile(64, 8, 4, 8, 4, 1, 2, 4), deep=dict(layers=4)),
               cpu=Setup({}, Profile(256, 256, 128, 480, 16, 4, 64, 128, 4),
-                        deep=dict(layers=24, hidden=144, tokens=5_000_000)))
+                        deep=dict(layers=24, hidden=144, tokens=5_000_000),
+                        # made on a machine whose products are faster in float32
+                        apart={'opt-deep': dict(tokens=3_400_000, autocast=False)}))
 SETUPS['gpu'] = SETUPS['cpu']  # nothing to gain: the models are small
 
 
