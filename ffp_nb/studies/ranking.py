@@ -34,8 +34,8 @@ CLEAN = (25, 50, 100, 200)  # of them, measured on the same `BLOCKS` of the sear
 
 
 def plan(lab: Lab) -> Plan:
-    """Two records, with the labels that searches left and with clean ones. Both need the searches of
-    the study of slopes"""
+    """Two records, with the labels that searches left and with clean ones. Both need the searches
+    of the study of slopes"""
     facts = lab.facts('smollm2', ORDER)
     logs = read_logs(lab.runs)
     key = (dict(name='ranking-smollm2', study='ranking', of=sorted(logs), each=EACH,
