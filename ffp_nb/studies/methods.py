@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REAL', 'MODELS', 'SIGMAS', 'SAME', 'LIMIT', 'METHODS', 'NAMED', 'OURS', 'PAPER', 'DONE', 'LEARNED', 'DISTILLED',
            'TAUGHT', 'TASKS_OF', 'EVEN', 'STUDY', 'wanted', 'policies', 'plan', 'twin_table', 'tidy', 'best_rival',
-           'headline', 'perplexity_table', 'draw', 'zero_shot_table', 'distilled_table', 'cost_table', 'costs',
-           'findings', 'against_default']
+           'headline', 'perplexity_table', 'draw', 'zero_shot_table', 'distilled_table', 'cost_table', 'costs', 'leads',
+           'lead_table', 'part_table', 'findings', 'against_default']
 
 # %% ../../nbs/studies/21_methods.ipynb #805ce91f
 import warnings
@@ -26,7 +26,7 @@ from .families import check_same, training_record
 from .slopes import EQUAL, measure_grasprune
 from .spine import of_model
 from .study import (
-    LEVEL, Measurement, Plan, Study, colours, mean_interval, paired_differences,
+    LEVEL, Measurement, Plan, Study, colours, half_width, mean_interval, paired_differences,
     read_records, spread)
 from .twins import DEEP
 
@@ -421,36 +421,92 @@ def costs(table: pd.DataFrame) -> list[str]:
     return lines
 
 # %% ../../nbs/studies/21_methods.ipynb #75d97911
+EVEN = 'even FFN cut, greedy'
+_PAPER_GREEDY, _OTHER_ORDER = "paper's recipe, greedy", "default, Wanda's order"
+# what is compared: whose nats, above whose
+_LEADS = {'paper': (PAPER, 'default'), 'search': (PAPER, _OTHER_ORDER),
+          'search, greedy': (_PAPER_GREEDY, 'default'), 'order': (_OTHER_ORDER, 'default'),
+          'even': (EVEN, 'default')}
+
+
+def leads(table: pd.DataFrame, calibration: str = 'sequential') -> pd.DataFrame:
+    """A row for each model and target with the default: its `seeds`; the best `rival` and the nats
+    by which that is above it; `paper`, `search`, `search, greedy`, `order`, `even`, see the page;
+    each (blocks,), means over seeds, or None; of how many `methods` every seed is above all of its
+    seeds (`above`)"""
+    rows = []
+    for (model, s), t in _at(table, MODELS, calibration).groupby(['model', 'sparsity'], sort=False):
+        ours, rest = t[t.method == 'default'], t[~t.method.isin(OURS)]
+        if ours.empty or rest.empty: continue
+        blocks = {m: np.mean([*d.blocks], 0) for m, d in t.groupby('method')}
+        gap = lambda a, b: blocks[a] - blocks[b] if a in blocks and b in blocks else None
+        rival = best_rival(table, model, s, calibration)
+        rows.append(dict(model=model, sparsity=s, seeds=len(ours), rival=rival,
+                         lead=gap(rival, 'default'), methods=rest.method.nunique(),
+                         above=(rest.groupby('method').nll.min() > ours.nll.max()).sum())
+                    | {k: gap(*v) for k, v in _LEADS.items()})
+    t = pd.DataFrame(rows, columns=['model', 'sparsity', 'seeds', 'rival', 'lead', 'methods',
+                                    'above', *_LEADS])
+    return t.sort_values('sparsity', kind='stable').sort_values(
+        'model', key=lambda c: c.map([*MODELS].index), kind='stable', ignore_index=True)
+
+
+# %% ../../nbs/studies/21_methods.ipynb #f818b6ab
+def lead_table(table: pd.DataFrame) -> pd.DataFrame:
+    "`leads`, to be read: means over test blocks with 95 % intervals over them"
+    t = leads(table)
+    said = lambda v: v.map(lambda d: '' if d is None else mean_interval(d, 3))
+    return pd.DataFrame({
+        'model': t.model.map(MODELS), 'σ': t.sparsity.map('{:g}'.format), 'seeds': t.seeds,
+        'best other method': t.rival, 'is above by': said(t.lead),
+        "paper's recipe is above by": said(t.paper),
+        'methods above all seeds': [f'{a} of {n}' for a, n in zip(t.above, t.methods)]})
+
+
+def part_table(table: pd.DataFrame) -> pd.DataFrame:
+    "Where the default's lead comes from: `leads` of models and targets with any of the parts"
+    t = leads(table)
+    names = {'paper': "paper's recipe is above by", 'search': "search, in Wanda's order",
+             'search, greedy': 'search, in the greedy order',
+             'order': "order, under the default's search",
+             'even': 'even cut in the greedy order is above by'}
+    out = pd.DataFrame({'model': t.model.map(MODELS), 'σ': t.sparsity.map('{:g}'.format)} | {
+        name: t[k].map(lambda d: '' if d is None else mean_interval(d, 3))
+        for k, name in names.items()})
+    return out[(out[[*names.values()][1:]] != '').any(axis=1)]
+
+# %% ../../nbs/studies/21_methods.ipynb #6ffb06e4
 def findings(table: pd.DataFrame, tasks: list[dict], trained: pd.DataFrame) -> list[str]:
     "Markdown lines with the figures of the records"
-    lines = []
-    for model in table.model.unique():
-        for s in SIGMAS:
-            t = _at(table, model)
-            t = t[t.sparsity == s]
-            ours, rest = t[t.method == 'default'], t[~t.method.isin(OURS)]
-            if ours.empty or rest.empty: continue
-            rival = best_rival(table, model, s)
-            d = _gap(t, rival)
-            below = (rest.groupby('method').nll.min() > ours.nll.max()).sum()
-            said = ''
-            if (t.method == PAPER).any():
-                said = f"; of the paper's recipe by {mean_interval(_gap(t, PAPER), 3)}"
-            worst = f'the worst of its {len(ours)} seeds' if len(ours) > 1 else 'its one seed'
-            lines.append(f'- {MODELS[model]}, σ = {s:g}, sequential repair: the default is ahead '
-                         f'of the best other method ({rival}) by {mean_interval(d, 3)} nats{said} '
-                         f'(interval over test blocks); {worst} is below every seed of {below} of '
-                         f'{rest.method.nunique()} methods.')
-    return (lines + _pooled(table) + _searched(table) + _parts(table) + _attention(table)
-            + _taught(trained) + _accuracy(tasks))
+    t = leads(table)
+    lines = [_told(t, 'lead', 'The best other method, chosen with hindsight, is above the default'),
+             _told(t, 'paper', "The paper's recipe is above the default")]
+    if len(t):
+        worst = ', '.join(f'{MODELS[r.model]} at {r.sparsity:g} ({r.above} of {r.methods})'
+                          for r in t[t.above < t.methods].itertuples())
+        lines.append('- All seeds of all other methods are above all seeds of the default in '
+                     f'{(t.above == t.methods).sum()} of {len(t)}'
+                     + (f'; not on {worst}.' if worst else '.'))
+    lines += [_told(t, 'even', 'An even cut of the FFNs in the same order is above the default'),
+              _told(t, 'search', "In Wanda's order, the paper's search is above the default's"),
+              _told(t, 'order', "Under the default's search, Wanda's order is above the greedy")]
+    return ([x for x in lines if x] + _pooled(table) + _attention(table) + _taught(trained)
+            + _accuracy(tasks))
+
+
+def _told(t, part, what) -> str:
+    "In how many models and targets is a difference shown, and how large is it?"
+    found = [(f'{MODELS[r["model"]]} at {r["sparsity"]:g}', np.mean(r[part]), half_width(r[part]))
+             for r in t.to_dict('records') if r[part] is not None]
+    if not found: return ''
+    rest = [f'{where} ({d:+.3f} ± {w:.3f})' for where, d, w in found if not d > w]
+    low, high = min(found, key=lambda f: f[1]), max(found, key=lambda f: f[1])
+    return (f'- {what} in {len(found) - len(rest)} of {len(found)} pairs of model and target '
+            f'(interval over test blocks), by {low[1]:.3f} ({low[0]}) to {high[1]:.3f} nats '
+            f'({high[0]})' + (f'; not shown for {", ".join(rest)}.' if rest else '.'))
+
 
 # %% ../../nbs/studies/21_methods.ipynb #f03777c1
-def _gap(t, name) -> np.ndarray:
-    "Nats of a method above the default, (blocks,), means over seeds; rows of one model and target"
-    other, own = (np.mean([*t[t.method == m].blocks], 0) for m in (name, 'default'))
-    return other - own
-
-
 def _taught(trained) -> list[str]:
     "Does the lead survive distillation?"
     lines = []
@@ -475,38 +531,6 @@ def _attention(table) -> list[str]:
                      f'takes {free.gone.mean():.1f} modules away and is '
                      f'{free.nll.mean() - own.nll.mean():+.3f} nats from one that keeps them '
                      f'({len(free)} and {len(own)} seeds).')
-    return lines
-
-# %% ../../nbs/studies/21_methods.ipynb #d3ba4afb
-EVEN = 'even FFN cut, greedy'
-
-
-def _searched(table) -> list[str]:
-    "What does the search gain over an even cut of the FFNs in the same order?"
-    lines = []
-    for model in table.model.unique():
-        said = []
-        for s, t in _at(table, model).groupby('sparsity'):
-            if {'default', EVEN} <= {*t.method}:
-                said.append(f'{mean_interval(_gap(t, EVEN), 3)} nats at {s:g}')
-        if said:
-            lines.append(f'- {MODELS[model]}: the search is ahead of an even cut of the FFNs in '
-                         f'the same order by {", ".join(said)} (interval over test blocks).')
-    return lines
-
-# %% ../../nbs/studies/21_methods.ipynb #5d0ac13d
-def _parts(table) -> list[str]:
-    "How much of the default's lead over the paper's recipe is the order, how much the search?"
-    lines = []
-    for (model, s), t in _at(table, MODELS).groupby(['model', 'sparsity'], sort=False):
-        m = t.groupby('method').nll.mean()
-        other, greedy = (m.get(k) for k in ("default, Wanda's order", "paper's recipe, greedy"))
-        if None in (other, greedy, m.get('default'), m.get("paper's recipe")): continue
-        paper, own = m["paper's recipe"], m['default']
-        lines.append(f'- {MODELS[model]}, σ = {s:g}: of {paper - own:.3f} nats between the '
-                     "paper's recipe and the default, the search alone makes "
-                     f"{paper - other:.3f} in Wanda's order and {greedy - own:.3f} in the greedy "
-                     f"one; the order alone {other - own:.3f} under the default's search.")
     return lines
 
 # %% ../../nbs/studies/21_methods.ipynb #726de22d
