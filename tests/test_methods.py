@@ -10,7 +10,7 @@ import pytest
 from ffp_nb.pipeline.config import Profile
 from ffp_nb.search.gates import grasprune
 from ffp_nb.studies import distillation, methods, twins
-from ffp_nb.studies.cells import Lab, base_config, planned_tokens
+from ffp_nb.studies.cells import Lab, base_config, known_models, planned_tokens
 from ffp_nb.studies.methods import STUDY, against_default, wanted
 from ffp_nb.studies.study import count_records, find_measured, read_records, run_study, walk
 from ffp_nb.studies.twins import DEEP, SETUPS, Setup
@@ -108,12 +108,24 @@ def test_rivals_are_taught_from_their_own_widths(monkeypatch):
     lab, asked = Lab(ROOT / 'nbs', dry=True), []
     walk(STUDY.plan(lab), lambda m: asked.append(m.config) or find_measured(
         lab.runs / 'methods', m.config))
-    taught = [c for c in asked if c['name'].startswith('distillation-CMA-ES-')]
-    assert [c['name'].removeprefix('distillation-CMA-ES-') for c in taught] == [
+    taught = [c for c in asked if c['name'].startswith('distillation-cma-')]
+    assert [c['name'].removeprefix('distillation-cma-') for c in taught] == [
         '0.5-0', '0.5-1', '0.5-2', *(f'0.5-distil-own-{i}' for i in range(3))]
     before, after = taught[:3], taught[3:]
     assert len({str(c['widths']) for c in before}) == 3
     assert [str(c['widths']) for c in before] == [str(c['widths']) for c in after]
-    desk = distillation.Desk(lab, 'wanda', 0, {(0.5, 'CMA-ES', 0): before[0]['widths']})
-    with pytest.raises(KeyError, match='no widths are given for EAS, sparsity 0.5, seed 0'):
-        desk.widths(0.5, 'EAS', 0)
+    desk = distillation.Desk(lab, 'wanda', 0, {(0.5, 'cma', 0): before[0]['widths']})
+    with pytest.raises(KeyError, match='no widths are given for eas, sparsity 0.5, seed 0'):
+        desk.widths(0.5, 'eas', 0)
+
+
+def test_a_training_among_the_records_says_nothing_of_the_model(tmp_path):
+    "Trainings name a model, but not how its text is read"
+    (tmp_path / 'methods').mkdir()
+    known = dict(name='cell', model='smollm2', dtype='bfloat16', text_sha256={'test': 'a'},
+                 convention=dict(bos=True))
+    for c in (known, dict(name='distillation-EAS-0.5-0', model='smollm2', dtype='float32',
+                          text_sha256={'test': 'b'})):
+        path = tmp_path / 'methods' / f'{c["name"]}.json'
+        path.write_text(json.dumps(dict(config=c, result=dict(weights='w'))))
+    assert known_models(tmp_path) == {'smollm2': ({'test': 'a'}, 'w', 'bfloat16', True)}

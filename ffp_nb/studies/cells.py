@@ -73,7 +73,7 @@ def known_models(runs: Path, folders: tuple[str, ...] = ('main', 'families', 'sp
     found: dict[str, tuple[dict, str, str, bool]] = {}
     for r in (r for d in folders for r in read_records(runs / d)):
         c, w = r['config'], r['result'].get('weights') if isinstance(r['result'], dict) else ''
-        if 'text_sha256' in c and isinstance(c.get('model'), str):
+        if {'text_sha256', 'convention'} <= {*c} and isinstance(c.get('model'), str):
             old = found.get(c['model'], ({}, '', '', False))
             found[c['model']] = c['text_sha256'], w or old[1], c['dtype'], c['convention']['bos']
     return found

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'SIGMAS', 'SEEDS', 'TWINS', 'GOALS', 'GRADIENT', 'EAS', 'AGENT', 'CMA', 'OTHERS', 'HALF', 'RIVALS',
            'GATES', 'EQUAL', 'AT_EQUAL_COST', 'CHOICES', 'AGENTS', 'STUDY', 'default_cells', 'choice_cells',
-           'equal_cells', 'gpu_cells', 'plan', 'plan_gpu', 'measure_grasprune', 'twin_cells', 'measure_path', 'tidy',
-           'read_selection', 'read_path_costs', 'read_spine', 'of_default', 'final_table', 'even_table', 'choice_table',
-           'twin_table', 'path_table', 'cost_to_reach', 'findings']
+           'equal_cells', 'gpu_cells', 'plan', 'plan_gpu', 'plan_grasprune', 'measure_grasprune', 'twin_cells',
+           'measure_path', 'tidy', 'read_selection', 'read_path_costs', 'read_spine', 'of_default', 'final_table',
+           'even_table', 'choice_table', 'twin_table', 'path_table', 'cost_to_reach', 'findings']
 
 # %% ../../nbs/studies/16_slopes.ipynb #2f0adaf0
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -109,13 +110,18 @@ def plan_gpu(lab: Lab, criteria: tuple[str, ...] = tuple(RIVALS), gates: bool = 
             # on the way: at one target, and of the greedy order the gradient search alone
             traced = cell.sparsity == 0.5 and (criterion != 'greedy' or cell.method == 'gradient')
             yield from plan_cells(gpu, [cell], traced, criterion, points)
-    for s, seed in GATES if gates else ():
-        cell = Cell('smollm2', s, 'uniform-ffn', seed)
-        facts = gpu.facts('smollm2')
+    yield from plan_grasprune(gpu, 'slopes', 'smollm2', GATES if gates else ())
+
+
+def plan_grasprune(lab: Lab, study: str, model: str,
+                   at: Iterable[tuple[float, int]]) -> Plan:  # targets and seeds
+    "GRASPrune, with its own number of steps"
+    for cell in [Cell(model, s, 'uniform-ffn', seed) for s, seed in at]:
+        facts = lab.facts(model)
         key = (run_config(cell_settings(cell, facts), facts.text_sha256, facts.bos)
-               | dict(name=f'smollm2-grasprune-{s}-{seed}', study='slopes', method='grasprune',
-                      search={}))
-        yield Measurement(key, lambda _: measure_grasprune(gpu, cell))
+               | dict(name=f'{model}-grasprune-{cell.sparsity:g}-{cell.seed}', study=study,
+                      method='grasprune', search={}))
+        yield Measurement(key, lambda _: measure_grasprune(lab, cell))
 
 # %% ../../nbs/studies/16_slopes.ipynb #a961dda5
 def measure_grasprune(lab: Lab, cell: Cell) -> dict:
