@@ -309,7 +309,7 @@ class Twin:
     name: str  # one of `TRAINED`
     folder: Path  # of the model
     setup: Setup
-    docs: dict[str, str]  # all documents of its text
+    docs: dict[str, str] = field(repr=False)  # all documents of its text, which are megabytes
 
     @property
     def texts(self) -> list[str]:
