@@ -228,20 +228,13 @@ def _elastic(table, costs):
 # %% ../../nbs/studies/23_answers.ipynb #5cafb2be
 @answers('methods')
 def _methods(table, tasks, trained):
-    parts, ahead, total = [], 0, 0
-    for model in [m for m in methods.MODELS if (table.model == m).any()]:
-        gains = []
-        for s in methods.SIGMAS:
-            t = table[(table.model == model) & (table.sparsity == s)
-                      & (table.calibration == 'sequential')]
-            m, rival = _mean(t, 'method'), methods.best_rival(table, model, s)
-            if rival and 'default' in m:
-                gains.append((m[rival] - m['default'], s, rival))
-        ahead, total = ahead + sum(gain > 0 for gain, *_ in gains), total + len(gains)
-        said = ', '.join(f'{_change(gain)} at {s:g} ({rival})' for gain, s, rival in gains)
-        parts.append(f'on {methods.MODELS[model]} {said}')
-    return (f'The default has the least perplexity in {ahead} of {total} pairs of model and '
-            'target. The best other method has, ' + '; '.join(parts) + '.')
+    t = methods.leads(table)
+    t['gain'] = t.lead.map(np.mean)
+    parts = [f'on {methods.MODELS[model]} '
+             + ', '.join(f'{_change(r.gain)} at {r.sparsity:g} ({r.rival})' for r in d.itertuples())
+             for model, d in t.groupby('model', sort=False)]
+    return (f'The default has the least perplexity in {(t.gain > 0).sum()} of {len(t)} pairs of '
+            'model and target. The best other method has, ' + '; '.join(parts) + '.')
 
 
 def _change(gain):
