@@ -69,11 +69,13 @@ DONE: dict[str, list[tuple[tuple[str, ...], tuple[float, ...], int]]] = {
                 (('EAS',), (0.2, 0.3), 3), (('EvoPress',), (0.3,), 3)],
     GEMMA3: [(('default', "paper's recipe", 'sensitivity', 'even FFN cut, greedy', 'even FFN cut'),
               (0.3, 0.5), 1), (('default, attention may go',), (0.5,), 1)],
-    'mistral-deep': [(_SEARCHED, (0.3,), 1), (_SEARCHED, (0.5,), 3),
-                     (tuple(m for m in METHODS if m in _DIRECT), (0.3, 0.5), 1)]}
-LEARNED = {'mistral-deep': ((0.3, 0.5), 1)}  # targets and seeds of GRASPrune
+    **{m: [(_SEARCHED, (0.3,), 1), (_SEARCHED, (0.5,), 3),
+           (tuple(m for m in METHODS if m in _DIRECT), (0.3, 0.5), 1)]
+       for m in ('mistral-deep', 'opt-deep')}}
+# targets and seeds of GRASPrune
+LEARNED = {m: ((0.3, 0.5), 1) for m in ('mistral-deep', 'opt-deep')}
 # SmolLM2's policies that are taught by the dense model, beside the default's; see `distillation`
-DISTILLED: dict[str, tuple[float, ...]] = {}
+DISTILLED: dict[str, tuple[float, ...]] = {'CMA-ES': (0.5,), PAPER: (0.5,)}
 TAUGHT = 'lora', 3e-3  # what the study of distillation chose
 TASKS_OF = {'smollm2': {'default': (0.3, 0.5)}}  # seed 0; some others have theirs already
 
@@ -383,6 +385,7 @@ def zero_shot_table(tasks: list[dict]) -> pd.DataFrame:
 def distilled_table(trained: pd.DataFrame) -> pd.DataFrame:
     "Perplexity before and after distillation, and the nats gained"
     rows = []
+    trained = trained.sort_values('sparsity', kind='stable')
     for (s, name), d in trained.groupby(['sparsity', 'method'], sort=False):
         rows.append({'σ': f'{s:g}', 'widths of': name, 'seeds': len(d),
                      'before': f'{np.exp(d.before.mean()):.1f}',
