@@ -126,7 +126,7 @@ def _lines(bench, learnt):
 
 def measure_clean(lab: Lab, logs: dict[str, dict]) -> dict:
     """As `measure_ranking`, from policies that are measured for it, all on one text; and with what
-    the better line leaves to be predicted"""
+    each line leaves to be predicted"""
     bench = lab.bench('smollm2', ORDER)
     known, judged, widths, _ = _split(logs)
     learnt = np.concatenate([log['widths'] for log in known])
