@@ -280,8 +280,11 @@ def _trained(runs) -> pd.DataFrame:
         if c.get('loss') != 'distil' or c.get('texts') != 'own': continue
         if c['recipe']['tokens'] != distillation.TOKENS or 'nll' not in r['result']: continue
         rows.append(dict(method=names[start], sparsity=s, seed=seed, nll=nats(r),
-                         before=before.get((start, s, seed), before[start, s, 0])))
-    return pd.DataFrame(rows, columns=['method', 'sparsity', 'seed', 'nll', 'before'])
+                         before=before.get((start, s, seed), before[start, s, 0]),
+                         forward_tokens=r['result']['forward_tokens'],
+                         seconds=r['result']['train_s']))
+    return pd.DataFrame(rows, columns=['method', 'sparsity', 'seed', 'nll', 'before',
+                                       'forward_tokens', 'seconds'])
 
 # %% ../../nbs/studies/21_methods.ipynb #afdc7122
 def _at(table, model, calibration='sequential'):
@@ -383,14 +386,16 @@ def zero_shot_table(tasks: list[dict]) -> pd.DataFrame:
 
 
 def distilled_table(trained: pd.DataFrame) -> pd.DataFrame:
-    "Perplexity before and after distillation, and the nats gained"
+    "Perplexity before and after distillation, the nats gained, and what a training costs"
     rows = []
     trained = trained.sort_values('sparsity', kind='stable')
     for (s, name), d in trained.groupby(['sparsity', 'method'], sort=False):
         rows.append({'σ': f'{s:g}', 'widths of': name, 'seeds': len(d),
                      'before': f'{np.exp(d.before.mean()):.1f}',
                      'distilled': f'{np.exp(d.nll.mean()):.1f}',
-                     'nats gained': mean_interval(d.before - d.nll, 3)})
+                     'nats gained': mean_interval(d.before - d.nll, 3),
+                     'forward tokens': f'{d.forward_tokens.mean():,.0f}',
+                     'seconds': f'{d.seconds.median():.0f}'})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/studies/21_methods.ipynb #e1b64a5a
@@ -481,7 +486,7 @@ def findings(table: pd.DataFrame, tasks: list[dict], trained: pd.DataFrame) -> l
         worst = ', '.join(f'{MODELS[r.model]} at {r.sparsity:g} ({r.above} of {r.methods})'
                           for r in t[t.above < t.methods].itertuples())
         lines.append('- All seeds of all other methods are above all seeds of the default in '
-                     f'{(t.above == t.methods).sum()} of {len(t)}'
+                     f'{(t.above == t.methods).sum()} of {len(t)} pairs'
                      + (f'; not on {worst}.' if worst else '.'))
     lines += [_told(t, 'even', 'An even cut of the FFNs in the same order is above the default'),
               _told(t, 'search', "In Wanda's order, the paper's search is above the default's"),
