@@ -51,6 +51,26 @@ def test_a_deep_twin_goes_through_the_plan(toy, tmp_path, capsys):
     assert [a.get_title() for a in fig.axes if a.get_visible()] == ['deep Mistral']
 
 
+def test_a_repair_that_a_record_lacks_is_measured_apart(toy, tmp_path, monkeypatch):
+    "Policies of other studies have no figures without repair; nothing is searched again"
+    monkeypatch.setattr(methods, 'DONE', {'mistral-deep': [(('even FFN cut',), (0.3,), 1)]})
+    monkeypatch.setattr(methods, 'LEARNED', {})
+    lab = Lab(tmp_path, 'smoke', runs=tmp_path, work=tmp_path)
+    run_study(STUDY, lab)
+    (path,) = (tmp_path / 'methods').glob('mistral-deep-uniform-ffn*.json')
+    record = json.loads(path.read_text())
+    nats = record['result']['nll'].pop('none')
+    path.write_text(json.dumps(record))
+    own = lambda: STUDY.read(tmp_path)[0].query("method == 'even FFN cut'").set_index(
+        'calibration').nll
+    assert set(own().index) == {'static', 'sequential'}
+    assert count_records(STUDY, lab) == (3, 4)
+    run_study(STUDY, lab)
+    (more,) = read_records(tmp_path / 'methods', 'none-')
+    assert more['result'] == dict(nll=dict(none=nats))
+    assert np.isclose(own()['none'], np.mean(nats)) and len(own()) == 3
+
+
 def test_deep_models_are_told_from_the_others():
     shallow, deep = SETUPS['cpu'].settings('opt'), SETUPS['cpu'].settings('opt-deep')
     assert shallow == dict(family='opt') and deep['layers'] >= 24 and deep['family'] == 'opt'

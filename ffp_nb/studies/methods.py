@@ -10,7 +10,7 @@ __all__ = ['REAL', 'MODELS', 'SIGMAS', 'SAME', 'LIMIT', 'METHODS', 'NAMED', 'EVE
 
 # %% ../../nbs/studies/21_methods.ipynb #805ce91f
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 
@@ -19,10 +19,11 @@ import numpy as np
 import pandas as pd
 
 from ..core.families import GEMMA3, gemma3_path
+from ..pipeline.bench import Bench
 from ..pipeline.config import BASELINES
 from ..search.heuristics import HEURISTICS
 from . import allocation, distillation
-from .cells import MODES, Cell, Lab, cell_key, measure_cell
+from .cells import MODES, Cell, Lab, cell_key, measure_cell, test_nll
 from .families import check_same, training_record
 from .slopes import EQUAL, plan_grasprune
 from .spine import of_model
@@ -134,6 +135,8 @@ def plan(lab: Lab) -> Plan:
             at = _same(model, cell.sparsity, cell.method, cell.seed, cell.variant, cell.tokens)
             r = yield Measurement(cell_key(cell, facts), lambda to: measure_cell(
                 bench(), cell, to, lab.work / 'work'), known.get((order, at)))
+            if r and 'none' not in r['result']['nll']:
+                yield _unrepaired(bench, r)
             name = _NAMES[order, cell.method, cell.variant]
             if r and model == 'smollm2' and cell.sparsity in DISTILLED.get(name, ()):
                 given[cell.sparsity, _START[name], cell.seed] = np.array(r['result']['widths'])
@@ -203,6 +206,13 @@ def _zero_shot(lab, model, order, record) -> Measurement:
     return Measurement(key, lambda _: allocation.measure_zero_shot(
         lab, record['result']['widths'], key, model, order))
 
+
+def _unrepaired(bench: Callable[[], Bench], record) -> Measurement:
+    "What another study left out of its record: the policy without repair"
+    key = dict(name=f"none-{record['config']['name']}", study='methods', of=record['config_id'])
+    widths = np.array(record['result']['widths'])
+    return Measurement(key, lambda _: dict(nll=test_nll(bench(), widths, ('none',))))
+
 # %% ../../nbs/studies/21_methods.ipynb #57112993
 _KEYS = 'model', 'sparsity', 'method', 'seed', 'variant', 'tokens'
 _COLUMNS = ['model', 'method', 'sparsity', 'seed', 'calibration', 'ppl', 'nll', 'forward_tokens',
@@ -210,13 +220,14 @@ _COLUMNS = ['model', 'method', 'sparsity', 'seed', 'calibration', 'ppl', 'nll', 
 _REPAIRS = (*MODES, 'scales')  # the last is GRASPrune's own
 
 
-def _rows(name, model, record) -> list[dict]:
-    "A row for each repair of a policy"
+def _rows(name, model, record, more=()) -> list[dict]:
+    "A row for each repair of a policy; `more` has nats by repair that its record lacks"
     c, found = record['config'], record['result']
     seconds = (found.get('search') or {}).get('wall_s', found.get('search_s'))
     gone = int((np.array(found['widths']) == 0).sum())
     rows = []
-    for m, v in ((m, np.array(v)) for m, v in found['nll'].items() if m in _REPAIRS):
+    for m, v in ((m, np.array(v)) for m, v in (found['nll'] | dict(more)).items()
+                 if m in _REPAIRS):
         same = v[:SAME.get(model)]
         rows.append(dict(model=model, method=name, sparsity=c['sparsity'], seed=c['seed'],
                          calibration=m, ppl=float(np.exp(v.mean())), nll=float(same.mean()),
@@ -233,6 +244,8 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, list[dict], pd.DataFrame]:
     for r in (r for r in own if 'cell' in r['config']):
         c = r['config']['cell']
         known[r['config']['criterion'], _same(*(c[k] for k in _KEYS))] = r
+    bare = {r['config']['of']: r['result']['nll'] for r in own
+            if r['config']['name'].startswith('none-')}
     rows, by_id = [], {}
     for model in DONE:
         for order, cell in wanted(model):
@@ -240,7 +253,7 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, list[dict], pd.DataFrame]:
             if (r := known.get(at)) is None: continue
             name = _NAMES[order, cell.method, cell.variant]
             by_id[r['config_id']] = name, cell.sparsity
-            rows += _rows(name, model, r)
+            rows += _rows(name, model, r, bare.get(r['config_id'], ()))
         for r in read_records(runs / 'methods', f'{model}-grasprune-'):
             rows += _rows('GRASPrune', model, r)
     rows += [_dense_row(m, r) for m in DONE for r in _dense_of(runs, m)]
@@ -257,7 +270,7 @@ def _dense_row(model, record) -> dict:
     return dict(model=model, method='dense', sparsity=0.0, seed=0, calibration='none',
                 ppl=float(np.exp(np.mean(v))), nll=float(np.mean(v[:SAME.get(model)])))
 
-
+# %% ../../nbs/studies/21_methods.ipynb #7f6aec4a
 def _tasks(runs, by_id) -> list[dict]:
     "Records of tasks after sequential repair, with the method and the target they are of"
     asked = [r for f in ('main', 'methods') for r in read_records(runs / f, 'zero-shot-')]
@@ -265,7 +278,7 @@ def _tasks(runs, by_id) -> list[dict]:
             if r['config']['calibration'] == 'sequential'
             and r['config']['of'] in {*by_id, 'dense'}]
 
-# %% ../../nbs/studies/21_methods.ipynb #7f6aec4a
+
 def _trained(runs) -> pd.DataFrame:
     "Distilled models (equal tokens, WikiText-2) and their starts: nats on the first test blocks"
     names = {'searched': 'default', 'even': EVEN} | {k: m for m, k in _START.items()}
