@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SEARCHES', 'PAPER', 'GOAL', 'BEST', 'STUDY', 'study_cells', 'easier_cells', 'plan', 'tidy', 'label',
-           'labelled', 'above_ffp', 'method_table', 'times_over', 'findings']
+           'labelled', 'above_ffp', 'method_table', 'times_over', 'say_times', 'findings']
 
 # %% ../../nbs/studies/07_searchers.ipynb #6a45d5e5
 from pathlib import Path
@@ -121,13 +121,20 @@ def times_over(times: pd.Series) -> tuple[float, float, float]:  # mean, low, hi
     return float(np.exp(m)), float(np.exp(m - h)), float(np.exp(m + h))
 
 
+def say_times(times: pd.Series) -> str:
+    "`times_over` in words; what is beyond a hundred either way says only that much"
+    bound = lambda v: 'under 0.01' if v < 0.01 else 'over 100' if v > 100 else f'{v:.2g}'
+    mean, low, high = times_over(times)
+    return f'{mean:.2g} times, interval over {over(times)} {bound(low)} to {bound(high)}'
+
+
 def _cheaper(mine, traces):
     "Is ffp cheaper as a whole interval over models, and as many times as the paper says?"
     x = _times(traces)
-    mean, low, high = times_over(x)
+    mean, low, _ = times_over(x)
     return verdict(low > 1 and mean >= PAPER, low > 1), (
-        f'{mean:.2g} times, interval over {over(x)} {low:.2g} to {high:.2g}; {x.median():.2g} in '
-        f'the median of {len(x)} runs ({x.min():.2g} to {x.max():.2g})')
+        f'{say_times(x)}; {x.median():.2g} in the median of {len(x)} runs '
+        f'({x.min():.2g} to {x.max():.2g})')
 
 # %% ../../nbs/studies/07_searchers.ipynb #23e0e831
 def findings(mine: pd.DataFrame, traces: pd.DataFrame) -> list[str]:
