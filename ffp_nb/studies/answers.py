@@ -229,17 +229,12 @@ def _elastic(table, costs):
 @answers('methods')
 def _methods(table, tasks, trained):
     t = methods.leads(table)
-    t['gain'] = t.lead.map(np.mean)
-    parts = [f'on {methods.MODELS[model]} '
-             + ', '.join(f'{_change(r.gain)} at {r.sparsity:g} ({r.rival})' for r in d.itertuples())
+    t['more'] = np.expm1(t.lead.map(np.mean))
+    parts = [f'{d.more.min():+.1%} to {d.more.max():+.1%} on {methods.MODELS[model]}'
              for model, d in t.groupby('model', sort=False)]
-    return (f'The default has the least perplexity in {(t.gain > 0).sum()} of {len(t)} pairs of '
-            'model and target. The best other method has, ' + '; '.join(parts) + '.')
-
-
-def _change(gain):
-    "How much more perplexity, in words"
-    return f'{abs(np.expm1(gain)):.0%} ' + ('more' if gain > 0 else 'less')
+    return (f'The default has the least perplexity in {(t.more > 0).sum()} of {len(t)} pairs of '
+            'model and target. The best other method, chosen with hindsight, has '
+            + ', '.join(parts) + '.')
 
 # %% ../../nbs/studies/23_answers.ipynb #1eaa013c
 @answers('ranking')
@@ -480,11 +475,8 @@ def _draw_methods(table, tasks, trained):
 PICTURES['methods'] = _draw_methods
 
 
-@picture('ranking')
-def _draw_ranking(ax, table, truth):
-    t = table[table.labels == table.labels.iloc[0]]  # measured ones, where they are
-    t = t[t.policies.isna() | ~t.how.str.startswith('slopes')]
-    sns.lineplot(t, x='tokens', y='spearman', hue='how', style='how', markers=True, ax=ax)
-    ax.axhline(ranking.GOAL, color='0.4', ls='--', lw=1)
-    ax.set(xscale='log', xlabel='forward tokens read', ylabel='rank correlation')
-    ax.legend(fontsize=8)
+def _draw_ranking(table, truth):
+    return ranking.draw(table, ['measured'])
+
+
+PICTURES['ranking'] = _draw_ranking

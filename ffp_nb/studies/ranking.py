@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['SIGMA', 'ORDER', 'SEARCHES', 'LEARNT', 'JUDGED', 'EACH', 'BLOCKS', 'SLOPE_BLOCKS', 'LABEL_BLOCKS', 'GROWTH',
-           'ELSEWHERE', 'CLEAN', 'LABELS', 'GOAL', 'STUDY', 'plan', 'read_logs', 'line', 'measure_ranking',
-           'measure_clean', 'tidy', 'rank_table', 'findings']
+           'ELSEWHERE', 'CLEAN', 'LABELS', 'WORDS', 'GOAL', 'STUDY', 'plan', 'read_logs', 'line', 'measure_ranking',
+           'measure_clean', 'tidy', 'rank_table', 'findings', 'draw']
 
 # %% ../../nbs/studies/22_ranking.ipynb #5edfd853
+from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from scipy import stats
 
 from ..core.budget import uniform
@@ -149,6 +152,7 @@ def measure_clean(lab: Lab, logs: dict[str, dict]) -> dict:
 
 # %% ../../nbs/studies/22_ranking.ipynb #2a7aa0b6
 LABELS = ('rewards', 'measured')  # what predictors learn from
+WORDS = dict(rewards='rewards of searches', measured='measurements')
 
 
 def tidy(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -251,3 +255,24 @@ def _measured_lines(t) -> list[str]:
 
 
 STUDY = Study('ranking', 'ranking', plan, tidy, findings)
+
+# %% ../../nbs/studies/22_ranking.ipynb #10c7fe96
+def draw(table: pd.DataFrame, labels: Sequence[str] = LABELS):  # a matplotlib figure
+    """Rank correlation against forward tokens, a panel for each kind of labels; without what learns
+    from the rest of a line from slopes"""
+    alone = table[~table.how.str.contains('+', regex=False) & table.labels.isin(labels)]
+    kinds = [*dict.fromkeys(alone.how)]
+    look = dict(zip(kinds, sns.color_palette('colorblind', len(kinds))))
+    fig, axes = plt.subplots(len(labels), figsize=(6.4, 2.2 + 2.6 * len(labels)), sharex=True,
+                             squeeze=False, layout='constrained')
+    lines = {}
+    for ax, label in zip(axes[:, 0], labels):
+        for name, t in alone[alone.labels == label].groupby('how', sort=False):
+            learns = t.policies.notna().any()
+            (lines[name],) = ax.plot(t.tokens, t.spearman, 'o-' if learns else 'D',
+                                     color=look[name], label=name)
+        ax.axhline(GOAL, color='0.4', ls='--', lw=1)
+        ax.set(xscale='log', ylabel='rank correlation', title=f'learnt from {WORDS[label]}')
+    axes[-1, 0].set_xlabel('forward tokens read (a backward pass counts as two)')
+    fig.legend(handles=[lines[k] for k in kinds], loc='outside lower center', ncols=2, fontsize=9)
+    return fig
