@@ -74,12 +74,12 @@ DONE: dict[str, list[tuple[tuple[str, ...], tuple[float, ...], int]]] = {
            (tuple(m for m in METHODS if m in _DIRECT), (0.3, 0.5), 1)]
        for m in ('mistral-deep', 'opt-deep')}}
 # targets and seeds of GRASPrune
-LEARNED = {'smollm2': ((0.5,), 1), **{m: ((0.3, 0.5), 1) for m in ('mistral-deep', 'opt-deep')}}
+LEARNED = {m: ((0.3, 0.5), 1) for m in ('mistral-deep', 'opt-deep')}
 # SmolLM2's policies that are taught by the dense model, beside the default's; see `distillation`
 DISTILLED: dict[str, tuple[float, ...]] = {'CMA-ES': (0.3, 0.5), PAPER: (0.3, 0.5)}
 TAUGHT = 'lora', 3e-3  # what the study of distillation chose
 # of seed 0; some others have theirs already
-TASKS_OF = {'smollm2': {'default': (0.3, 0.5), 'CMA-ES': (0.5,)}}
+TASKS_OF = {'smollm2': {'default': (0.3, 0.5)}}
 
 
 def wanted(model: str) -> list[tuple[str, Cell]]:  # (order, cell) in the order of `METHODS`
