@@ -79,7 +79,7 @@ LEARNED = {m: ((0.3, 0.5), 1) for m in ('mistral-deep', 'opt-deep')}
 DISTILLED: dict[str, tuple[float, ...]] = {'CMA-ES': (0.3, 0.5), PAPER: (0.3, 0.5)}
 TAUGHT = 'lora', 3e-3  # what the study of distillation chose
 # of seed 0; some others have theirs already
-TASKS_OF = {'smollm2': {'default': (0.3, 0.5)}}
+TASKS_OF = {'smollm2': {'default': (0.3, 0.5), 'CMA-ES': (0.5,)}}
 
 
 def wanted(model: str) -> list[tuple[str, Cell]]:  # (order, cell) in the order of `METHODS`
