@@ -6,7 +6,7 @@
 __all__ = ['REAL', 'MODELS', 'SIGMAS', 'SAME', 'LIMIT', 'METHODS', 'NAMED', 'EVEN', 'OURS', 'PAPER', 'DONE', 'LEARNED',
            'DISTILLED', 'TAUGHT', 'TASKS_OF', 'STUDY', 'wanted', 'policies', 'plan', 'twin_table', 'tidy', 'best_rival',
            'headline', 'perplexity_table', 'draw', 'zero_shot_table', 'distilled_table', 'cost_table', 'costs', 'leads',
-           'lead_table', 'part_table', 'findings', 'against_default']
+           'lead_table', 'part_table', 'findings', 'on_other_text', 'against_default']
 
 # %% ../../nbs/studies/21_methods.ipynb #805ce91f
 import warnings
@@ -74,7 +74,7 @@ DONE: dict[str, list[tuple[tuple[str, ...], tuple[float, ...], int]]] = {
            (tuple(m for m in METHODS if m in _DIRECT), (0.3, 0.5), 1)]
        for m in ('mistral-deep', 'opt-deep')}}
 # targets and seeds of GRASPrune
-LEARNED = {m: ((0.3, 0.5), 1) for m in ('mistral-deep', 'opt-deep')}
+LEARNED = {'smollm2': ((0.5,), 1), **{m: ((0.3, 0.5), 1) for m in ('mistral-deep', 'opt-deep')}}
 # SmolLM2's policies that are taught by the dense model, beside the default's; see `distillation`
 DISTILLED: dict[str, tuple[float, ...]] = {'CMA-ES': (0.3, 0.5), PAPER: (0.3, 0.5)}
 TAUGHT = 'lora', 3e-3  # what the study of distillation chose
@@ -281,24 +281,26 @@ def _tasks(runs, by_id) -> list[dict]:
 
 
 def _trained(runs) -> pd.DataFrame:
-    "Distilled models (equal tokens, WikiText-2) and their starts: nats on the first test blocks"
+    """Distilled models (equal tokens, WikiText-2) and their starts: nats on the first test blocks
+    of their own text and of the `other` one"""
     names = {'searched': 'default', 'even': EVEN} | {k: m for m, k in _START.items()}
     rows = []
     found = [r for f in ('distillation', 'methods') for r in read_records(runs / f, 'distillation-')
              if r['config'].get('start') in names]
-    nats = lambda r: float(np.mean(r['result']['nll']['own']))
+    nats = lambda r: {text: float(np.mean(v)) for text, v in r['result']['nll'].items()}
     about = lambda c: (c['start'], c['sparsity'], c['seed'])
     before = {about(r['config']): nats(r) for r in found if 'recipe' not in r['config']}
     for r in found:
         c, (start, s, seed) = r['config'], about(r['config'])
         if c.get('loss') != 'distil' or c.get('texts') != 'own': continue
         if c['recipe']['tokens'] != distillation.TOKENS or 'nll' not in r['result']: continue
-        rows.append(dict(method=names[start], sparsity=s, seed=seed, nll=nats(r),
-                         before=before.get((start, s, seed), before[start, s, 0]),
+        first, now = before.get((start, s, seed), before[start, s, 0]), nats(r)
+        rows.append(dict(method=names[start], sparsity=s, seed=seed, nll=now['own'],
+                         before=first['own'], other=now['other'], other_before=first['other'],
                          forward_tokens=r['result']['forward_tokens'],
                          seconds=r['result']['train_s']))
-    return pd.DataFrame(rows, columns=['method', 'sparsity', 'seed', 'nll', 'before',
-                                       'forward_tokens', 'seconds'])
+    return pd.DataFrame(rows, columns=['method', 'sparsity', 'seed', 'nll', 'before', 'other',
+                                       'other_before', 'forward_tokens', 'seconds'])
 
 # %% ../../nbs/studies/21_methods.ipynb #afdc7122
 def _at(table, model, calibration='sequential'):
@@ -408,6 +410,8 @@ def distilled_table(trained: pd.DataFrame) -> pd.DataFrame:
                      'before': f'{np.exp(d.before.mean()):.1f}',
                      'distilled': f'{np.exp(d.nll.mean()):.1f}',
                      'nats gained': mean_interval(d.before - d.nll, 3),
+                     'other text, before': f'{np.exp(d.other_before.mean()):.1f}',
+                     'other text, distilled': f'{np.exp(d.other.mean()):.1f}',
                      'forward tokens': f'{d.forward_tokens.mean():,.0f}',
                      'seconds': f'{d.seconds.median():.0f}'})
     return pd.DataFrame(rows)
@@ -533,7 +537,29 @@ def _taught(trained) -> list[str]:
                  if m != 'default']
         lines.append(f'- Distilled alike (σ = {s:g}), nats above the default: '
                      + '; '.join(parts) + '.')
-    return lines
+    return lines + _elsewhere(trained)
+
+
+def on_other_text(trained: pd.DataFrame) -> pd.DataFrame:
+    """Nats above the default before any training, seed by seed (seeds,): on the text that all were
+    calibrated and searched on (`own`), and on one that nothing was fitted to (`other`)"""
+    rows = []
+    for s, d in trained.groupby('sparsity'):
+        t = d.pivot_table(index='seed', columns='method', values=['before', 'other_before'])
+        if 'default' not in t.before or len(t) < 2: continue
+        gap = lambda text, m: (t[text][m] - t[text]['default']).to_numpy()
+        rows += [dict(sparsity=s, method=m, own=gap('before', m), other=gap('other_before', m))
+                 for m in t.before if m != 'default']
+    return pd.DataFrame(rows, columns=['sparsity', 'method', 'own', 'other'])
+
+
+def _elsewhere(trained) -> list[str]:
+    "Does the default lead on another text?"
+    return ["- **Another text** (Python's help topics; all were calibrated and searched on "
+            f'WikiText-2), σ = {s:g}, nats above the default before any training, interval over '
+            'seeds: ' + ', '.join(f'{r.method} {mean_interval(r.other, 3)} (on WikiText-2 '
+                                  f'{mean_interval(r.own, 3)})' for r in d.itertuples()) + '.'
+            for s, d in on_other_text(trained).groupby('sparsity')]
 
 # %% ../../nbs/studies/21_methods.ipynb #a233fb2c
 def _attention(table) -> list[str]:
@@ -576,14 +602,20 @@ def _pooled(table) -> list[str]:
 
 # %% ../../nbs/studies/21_methods.ipynb #83bbd2a7
 def _accuracy(tasks: list[dict]) -> list[str]:
-    "In how many comparisons do the tasks tell a method from the default?"
+    "In how many comparisons do the tasks tell a method from the default, and which?"
     t = zero_shot_table(tasks) if tasks else pd.DataFrame()
     if 'to the default' not in t: return []
-    pairs = [map(float, v.split(' ± ')) for v in t['to the default'] if v]
-    said = [(d > w) - (d < -w) for d, w in pairs]
-    return [f'- Zero-shot accuracy on seven tasks of fifty documents tells {said.count(1)} of '
-            f'{len(said)} other policies as better than the default and {said.count(-1)} as worse '
-            '(single 95 % intervals).']
+    lines = []
+    for column, what in {'to the default': 'Zero-shot accuracy on seven tasks of fifty documents',
+                         'LAMBADA, nats': "LAMBADA's log-likelihood"}.items():
+        found = [(f'{r["method"]} at {r["σ"]}', *map(float, r[column].split(' ± ')))
+                 for r in t[t[column] != ''].to_dict('records')]
+        better, worse = ([name for name, d, w in found if sign * d > w] for sign in (1, -1))
+        named = lambda names: f' ({", ".join(names)})' if names else ''
+        lines.append(f'- {what} tells {len(better)} of {len(found)} other policies as better than '
+                     f'the default{named(better)} and {len(worse)} as worse{named(worse)}; single '
+                     '95 % intervals.')
+    return lines
 
 
 STUDY = Study('methods', 'methods', plan, tidy, findings)
