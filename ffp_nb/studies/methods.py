@@ -418,14 +418,17 @@ def distilled_table(trained: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/studies/21_methods.ipynb #e1b64a5a
 def cost_table(table: pd.DataFrame) -> pd.DataFrame:
-    "What the widths cost: means over targets and seeds"
-    t = table[(table.calibration == 'sequential')].drop_duplicates(
-        ['model', 'method', 'sparsity', 'seed'])
-    g = t.groupby(['model', 'method'])
-    out = g.agg(tokens=('forward_tokens', 'mean'), seconds=('seconds', 'median'))
-    out['tokens'] = out.tokens.map('{:,.0f}'.format)
-    out['seconds'] = out.seconds.map(lambda v: '' if np.isnan(v) else f'{v:.0f}')
-    return out
+    "What the widths cost where a method reads text for them: means over targets and seeds"
+    t = table[(table.calibration == 'sequential') & (table.forward_tokens > 0)]
+    t = t.drop_duplicates(['model', 'method', 'sparsity', 'seed'])
+    out = t.groupby(['model', 'method'], as_index=False).agg(
+        tokens=('forward_tokens', 'mean'), seconds=('seconds', 'median'))
+    out = out.sort_values('tokens').sort_values(
+        'model', key=lambda c: c.map([*MODELS].index), kind='stable')
+    return pd.DataFrame({
+        'model': out.model.map(MODELS), 'method': out.method,
+        'tokens': out.tokens.map('{:,.0f}'.format),
+        'seconds': out.seconds.map(lambda v: '' if np.isnan(v) else f'{v:.0f}')})
 
 
 def costs(table: pd.DataFrame) -> list[str]:
