@@ -233,7 +233,7 @@ def _methods(table, tasks, trained):
     parts = [f'{d.more.min():+.1%} to {d.more.max():+.1%} on {methods.MODELS[model]}'
              for model, d in t.groupby('model', sort=False)]
     return (f'The default has the least perplexity in {(t.more > 0).sum()} of {len(t)} pairs of '
-            'model and target. The best other method, chosen with hindsight, has '
+            'model and target. Perplexity of the best other method, chosen with hindsight: '
             + ', '.join(parts) + '. ' + _another_text(trained))
 
 
@@ -249,7 +249,8 @@ def _ranking(table, truth):
     sloped = table.how.str.startswith('slopes')
     best = lambda t: t.loc[t.spearman.idxmax()]
     drawn = best(table[sloped & table.policies.isna()])
-    parts = [f'{top.spearman:.2f} after {top.tokens:,.0f} tokens of {labels} ({top.how})'
+    parts = [f'{top.spearman:.2f} after {top.tokens:,.0f} tokens of '
+             f'{ranking.WORDS[labels]} ({top.how})'
              for labels, t in table[~sloped & table.policies.notna()].groupby(
                  'labels', sort=False) for top in [best(t[t.policies == t.policies.max()])]]
     return ('The best predictors, with hindsight, rank policies with a correlation of '
