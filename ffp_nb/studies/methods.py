@@ -28,8 +28,8 @@ from .families import check_same, training_record
 from .slopes import EQUAL, plan_grasprune
 from .spine import of_model
 from .study import (
-    LEVEL, Measurement, Plan, Study, colours, half_width, mean_interval, paired_differences,
-    read_records, spread)
+    LEVEL, Measurement, Plan, Study, colours, half_width, holm, mean_interval, p_value,
+    paired_differences, read_records, spread)
 from .twins import DEEP
 
 # %% ../../nbs/studies/21_methods.ipynb #d38c5252
@@ -542,10 +542,11 @@ def _taught(trained) -> list[str]:
                      + '; '.join(parts) + '.')
     return lines + _elsewhere(trained)
 
-
+# %% ../../nbs/studies/21_methods.ipynb #288c18cd
 def on_other_text(trained: pd.DataFrame) -> pd.DataFrame:
     """Nats above the default before any training, seed by seed (seeds,): on the text that all were
-    calibrated and searched on (`own`), and on one that nothing was fitted to (`other`)"""
+    calibrated and searched on (`own`), and on one that nothing was fitted to (`other`); `holm` is
+    the p-value of the latter, adjusted for the number of comparisons"""
     rows = []
     for s, d in trained.groupby('sparsity'):
         t = d.pivot_table(index='seed', columns='method', values=['before', 'other_before'])
@@ -553,16 +554,22 @@ def on_other_text(trained: pd.DataFrame) -> pd.DataFrame:
         gap = lambda text, m: (t[text][m] - t[text]['default']).to_numpy()
         rows += [dict(sparsity=s, method=m, own=gap('before', m), other=gap('other_before', m))
                  for m in t.before if m != 'default']
-    return pd.DataFrame(rows, columns=['sparsity', 'method', 'own', 'other'])
+    t = pd.DataFrame(rows, columns=['sparsity', 'method', 'own', 'other'])
+    return t.assign(holm=holm(t.other.map(p_value)) if len(t) else [])
 
 
 def _elsewhere(trained) -> list[str]:
     "Does the default lead on another text?"
-    return ["- **Another text** (Python's help topics; all were calibrated and searched on "
+    t = on_other_text(trained)
+    if t.empty: return []
+    ahead = (t.other.map(np.mean) > 0) & (t.holm < LEVEL)
+    lines = ["- **Another text** (Python's help topics; all were calibrated and searched on "
             f'WikiText-2), σ = {s:g}, nats above the default before any training, interval over '
             'seeds: ' + ', '.join(f'{r.method} {mean_interval(r.other, 3)} (on WikiText-2 '
                                   f'{mean_interval(r.own, 3)})' for r in d.itertuples()) + '.'
-            for s, d in on_other_text(trained).groupby('sparsity')]
+             for s, d in t.groupby('sparsity')]
+    return [*lines, f'- With Holm over these {len(t)} comparisons on another text, the default is '
+                    f'shown to be ahead in {ahead.sum()}.']
 
 # %% ../../nbs/studies/21_methods.ipynb #a233fb2c
 def _attention(table) -> list[str]:
