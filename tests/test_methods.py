@@ -7,10 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ffp_nb.core.perplexity import perplexity
 from ffp_nb.pipeline.config import Profile
 from ffp_nb.search.gates import grasprune
 from ffp_nb.studies import distillation, methods, twins
 from ffp_nb.studies.cells import Lab, base_config, known_models, planned_tokens
+from ffp_nb.studies.distillation import other_text
 from ffp_nb.studies.methods import STUDY, against_default, wanted
 from ffp_nb.studies.study import count_records, find_measured, read_records, run_study, walk
 from ffp_nb.studies.twins import DEEP, SETUPS, Setup
@@ -69,6 +71,26 @@ def test_a_repair_that_a_record_lacks_is_measured_apart(toy, tmp_path, monkeypat
     (more,) = read_records(tmp_path / 'methods', 'none-')
     assert more['result'] == dict(nll=dict(none=nats))
     assert np.isclose(own()['none'], np.mean(nats)) and len(own()) == 3
+
+
+def test_a_policy_is_judged_on_another_text_with_the_repair_of_its_own(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, 'DONE', {'mistral-deep': [(('even FFN cut',), (0.3, 0.5), 1)]})
+    monkeypatch.setattr(methods, 'LEARNED', {})
+    monkeypatch.setattr(methods, 'ELSEWHERE', {'mistral-deep': (0.3,)})
+    lab = Lab(tmp_path, 'smoke', runs=tmp_path, work=tmp_path)
+    run_study(STUDY, lab)
+    (record,) = read_records(tmp_path / 'methods', 'other-')  # not of the other target
+    (policy,) = read_records(tmp_path / 'methods', 'mistral-deep-uniform-ffn-0.3')
+    assert record['config']['of'] == policy['config_id']
+    bench, widths = lab.bench('mistral-deep'), np.array(policy['result']['widths'])
+    with bench.elastic.at(widths, bench.sequential(widths, progress=False)):
+        own = perplexity(bench.elastic.model, other_text(bench).test[:24]).nll
+    nats = record['result']['nll']['sequential']
+    assert np.allclose(nats, own, atol=1e-4)
+    assert not np.allclose(np.mean(nats), np.mean(policy['result']['nll']['sequential']), atol=0.01)
+    t = STUDY.read(tmp_path)[0].set_index(['sparsity', 'calibration']).other
+    assert np.isclose(t[0.3, 'sequential'], np.mean(nats))
+    assert t.drop((0.3, 'sequential')).isna().all()
 
 
 def test_deep_models_are_told_from_the_others():

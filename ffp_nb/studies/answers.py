@@ -234,14 +234,17 @@ def _methods(table, tasks, trained):
              for model, d in t.groupby('model', sort=False)]
     return (f'The default has the least perplexity in {(t.more > 0).sum()} of {len(t)} pairs of '
             'model and target. Perplexity of the best other method, chosen with hindsight: '
-            + ', '.join(parts) + '. ' + _another_text(trained))
+            + ', '.join(parts) + '. ' + _another_text(table))
 
 
-def _another_text(trained):
-    t = methods.on_other_text(trained)
-    ahead = ((t.other.map(np.mean) > 0) & (t.holm < LEVEL)).sum()
-    return (f'On a text that nothing was fitted to it is shown to be ahead in {ahead} of {len(t)} '
-            'comparisons (SmolLM2, Holm).') if len(t) else ''
+def _another_text(table):
+    t = methods.on_other_text(table)
+    less, ahead = t.other.map(np.mean) < 0, (t.other.map(np.mean) > 0) & (t.holm < LEVEL)
+    at = ' and '.join(f'{methods.MODELS[m]}, σ = {s:g}' for m, s in dict.fromkeys(
+        zip(t.model, t.sparsity)))
+    return (f'On a text that nothing was fitted to, {less.sum()} of {len(t)} other policies have '
+            f'less loss than it by their means, and it is shown to be ahead of {ahead.sum()} '
+            f'({at}; Holm).') if len(t) else ''
 
 # %% ../../nbs/studies/23_answers.ipynb #1eaa013c
 @answers('ranking')

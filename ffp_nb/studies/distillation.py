@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIGMAS', 'SEEDS', 'STARTS', 'LOSSES', 'TEXTS', 'TOKENS', 'PILOT', 'RATES', 'CHECKS', 'WATCHED', 'SHOWN', 'JUDGED',
-           'DOCUMENTS', 'CELLS', 'STUDY', 'plan', 'recipe', 'Desk', 'train', 'tidy', 'read_rates', 'gain_table',
-           'leads', 'lead_table', 'accuracy_table', 'against_text', 'findings']
+           'DOCUMENTS', 'CELLS', 'STUDY', 'plan', 'recipe', 'other_text', 'Desk', 'train', 'tidy', 'read_rates',
+           'gain_table', 'leads', 'lead_table', 'accuracy_table', 'against_text', 'findings']
 
 # %% ../../nbs/studies/18_distillation.ipynb #eee82486
 import time
@@ -101,6 +101,13 @@ def recipe(loss: str, method: str, lr: float, tokens: int, seed: int) -> Distill
                         checks=CHECKS, patience=CHECKS + 1)
 
 # %% ../../nbs/studies/18_distillation.ipynb #fdeae68e
+def other_text(bench: Bench) -> Splits:
+    "Python's help topics, which nothing here is calibrated or searched on, in blocks of the bench"
+    n = bench.config.profile.block_len
+    return Splits(load_corpus('pydoc'), bench.tokenizer, bench.elastic.model,
+                  Convention(n, n, bench.text.convention.bos))
+
+
 class Desk:
     "The model, the texts and the tasks of this study, opened when a measurement needs them"
     widths: Callable[..., np.ndarray]  # these are given below
@@ -125,10 +132,7 @@ class Desk:
     @cached_property
     def text(self) -> dict[str, Splits]:
         "The model's own text and the other one"
-        b, n = self.bench, self.bench.config.profile.block_len
-        other = Splits(load_corpus('pydoc'), b.tokenizer, b.elastic.model,
-                       Convention(n, n, b.text.convention.bos))
-        return dict(own=b.text, other=other)
+        return dict(own=self.bench.text, other=other_text(self.bench))
 
     @cached_property
     def tasks(self):

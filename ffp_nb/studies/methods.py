@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['REAL', 'MODELS', 'SIGMAS', 'SAME', 'LIMIT', 'METHODS', 'NAMED', 'EVEN', 'OURS', 'PAPER', 'DONE', 'LEARNED',
-           'DISTILLED', 'TAUGHT', 'TASKS_OF', 'STUDY', 'wanted', 'policies', 'plan', 'twin_table', 'tidy', 'best_rival',
-           'headline', 'perplexity_table', 'draw', 'zero_shot_table', 'distilled_table', 'cost_table', 'costs', 'leads',
-           'lead_table', 'part_table', 'findings', 'on_other_text', 'against_default']
+           'DISTILLED', 'TAUGHT', 'ELSEWHERE', 'TASKS_OF', 'STUDY', 'wanted', 'policies', 'plan', 'twin_table', 'tidy',
+           'best_rival', 'headline', 'perplexity_table', 'draw', 'zero_shot_table', 'task_cost', 'distilled_table',
+           'cost_table', 'costs', 'leads', 'lead_table', 'part_table', 'findings', 'on_other_text', 'other_table',
+           'draw_other', 'against_default']
 
 # %% ../../nbs/studies/21_methods.ipynb #805ce91f
 import warnings
@@ -17,6 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from ..core.families import GEMMA3, gemma3_path
 from ..pipeline.bench import Bench
@@ -78,6 +80,8 @@ LEARNED = {'smollm2': ((0.5,), 1), **{m: ((0.3, 0.5), 1) for m in ('mistral-deep
 # SmolLM2's policies that are taught by the dense model, beside the default's; see `distillation`
 DISTILLED: dict[str, tuple[float, ...]] = {'CMA-ES': (0.3, 0.5), PAPER: (0.3, 0.5)}
 TAUGHT = 'lora', 3e-3  # what the study of distillation chose
+# targets at which all policies are judged on a second text, too
+ELSEWHERE = {'smollm2': (0.5,)}
 # of seed 0; some others have theirs already
 TASKS_OF = {'smollm2': {'default': (0.3, 0.5), 'CMA-ES': (0.5,)}}
 
@@ -138,6 +142,8 @@ def plan(lab: Lab) -> Plan:
                 bench(), cell, to, lab.work / 'work'), known.get((order, at)))
             if r and 'none' not in r['result']['nll']:
                 yield _unrepaired(bench, r)
+            if r and cell.sparsity in ELSEWHERE.get(model, ()):
+                yield _other_text(bench, r)
             name = _NAMES[order, cell.method, cell.variant]
             if r and model == 'smollm2' and cell.sparsity in DISTILLED.get(name, ()):
                 given[cell.sparsity, _START[name], cell.seed] = np.array(r['result']['widths'])
@@ -148,7 +154,7 @@ def plan(lab: Lab) -> Plan:
         yield from plan_grasprune(lab, 'methods', model, product(sigmas, range(seeds)))
     yield from _taught_plan(lab, given)
 
-
+# %% ../../nbs/studies/21_methods.ipynb #fc344656
 def _is_offered(model) -> bool:
     "Gemma is for who has its package and accepts its terms; the rest of the study needs neither"
     if model != GEMMA3: return True
@@ -214,15 +220,30 @@ def _unrepaired(bench: Callable[[], Bench], record) -> Measurement:
     widths = np.array(record['result']['widths'])
     return Measurement(key, lambda _: dict(nll=test_nll(bench(), widths, ('none',))))
 
+
+def _other_text(bench: Callable[[], Bench], record) -> Measurement:
+    "A policy, repaired on the text of its calibration, on a text that nothing was fitted to"
+    key = dict(name=f"other-{record['config']['name']}", study='methods', of=record['config_id'],
+               text='pydoc', blocks=distillation.JUDGED, calibration='sequential')
+    return Measurement(key, lambda _: _measure_other(
+        bench(), np.array(record['result']['widths']), key['blocks']))
+
+
+def _measure_other(bench, widths, blocks) -> dict:
+    text = distillation.other_text(bench).test[:blocks]
+    p = bench.perplexity(widths, text, bench.sequential(widths, progress=False))
+    return dict(nll=dict(sequential=p.nll.round(5)), forward_tokens=p.tokens)
+
 # %% ../../nbs/studies/21_methods.ipynb #57112993
 _KEYS = 'model', 'sparsity', 'method', 'seed', 'variant', 'tokens'
 _COLUMNS = ['model', 'method', 'sparsity', 'seed', 'calibration', 'ppl', 'nll', 'forward_tokens',
-            'seconds', 'gone', 'blocks']
+            'seconds', 'gone', 'blocks', 'other']
 _REPAIRS = (*MODES, 'scales')  # the last is GRASPrune's own
 
 
-def _rows(name, model, record, more=()) -> list[dict]:
-    "A row for each repair of a policy; `more` has nats by repair that its record lacks"
+def _rows(name, model, record, more=(), other=()) -> list[dict]:
+    """A row for each repair of a policy; `more` has nats by repair that its record lacks, `other`
+    those on a second text"""
     c, found = record['config'], record['result']
     seconds = (found.get('search') or {}).get('wall_s', found.get('search_s'))
     gone = int((np.array(found['widths']) == 0).sum())
@@ -233,31 +254,34 @@ def _rows(name, model, record, more=()) -> list[dict]:
         rows.append(dict(model=model, method=name, sparsity=c['sparsity'], seed=c['seed'],
                          calibration=m, ppl=float(np.exp(v.mean())), nll=float(same.mean()),
                          forward_tokens=found.get('forward_tokens', 0), seconds=seconds, gone=gone,
-                         blocks=same))
+                         blocks=same, other=float(np.mean(dict(other).get(m, np.nan)))))
     return rows
 
 # %% ../../nbs/studies/21_methods.ipynb #7babf0fa
 def tidy(runs: Path) -> tuple[pd.DataFrame, list[dict], pd.DataFrame]:
-    """A row for each policy and repair (`ppl` on all test blocks, `nll` and `blocks` on `SAME`);
-    records of tasks with the `method` they are of; trainings and what they started from"""
+    """A row for each policy and repair (`ppl` on all test blocks, `nll` and `blocks` on `SAME`,
+    `other`: nats on the second text); records of tasks with the `method` they are of; trainings
+    and what they started from"""
     own = read_records(runs / 'methods')
     known = policies(runs)
     for r in (r for r in own if 'cell' in r['config']):
         c = r['config']['cell']
         known[r['config']['criterion'], _same(*(c[k] for k in _KEYS))] = r
-    bare = {r['config']['of']: r['result']['nll'] for r in own
-            if r['config']['name'].startswith('none-')}
+    more = lambda what: {r['config']['of']: r['result']['nll'] for r in own
+                         if r['config']['name'].startswith(what)}
+    bare, other = more('none-'), more('other-')
     rows, by_id = [], {}
     for model in DONE:
         for order, cell in wanted(model):
             at = order, _same(*(getattr(cell, k) for k in _KEYS))
             if (r := known.get(at)) is None: continue
             name = _NAMES[order, cell.method, cell.variant]
-            by_id[r['config_id']] = name, cell.sparsity
-            rows += _rows(name, model, r, bare.get(r['config_id'], ()))
+            key = r['config_id']
+            by_id[key] = name, cell.sparsity
+            rows += _rows(name, model, r, bare.get(key, ()), other.get(key, ()))
         for r in read_records(runs / 'methods', f'{model}-grasprune-'):
             rows += _rows('GRASPrune', model, r)
-    rows += [_dense_row(m, r) for m in DONE for r in _dense_of(runs, m)]
+    rows += [_dense_row(runs, m, r) for m in DONE for r in _dense_of(runs, m)]
     return pd.DataFrame(rows, columns=_COLUMNS), _tasks(runs, by_id), _trained(runs)
 
 
@@ -266,10 +290,13 @@ def _dense_of(runs, model) -> list[dict]:
     return read_records(*own if model == 'smollm2' else (runs / 'methods', f'dense-{model}'))
 
 
-def _dense_row(model, record) -> dict:
+def _dense_row(runs, model, record) -> dict:
     v = record['result']['nll']['none']
+    found = read_records(runs / 'distillation', 'distillation-dense') if model == 'smollm2' else []
+    other = found[0]['result']['nll']['other'] if found else np.nan
     return dict(model=model, method='dense', sparsity=0.0, seed=0, calibration='none',
-                ppl=float(np.exp(np.mean(v))), nll=float(np.mean(v[:SAME.get(model)])))
+                ppl=float(np.exp(np.mean(v))), nll=float(np.mean(v[:SAME.get(model)])),
+                other=float(np.mean(other)))
 
 # %% ../../nbs/studies/21_methods.ipynb #7f6aec4a
 def _tasks(runs, by_id) -> list[dict]:
@@ -401,6 +428,15 @@ def zero_shot_table(tasks: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows).fillna('')
 
 
+def task_cost(tasks: list[dict]) -> str:
+    "What a policy's tasks read, and how long they took"
+    if not tasks: return ''
+    tokens = sorted({r['forward_tokens'] for r in tasks})
+    seconds = [r['wall_s'] for r in tasks]
+    return (f'The tasks of a policy read {" or ".join(f"{t:,}" for t in tokens)} tokens, in '
+            f'{min(seconds):.0f} to {max(seconds):.0f} s with its repair.')
+
+# %% ../../nbs/studies/21_methods.ipynb #27216dfb
 def distilled_table(trained: pd.DataFrame) -> pd.DataFrame:
     "Perplexity before and after distillation, the nats gained, and what a training costs"
     rows = []
@@ -513,7 +549,7 @@ def findings(table: pd.DataFrame, tasks: list[dict], trained: pd.DataFrame) -> l
               _told(t, 'search', "In Wanda's order, the paper's search is above the default's"),
               _told(t, 'order', "Under the default's search, Wanda's order is above the greedy")]
     return ([x for x in lines if x] + _pooled(table) + _attention(table) + _taught(trained)
-            + _accuracy(tasks))
+            + _elsewhere(table) + _accuracy(tasks))
 
 
 def _told(t, part, what) -> str:
@@ -540,36 +576,79 @@ def _taught(trained) -> list[str]:
                  if m != 'default']
         lines.append(f'- Distilled alike (σ = {s:g}), nats above the default: '
                      + '; '.join(parts) + '.')
-    return lines + _elsewhere(trained)
+    return lines
 
 # %% ../../nbs/studies/21_methods.ipynb #288c18cd
-def on_other_text(trained: pd.DataFrame) -> pd.DataFrame:
-    """Nats above the default before any training, seed by seed (seeds,): on the text that all were
-    calibrated and searched on (`own`), and on one that nothing was fitted to (`other`); `holm` is
-    the p-value of the latter, adjusted for the number of comparisons"""
-    rows = []
-    for s, d in trained.groupby('sparsity'):
-        t = d.pivot_table(index='seed', columns='method', values=['before', 'other_before'])
-        if 'default' not in t.before or len(t) < 2: continue
-        gap = lambda text, m: (t[text][m] - t[text]['default']).to_numpy()
-        rows += [dict(sparsity=s, method=m, own=gap('before', m), other=gap('other_before', m))
-                 for m in t.before if m != 'default']
-    t = pd.DataFrame(rows, columns=['sparsity', 'method', 'own', 'other'])
-    return t.assign(holm=holm(t.other.map(p_value)) if len(t) else [])
+def on_other_text(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each model, target and method of which both texts are known: nats above the
+    default with sequential repair, seed by seed (seeds,), on the text that all were calibrated and
+    searched on (`own`) and on one that nothing was fitted to (`other`). What has no seed is
+    compared with each seed of the default. `holm` is the p-value of the latter, adjusted for the
+    number of methods at that target"""
+    out = []
+    t = _at(table[table.other.notna()], MODELS)
+    for (model, s), d in t.groupby(['model', 'sparsity'], sort=False):
+        base = d[d.method == 'default'].set_index('seed')[['nll', 'other']]
+        rows = []
+        for name, own in d[d.method != 'default'].groupby('method'):
+            own = own.set_index('seed')[['nll', 'other']]
+            gap = (own if len(own) > 1 else own.loc[0]) - base
+            rows.append(dict(model=model, sparsity=s, method=name, own=gap.nll.dropna().to_numpy(),
+                             other=gap.other.dropna().to_numpy()))
+        if rows and len(base):
+            p = holm([p_value(r['other']) for r in rows])
+            out += [r | dict(holm=v) for r, v in zip(rows, p)]
+    return pd.DataFrame(out, columns=['model', 'sparsity', 'method', 'own', 'other', 'holm'])
+
+# %% ../../nbs/studies/21_methods.ipynb #b7b225f1
+def other_table(table: pd.DataFrame) -> pd.DataFrame:
+    "`on_other_text`, to be read, the methods that do best on the second text first"
+    t = on_other_text(table)
+    t = t.iloc[np.argsort(t.other.map(np.mean))].sort_values('sparsity', kind='stable')
+    return pd.DataFrame({
+        'model': t.model.map(MODELS), 'σ': t.sparsity.map('{:g}'.format), 'method': t.method,
+        'WikiText-2, nats above the default': t.own.map(lambda v: mean_interval(v, 3)),
+        'help topics, nats above the default': t.other.map(lambda v: mean_interval(v, 3)),
+        'p (Holm)': t.holm.map('{:.3f}'.format)})
 
 
-def _elsewhere(trained) -> list[str]:
-    "Does the default lead on another text?"
-    t = on_other_text(trained)
-    if t.empty: return []
-    ahead = (t.other.map(np.mean) > 0) & (t.holm < LEVEL)
-    lines = ["- **Another text** (Python's help topics; all were calibrated and searched on "
-            f'WikiText-2), σ = {s:g}, nats above the default before any training, interval over '
-            'seeds: ' + ', '.join(f'{r.method} {mean_interval(r.other, 3)} (on WikiText-2 '
-                                  f'{mean_interval(r.own, 3)})' for r in d.itertuples()) + '.'
-             for s, d in t.groupby('sparsity')]
-    return [*lines, f'- With Holm over these {len(t)} comparisons on another text, the default is '
-                    f'shown to be ahead in {ahead.sum()}.']
+# %% ../../nbs/studies/21_methods.ipynb #b381b246
+def _elsewhere(table) -> list[str]:
+    "Does the order of the methods hold on another text, and is the default ahead there?"
+    lines = []
+    for (model, s), t in on_other_text(table).groupby(['model', 'sparsity'], sort=False):
+        own, other = (t[k].map(np.mean) for k in ('own', 'other'))
+        rank = stats.spearmanr([0, *own], [0, *other]).statistic
+        best = t.loc[other.idxmin()]
+        shown = lambda sign: t.method[(sign * other > 0) & (t.holm < LEVEL)].tolist()
+        said = lambda names: f'{len(names)}' + (f' ({", ".join(names)})' if names else '')
+        lines.append(
+            f"- **Another text** (Python's help topics; all were calibrated and searched on "
+            f'WikiText-2), {MODELS[model]}, σ = {s:g}: {(other < 0).sum()} of {len(t)} other '
+            f'methods have less loss than the default there by their means, {(own < 0).sum()} on '
+            f'WikiText-2; the least has {best.method}, {mean_interval(best.other, 3)} nats from '
+            f'the default (interval over seeds). The order of the methods on the two texts agrees '
+            f'with a correlation of {rank:.2f} (Spearman). With Holm over {len(t)} comparisons, '
+            f'the default is shown to be ahead of {said(shown(1))} and behind {said(shown(-1))}.')
+    return lines
+
+
+def draw_other(table: pd.DataFrame, model: str = 'smollm2', sparsity: float = 0.5):
+    "Nats above dense on both texts, a point for each policy; a matplotlib figure"
+    t = _at(table[table.other.notna()], model)
+    t = t[(t.sparsity == sparsity) & t.method.isin(NAMED)]
+    dense = table[(table.model == model) & (table.method == 'dense')].iloc[0]
+    fig, ax = plt.subplots(figsize=(6, 6.4), layout='constrained')
+    for name in [m for m in NAMED if m in set(t.method)]:
+        d, colour = t[t.method == name], colours([name])[name]
+        ax.scatter(d.nll - dense.nll, d.other - dense.other, color=colour, s=60,
+                   marker='s' if name in _DIRECT else 'o', label=name,
+                   facecolor='none' if ',' in name else colour)
+    ax.set(xlabel='nats above dense on WikiText-2 (calibrated on)',
+           ylabel='nats above dense on the help topics (nothing was fitted to)')
+    fig.legend(loc='outside lower center', ncols=3, fontsize=9)
+    return fig
+
 
 # %% ../../nbs/studies/21_methods.ipynb #a233fb2c
 def _attention(table) -> list[str]:
