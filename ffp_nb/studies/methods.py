@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REAL', 'MODELS', 'SIGMAS', 'SAME', 'LIMIT', 'METHODS', 'NAMED', 'EVEN', 'OURS', 'PAPER', 'DONE', 'LEARNED',
            'DISTILLED', 'TAUGHT', 'ELSEWHERE', 'TASKS_OF', 'STUDY', 'wanted', 'policies', 'plan', 'twin_table', 'tidy',
-           'best_rival', 'headline', 'perplexity_table', 'draw', 'zero_shot_table', 'task_cost', 'distilled_table',
+           'best_rival', 'headline', 'perplexity_table', 'draw', 'zero_shot_table', 'cost_of', 'distilled_table',
            'cost_table', 'costs', 'leads', 'lead_table', 'part_table', 'findings', 'on_other_text', 'other_table',
            'draw_other', 'against_default']
 
@@ -428,12 +428,12 @@ def zero_shot_table(tasks: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows).fillna('')
 
 
-def task_cost(tasks: list[dict]) -> str:
-    "What a policy's tasks read, and how long they took"
-    if not tasks: return ''
-    tokens = sorted({r['forward_tokens'] for r in tasks})
-    seconds = [r['wall_s'] for r in tasks]
-    return (f'The tasks of a policy read {" or ".join(f"{t:,}" for t in tokens)} tokens, in '
+def cost_of(records: list[dict]) -> str:
+    "What judging a policy read, and how long that took"
+    if not records: return ''
+    tokens = sorted({r['forward_tokens'] for r in records})
+    seconds = [r['wall_s'] for r in records]
+    return (f'For each policy {" or ".join(f"{t:,}" for t in tokens)} tokens were read, in '
             f'{min(seconds):.0f} to {max(seconds):.0f} s with its repair.')
 
 # %% ../../nbs/studies/21_methods.ipynb #27216dfb
@@ -622,9 +622,11 @@ def _elsewhere(table) -> list[str]:
         best = t.loc[other.idxmin()]
         shown = lambda sign: t.method[(sign * other > 0) & (t.holm < LEVEL)].tolist()
         said = lambda names: f'{len(names)}' + (f' ({", ".join(names)})' if names else '')
+        lost = _lost(table, model, s)
         lines.append(
             f"- **Another text** (Python's help topics; all were calibrated and searched on "
-            f'WikiText-2), {MODELS[model]}, σ = {s:g}: {(other < 0).sum()} of {len(t)} other '
+            f'WikiText-2), {MODELS[model]}, σ = {s:g}: the default loses {lost.other:.2f} nats '
+            f'there and {lost.nll:.2f} on WikiText-2; {(other < 0).sum()} of {len(t)} other '
             f'methods have less loss than the default there by their means, {(own < 0).sum()} on '
             f'WikiText-2; the least has {best.method}, {mean_interval(best.other, 3)} nats from '
             f'the default (interval over seeds). The order of the methods on the two texts agrees '
@@ -633,6 +635,14 @@ def _elsewhere(table) -> list[str]:
     return lines
 
 
+def _lost(table, model, sparsity) -> pd.Series:
+    "Nats on both texts by which the default is above the dense model"
+    own = table[table.model == model]
+    t = _at(own[own.other.notna()], model)
+    ours = t[(t.method == 'default') & (t.sparsity == sparsity)]
+    return ours[['nll', 'other']].mean() - own[own.method == 'dense'][['nll', 'other']].mean()
+
+# %% ../../nbs/studies/21_methods.ipynb #db348515
 def draw_other(table: pd.DataFrame, model: str = 'smollm2', sparsity: float = 0.5):
     "Nats above dense on both texts, a point for each policy; a matplotlib figure"
     t = _at(table[table.other.notna()], model)
