@@ -239,6 +239,7 @@ def _methods(table, tasks, trained):
 
 def _another_text(table):
     t = methods.on_other_text(table)
+    t = t[~t.method.isin(methods.OURS)]
     less, ahead = t.other.map(np.mean) < 0, (t.other.map(np.mean) > 0) & (t.holm < LEVEL)
     at = ' and '.join(f'{methods.MODELS[m]}, σ = {s:g}' for m, s in dict.fromkeys(
         zip(t.model, t.sparsity)))
