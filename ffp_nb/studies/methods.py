@@ -635,9 +635,17 @@ def _elsewhere(table) -> list[str]:
             f'with a correlation of {rank:.2f} (Spearman). With Holm over {len(t)} comparisons, '
             f'the default is shown to be ahead of {said(shown(1))} and behind {said(shown(-1))}.'
             + ''.join(f' {r.method[0].upper()}{r.method[1:]}: {mean_interval(r.other, 3)} nats '
-                      f'from it there, {mean_interval(r.own, 3)} on WikiText-2.'
+                      f'from it there, {mean_interval(r.own, 3)} on WikiText-2 ({len(r.other)} '
+                      f'seeds{_below_all(table, model, s, r.method)}).'
                       for r in d[d.method.isin(OURS)].itertuples()))
     return lines
+
+# %% ../../nbs/studies/21_methods.ipynb #f05c8417
+def _below_all(table, model, sparsity, method) -> str:
+    "Are all seeds of a method below every other policy on the second text?"
+    t = _at(table[table.other.notna() & (table.sparsity == sparsity)], model)
+    own = t.method == method
+    return ', all below every other policy there' * int(t.other[own].max() < t.other[~own].min())
 
 
 def _lost(table, model, sparsity) -> pd.Series:
