@@ -625,19 +625,19 @@ def _elsewhere(table) -> list[str]:
         shown = lambda sign: t.method[(sign * other > 0) & (t.holm < LEVEL)].tolist()
         said = lambda names: f'{len(names)}' + (f' ({", ".join(names)})' if names else '')
         lost = _lost(table, model, s)
-        lines.append(
+        lines += [
             f"- **Another text** (Python's help topics; all were calibrated and searched on "
-            f'WikiText-2), {MODELS[model]}, σ = {s:g}: the default loses {lost.other:.2f} nats '
-            f'there and {lost.nll:.2f} on WikiText-2; {(other < 0).sum()} of {len(t)} other '
+            f'WikiText-2), {MODELS[model]}, σ = {s:g}: {(other < 0).sum()} of {len(t)} other '
             f'methods have less loss than the default there by their means, {(own < 0).sum()} on '
-            f'WikiText-2; the least has {best.method}, {mean_interval(best.other, 3)} nats from '
-            f'the default (interval over seeds). The order of the methods on the two texts agrees '
-            f'with a correlation of {rank:.2f} (Spearman). With Holm over {len(t)} comparisons, '
-            f'the default is shown to be ahead of {said(shown(1))} and behind {said(shown(-1))}.'
-            + ''.join(f' {r.method[0].upper()}{r.method[1:]}: {mean_interval(r.other, 3)} nats '
-                      f'from it there, {mean_interval(r.own, 3)} on WikiText-2 ({len(r.other)} '
-                      f'seeds{_below_all(table, model, s, r.method)}).'
-                      for r in d[d.method.isin(OURS)].itertuples()))
+            f'WikiText-2. With Holm over {len(t)} comparisons, it is shown to be ahead of '
+            f'{said(shown(1))} and behind {said(shown(-1))}.',
+            f'- There it loses {lost.other:.2f} nats, {lost.nll:.2f} on WikiText-2; the nearest is '
+            f'{best.method}, {mean_interval(best.other, 3)} nats above it (interval over seeds). '
+            f'The orders of the methods on both texts correlate with {rank:.2f} (Spearman).']
+        lines += [f'- {r.method[0].upper()}{r.method[1:]}, there: {mean_interval(r.other, 3)} nats '
+                  f'from the default ({mean_interval(r.own, 3)} on WikiText-2; {len(r.other)} '
+                  f'seeds{_below_all(table, model, s, r.method)}).'
+                  for r in d[d.method.isin(OURS)].itertuples()]
     return lines
 
 # %% ../../nbs/studies/21_methods.ipynb #f05c8417
