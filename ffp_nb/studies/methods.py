@@ -608,8 +608,8 @@ def other_table(table: pd.DataFrame) -> pd.DataFrame:
     t = t.iloc[np.argsort(t.other.map(np.mean))].sort_values('sparsity', kind='stable')
     return pd.DataFrame({
         'model': t.model.map(MODELS), 'σ': t.sparsity.map('{:g}'.format), 'method': t.method,
-        'WikiText-2, nats above the default': t.own.map(lambda v: mean_interval(v, 3)),
-        'help topics, nats above the default': t.other.map(lambda v: mean_interval(v, 3)),
+        'WikiText-2': t.own.map(lambda v: mean_interval(v, 3)),
+        'help topics': t.other.map(lambda v: mean_interval(v, 3)),
         'p (Holm)': t.holm.map(lambda p: '' if np.isnan(p) else f'{p:.3f}')})
 
 
