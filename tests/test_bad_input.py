@@ -117,7 +117,10 @@ def test_infeasible_target_leaves_no_trace(world, searched, ffp, tmp_path, comma
 
 @pytest.mark.parametrize('options, words',
                          [(dict(alpha=0), ('alpha', '0', '0.1')),
-                          (dict(alpha='nan'), ('alpha', 'nan'))])
+                          (dict(alpha='nan'), ('alpha', 'nan')),
+                          ({'order-alpha': 0}, ('order_alpha 0', '0.1')),
+                          ({'order-alpha': 1, 'criterion': 'wanda'},
+                           ('order_alpha 1', "'wanda'", 'Leave order_alpha out'))])
 def test_alpha(world, searched, ffp, options, words):
     before = files(searched)
     refused(ffp('prune', *changed(world[1], **options), '--out', searched), *words)

@@ -164,10 +164,10 @@ def test_rivals_are_taught_from_their_own_widths(monkeypatch):
 def test_a_training_among_the_records_says_nothing_of_the_model(tmp_path):
     "Trainings name a model, but not how its text is read"
     (tmp_path / 'methods').mkdir()
-    known = dict(name='cell', model='smollm2', dtype='bfloat16', text_sha256={'test': 'a'},
-                 convention=dict(bos=True))
+    known = dict(name='cell', model='smollm2', text='wikitext2', dtype='bfloat16',
+                 text_sha256={'test': 'a'}, convention=dict(bos=True))
     for c in (known, dict(name='distillation-EAS-0.5-0', model='smollm2', dtype='float32',
                           text_sha256={'test': 'b'})):
         path = tmp_path / 'methods' / f'{c["name"]}.json'
         path.write_text(json.dumps(dict(config=c, result=dict(weights='w'))))
-    assert known_models(tmp_path) == {'smollm2': ({'test': 'a'}, 'w', 'bfloat16', True)}
+    assert known_models(tmp_path) == {('smollm2', 'wikitext2'): ({'test': 'a'}, 'w', 'bfloat16', True)}

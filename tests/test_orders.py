@@ -2,6 +2,7 @@
 gradients are those of the model; the pipeline and the statistics know the criteria"""
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +88,27 @@ def test_every_step_is_the_best(n, cols, bias, seed):
     R = torch.linalg.cholesky(F.double() + 0.05 * torch.linalg.eigvalsh(F.double()).mean()
                               * torch.eye(5)).T
     assert order.tolist() == slowly(R @ W, H, cols)
+
+
+@pytest.mark.parametrize(('n', 'cols'), [(12, 1), (24, 3)])
+def test_a_large_penalty_leaves_a_score_of_each_unit(n, cols):
+    layout, m, stats, x = problem(n, cols=cols)
+    score = (m.out.weight.double().square().sum(0) * matrix(x, False, 0).diagonal())
+    score = score.view(-1, cols).sum(1)
+    found = obs_order(layout, stats, 1e6, progress=False)[0, 'ffn'].tolist()
+    assert found == score.argsort(descending=True).tolist()
+    assert found != obs_order(layout, stats, ALPHA, progress=False)[0, 'ffn'].tolist()
+
+
+def test_the_penalty_of_the_order_is_its_own(tiny_folder, tmp_path):
+    "It changes the order and nothing else; a cache does not mix orders up"
+    config = PruneConfig(str(tiny_folder / 'dense'), str(tiny_folder / 'text.txt'), **SMALL_UNITS)
+    load = lambda **kw: benches.Bench.load(replace(config, **kw), tmp_path, progress=False)
+    plain, damped, same = load(), load(order_alpha=10.0), load(order_alpha=config.alpha)
+    both = load(alpha=10.0)
+    columns = lambda b: [v.tolist() for v in b.elastic.columns.values()]
+    assert columns(plain) == columns(same) != columns(damped) == columns(both)
+    assert damped.static.alpha == plain.static.alpha == config.alpha != both.static.alpha
 
 
 def test_orders_differ():

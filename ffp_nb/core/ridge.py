@@ -59,10 +59,10 @@ def where_it_works(solve: Callable[..., Any],  # (W, gram, alpha, dtype) -> its 
     return found
 
 
-def check_alpha(alpha):
+def check_alpha(alpha, name: str = 'alpha'):
     "ValueError unless alpha is a usable penalty"
     if not (np.isfinite(alpha) and alpha > 0):
-        raise ValueError(f'alpha {alpha}: expected a number above 0, such as 0.1')
+        raise ValueError(f'{name} {alpha}: expected a number above 0, such as 0.1')
 
 # %% ../../nbs/core/08_ridge.ipynb #f69b141c
 def ridge_matrix(gram: torch.Tensor,  # (n, n), centred where there is an intercept

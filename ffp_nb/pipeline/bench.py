@@ -128,14 +128,15 @@ def _priced(model, config, progress):
 def _order(model, layout, stats, config, calibration, progress, cache=None):
     "The order of the units under the configured criterion; what takes minutes is kept"
     how, scores = config.criterion, None
+    alpha = config.alpha if config.order_alpha is None else config.order_alpha
     def eliminate():
         fisher = None
         if how == 'fisher':
             fisher = output_fisher(model, layout, calibration[:FISHER_BLOCKS], progress)
-        return obs_order(layout, stats, config.alpha, how, fisher, progress)
+        return obs_order(layout, stats, alpha, how, fisher, progress)
     if how in ORDERS:
         key = [calibration.ids.numpy().tobytes(), fingerprint(model).encode(), how.encode(),
-               repr((config.alpha, FISHER_BLOCKS)).encode()]
+               repr((alpha, FISHER_BLOCKS)).encode()]
         return _kept(cache, 'order', b'|'.join(key), eliminate)
     if how == 'taylor':
         scores = taylor_scores(model, layout, calibration[:TAYLOR_BLOCKS], progress)

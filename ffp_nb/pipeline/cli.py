@@ -6,14 +6,14 @@
 __all__ = ['app', 'console', 'Methods', 'Profiles', 'Criteria', 'Budgets', 'Calibrations', 'Kinds', 'Quants', 'Model', 'Text',
            'EvalText', 'EvalLength', 'Sparsity', 'Method', 'ProfileOpt', 'Seed', 'Out', 'Resume', 'Criterion', 'Dtype',
            'Remove', 'FfnStep', 'Parallel', 'Device', 'Workers', 'Debug', 'Nbs', 'BudgetOpt', 'Params', 'Macs',
-           'Memory', 'Speedup', 'Context', 'Sequences', 'Repair', 'Alpha', 'Overwrite', 'Split', 'BlockLen', 'Stride',
-           'Bos', 'MaxBlocks', 'Tasks', 'Limit', 'Part', 'Metric', 'Data', 'Csv', 'Batch', 'Recoveries', 'Trained',
-           'Mix', 'How', 'Teacher', 'Tokens', 'Train', 'Lr', 'Rank', 'Heat', 'Truth', 'Hidden', 'Patience', 'Thrifty',
-           'StepBatch', 'Pruned', 'Runs', 'ReportOut', 'Measure', 'Points', 'GainBlocks', 'Folder', 'Gguf', 'Quant',
-           'StudyName', 'Pages', 'Missing', 'TableName', 'Records', 'Only', 'Shares', 'Weights', 'Rehearse', 'Layers',
-           'Shrink', 'Force', 'Markdown', 'Low', 'High', 'ServedStep', 'CutSparsity', 'CutMemory', 'CutContext',
-           'CutOut', 'studies', 'print_table', 'prune', 'search', 'evaluate', 'recover', 'report', 'elastic', 'export',
-           'study_list', 'study_run', 'study_report', 'study_protocol']
+           'Memory', 'Speedup', 'Context', 'Sequences', 'Repair', 'Alpha', 'OrderAlpha', 'Overwrite', 'Split',
+           'BlockLen', 'Stride', 'Bos', 'MaxBlocks', 'Tasks', 'Limit', 'Part', 'Metric', 'Data', 'Csv', 'Batch',
+           'Recoveries', 'Trained', 'Mix', 'How', 'Teacher', 'Tokens', 'Train', 'Lr', 'Rank', 'Heat', 'Truth', 'Hidden',
+           'Patience', 'Thrifty', 'StepBatch', 'Pruned', 'Runs', 'ReportOut', 'Measure', 'Points', 'GainBlocks',
+           'Folder', 'Gguf', 'Quant', 'StudyName', 'Pages', 'Missing', 'TableName', 'Records', 'Only', 'Shares',
+           'Weights', 'Rehearse', 'Layers', 'Shrink', 'Force', 'Markdown', 'Low', 'High', 'ServedStep', 'CutSparsity',
+           'CutMemory', 'CutContext', 'CutOut', 'studies', 'print_table', 'prune', 'search', 'evaluate', 'recover',
+           'report', 'elastic', 'export', 'study_list', 'study_run', 'study_report', 'study_protocol']
 
 # %% ../../nbs/pipeline/06_cli.ipynb #b968ed25
 import io
@@ -121,6 +121,9 @@ Sequences = Annotated[Optional[int], typer.Option(
 # %% ../../nbs/pipeline/06_cli.ipynb #65159fcf
 Repair = Annotated[Calibrations, typer.Option(help='repair of the saved model')]
 Alpha = Annotated[float, typer.Option(help='ridge penalty of the static calibration')]
+OrderAlpha = Annotated[Optional[float], typer.Option(
+    help='ridge penalty of an order by elimination (greedy, fisher, forward): 1 is as good on the '
+         'text of the calibration and better on another; default: that of --alpha')]
 Overwrite = Annotated[bool, typer.Option(help='replace what is there')]
 Split = Annotated[str, typer.Option(help='calibration, search, selection or test')]
 BlockLen = Annotated[int, typer.Option(help='tokens of a block')]
@@ -345,7 +348,7 @@ def _config(ctx: typer.Context, **kw) -> PruneConfig:
         kw['p_min'] = tuple(0.0 if k in gone else PruneConfig.p_min for k in KINDS)
     liked = likely_step(given['device']) if budget.kind == 'latency' else 32
     same = {k: given[k] for k in ('model', 'text', 'sparsity', 'method', 'seed', 'criterion',
-                                  'dtype')}
+                                  'dtype', 'order_alpha')}
     return PruneConfig(**same, budget=budget, profile=PROFILES[given['profile']],
                        step=parallel_step(given['ffn_step'] or liked, tp), **kw)
 
@@ -361,7 +364,8 @@ def prune(model: Model = 'smollm2', text: Text = 'auto', eval_text: EvalText = N
           criterion: Criterion = Criteria.greedy, dtype: Dtype = 'auto', device: Device = None,
           remove: Remove = None, ffn_step: FfnStep = None, tp: Parallel = 1, workers: Workers = 0,
           calibration: Repair = Calibrations.sequential, alpha: Alpha = 0.1,
-          overwrite: Overwrite = False, debug: Debug = False, *, ctx: typer.Context):
+          order_alpha: OrderAlpha = None, overwrite: Overwrite = False, debug: Debug = False, *,
+          ctx: typer.Context):
     "Search widths, repair, measure on the test split, save the model with a table and pictures."
     with _told(debug, 'prune'):
         from ffp_nb.pipeline.prune import prune as run
@@ -386,7 +390,7 @@ def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0
            out: Out = Path('runs/search'), resume: Resume = True,
            criterion: Criterion = Criteria.greedy, dtype: Dtype = 'auto', device: Device = None,
            remove: Remove = None, ffn_step: FfnStep = None, tp: Parallel = 1, workers: Workers = 0,
-           debug: Debug = False, *, ctx: typer.Context):
+           order_alpha: OrderAlpha = None, debug: Debug = False, *, ctx: typer.Context):
     "Only find the widths: log, pictures and widths.json, but no test split and no model."
     with _told(debug, 'search'):
         from ffp_nb.core.runs import check_writable, writing
@@ -559,12 +563,12 @@ def elastic(model: Model = 'smollm2', text: Text = 'auto', low: Low = 0.1, high:
             profile: ProfileOpt = Profiles.cpu, seed: Seed = 0, out: Out = Path('runs/elastic'),
             resume: Resume = True, criterion: Criterion = Criteria.greedy, dtype: Dtype = 'auto',
             device: Device = None, ffn_step: ServedStep = None, alpha: Alpha = 0.1,
-            overwrite: Overwrite = False, debug: Debug = False):
+            order_alpha: OrderAlpha = None, overwrite: Overwrite = False, debug: Debug = False):
     "Make one folder that serves every budget in a range: sorted weights, policies, repairs."
     with _told(debug, 'elastic'):
         from ffp_nb.pipeline.dynamic import make_elastic, search_folder
         config = PruneConfig(model, text, seed=seed, criterion=criterion.value, alpha=alpha,
-                             dtype=dtype, profile=PROFILES[profile.value])
+                             order_alpha=order_alpha, dtype=dtype, profile=PROFILES[profile.value])
         table = make_elastic(config, out, low, high, ffn_step, resume, overwrite, device=device)
         print_table(table, f'{model}, sparsity {low:g} to {high:g}: perplexity on the test split '
                            f'of {text}')

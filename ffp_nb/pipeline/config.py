@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 from ..core.criteria import CRITERION_NAMES
 from ..core.families import DTYPES, find_dtype
+from ..core.orders import ORDERS
 from ..core.ridge import check_alpha
 from ..core.text import Convention
 from ..core.wishes import Budget
@@ -65,6 +66,7 @@ class PruneConfig:
     seed: int = 0
     criterion: str = 'greedy'  # one of `CRITERION_NAMES`; 'wanda' is the paper's
     alpha: float = 0.1  # ridge penalty of the static calibration
+    order_alpha: float | None = None  # penalty of an order by elimination; None: alpha
     calibration: str = 'sequential'  # of the saved model: 'none', 'static', 'sequential'
     sequential_alpha: float = 1.0  # penalty of the sequential calibration
     # 'module' or 'residual'; the first study chose it on the selection split, at this penalty
@@ -90,7 +92,12 @@ class PruneConfig:
                 raise ValueError(f'{name} {getattr(self, name)!r}; expected one of '
                                  f'{", ".join(allowed)}')
         check_alpha(self.alpha)
-        check_alpha(self.sequential_alpha)
+        check_alpha(self.sequential_alpha, 'sequential_alpha')
+        if self.order_alpha is not None:
+            check_alpha(self.order_alpha, 'order_alpha')
+            if self.criterion not in ORDERS:
+                raise ValueError(f'order_alpha {self.order_alpha} and criterion {self.criterion!r}: '
+                                 f'only {", ".join(ORDERS)} have a penalty. Leave order_alpha out.')
         self._check_budget()
         self.search_config()  # the search's own checks, before anything is loaded
 
@@ -151,7 +158,8 @@ def run_config(config: PruneConfig,
     own = asdict(config) | dict(budget=config.budget.plain)
     if config.budget == Budget():  # records that are older than other budgets are the same
         del own['budget']
-    for name in ('eval_text', 'eval_len'):  # and those older than another text for the figures
+    # and those older than another text for the figures, or another penalty of the order
+    for name in ('eval_text', 'eval_len', 'order_alpha'):
         if not own[name]:
             del own[name]
     return (own

@@ -220,8 +220,9 @@ def card_files(bench, widths, table, out, record,
         size = sum(p.numel() for p in bench.elastic.model.parameters())
     cut = int(params.dense - params.total(widths))
     tokens = f'the first {c.profile.test_blocks} blocks' if c.profile.test_blocks else 'all blocks'
+    damped = '' if c.order_alpha is None else f' with the penalty {c.order_alpha:g}'
     how = (f'Widths by the method "{c.method}", order of the units by the criterion '
-           f'"{c.criterion}". Test split of {bench.corpus.test_name or bench.corpus.name}, '
+           f'"{c.criterion}"{damped}. Test split of {bench.corpus.test_name or bench.corpus.name}, '
            f'{tokens} of {bench.text.test_len} tokens without overlap, {c.dtype}'
            f'{", each behind the first token" * bench.text.convention.bos}; the model in this '
            f'folder has the calibration "{c.calibration}".')

@@ -66,16 +66,18 @@ def base_config(model: str,  # 'smollm2', a twin of `TRAINED`, a local folder or
     return PruneConfig(model, text, 0.3, 'ffp', criterion=criterion, profile=PROFILES[profile])
 
 # %% ../../nbs/studies/02_cells.ipynb #705175a9
-def known_models(runs: Path, folders: tuple[str, ...] = ('main', 'families', 'spine', 'methods'),
-                 ) -> dict[str, tuple[dict, str, str, bool]]:
-    """Of every model as its records name them: hashes of text and weights, the type, and whether
-    blocks start with the tokenizer's first token"""
-    found: dict[str, tuple[dict, str, str, bool]] = {}
+def known_models(runs: Path, folders: tuple[str, ...] = ('main', 'families', 'spine', 'methods',
+                                                     'texts'),
+                     ) -> dict[tuple[str, str], tuple[dict, str, str, bool]]:
+    """Of every model and text as records name them: hashes of the text's splits and of the weights,
+    the type, and whether blocks start with the tokenizer's first token"""
+    found: dict[tuple[str, str], tuple[dict, str, str, bool]] = {}
     for r in (r for d in folders for r in read_records(runs / d)):
         c, w = r['config'], r['result'].get('weights') if isinstance(r['result'], dict) else ''
-        if {'text_sha256', 'convention'} <= {*c} and isinstance(c.get('model'), str):
-            old = found.get(c['model'], ({}, '', '', False))
-            found[c['model']] = c['text_sha256'], w or old[1], c['dtype'], c['convention']['bos']
+        if {'text', 'text_sha256', 'convention'} <= {*c} and isinstance(c.get('model'), str):
+            key = c['model'], c['text']
+            old = found.get(key, ({}, '', '', False))
+            found[key] = c['text_sha256'], w or old[1], c['dtype'], c['convention']['bos']
     return found
 
 # %% ../../nbs/studies/02_cells.ipynb #3a8ad3c0
@@ -119,9 +121,11 @@ class Lab:
 
 # %% ../../nbs/studies/02_cells.ipynb #00a77bc6
 @patch
-def like(self: Lab, **settings) -> Lab:  # dtype, and fields of the profile
-    "The same place, where models from outside run with other settings"
+def like(self: Lab, text: str = '',  # '': the same
+         **settings) -> Lab:  # dtype, order_alpha, and fields of the profile
+    "The same place, where models from outside run with other settings, or on another text"
     other = copy.copy(self)
+    other.text = text or self.text
     other.settings, other._open = self.settings | settings, (None, None)
     return other
 
@@ -131,8 +135,9 @@ def config(self: Lab, model: str, criterion: str = 'wanda') -> PruneConfig:
     "`base_config` with the settings of this lab"
     c = base_config(model, self.profile, self.text, criterion)
     if model in TRAINED or not self.settings: return c
-    own = {k: v for k, v in self.settings.items() if k != 'dtype'}
-    return replace(c, dtype=self.settings.get('dtype', c.dtype), profile=replace(c.profile, **own))
+    given = {k: v for k, v in self.settings.items() if k in ('dtype', 'order_alpha')}
+    rest = {k: v for k, v in self.settings.items() if k not in given}
+    return replace(c, profile=replace(c.profile, **rest), **given)
 
 
 @patch
@@ -140,7 +145,7 @@ def facts(self: Lab, model: str, criterion: str = 'wanda') -> Facts:
     "What configurations depend on; a dry lab knows it from the records"
     if not self.dry: return Facts.of(self.bench(model, criterion))
     c = self.config(model, criterion)
-    sha, weights, dtype, bos = self._recorded.get(c.model, ({}, '', c.dtype, False))
+    sha, weights, dtype, bos = self._recorded.get((c.model, c.text), ({}, '', c.dtype, False))
     return Facts(replace(c, dtype=self.settings.get('dtype', dtype)), sha, weights,
                  lambda: _shape_cost(model), np.inf, bos)
 
@@ -340,21 +345,25 @@ def _searched(bench, cell, c, run):
             or make(evaluator, bench.cost, c.search_config(), run)).run(progress=False), before
 
 # %% ../../nbs/studies/02_cells.ipynb #37f6a0ba
-def measure_cell(bench: Bench, cell: Cell, records: Path, work: str | Path) -> dict:
-    "Find, repair and measure one policy. A search goes on from its folder in `work`"
-    config, key = cell_settings(cell, Facts.of(bench)), cell_key(cell, Facts.of(bench))
+def measure_cell(bench: Bench, cell: Cell, records: Path, work: str | Path, key: dict | None = None,
+                 judge: Callable[..., dict] | None = None,  # None: `test_nll`
+                 ) -> dict:
+    """Find, repair and measure one policy. A search goes on from its folder in `work`. `key` is the
+    configuration of the record, where it is not that of `cell_key`"""
+    facts = Facts.of(bench)
+    config, key = cell_settings(cell, facts), key or cell_key(cell, facts)
     search, tokens, direct = None, 0, BASELINES | HEURISTICS
     if cell.method in direct:
         widths, tokens = direct[cell.method](bench.problem(config))
     else:
-        name = f'{cell.name}-{config_id(key)}'
+        name = f"{key['name']}-{config_id(key)}"
         run = RunDir(Path(work) / name, key | dict(weights=bench.fingerprint))
         search, tokens = _searched(bench, cell, config, run)
         widths = search.widths
         save_policies(records / f'{name}.npz', search.log)
     out = dict(widths=widths, sparsity=bench.cost.sparsity(widths), weights=bench.fingerprint,
                before=tokens, forward_tokens=tokens + (search.forward_tokens if search else 0),
-               nll=test_nll(bench, widths, cell.modes))
+               nll=(judge or test_nll)(bench, widths, cell.modes))
     return out | (dict(search=search_summary(search)) if search else {})
 
 

@@ -101,10 +101,11 @@ def recipe(loss: str, method: str, lr: float, tokens: int, seed: int) -> Distill
                         checks=CHECKS, patience=CHECKS + 1)
 
 # %% ../../nbs/studies/18_distillation.ipynb #fdeae68e
-def other_text(bench: Bench) -> Splits:
-    "Python's help topics, which nothing here is calibrated or searched on, in blocks of the bench"
+def other_text(bench: Bench, name: str = 'pydoc') -> Splits:
+    """Another text in blocks of the bench: Python's help topics, which nothing here is calibrated or
+    searched on"""
     n = bench.config.profile.block_len
-    return Splits(load_corpus('pydoc'), bench.tokenizer, bench.elastic.model,
+    return Splits(load_corpus(name), bench.tokenizer, bench.elastic.model,
                   Convention(n, n, bench.text.convention.bos))
 
 

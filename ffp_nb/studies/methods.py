@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['REAL', 'MODELS', 'SIGMAS', 'SAME', 'LIMIT', 'METHODS', 'NAMED', 'EVEN', 'OURS', 'PAPER', 'DONE', 'LEARNED',
-           'DISTILLED', 'TAUGHT', 'ELSEWHERE', 'TASKS_OF', 'STUDY', 'wanted', 'policies', 'plan', 'twin_table', 'tidy',
-           'best_rival', 'headline', 'perplexity_table', 'draw', 'zero_shot_table', 'cost_of', 'distilled_table',
-           'cost_table', 'costs', 'leads', 'lead_table', 'part_table', 'findings', 'on_other_text', 'other_table',
-           'draw_other', 'against_default']
+           'DISTILLED', 'TAUGHT', 'ELSEWHERE', 'TASKS_OF', 'STUDY', 'wanted', 'method_cell', 'policies',
+           'find_policies', 'plan', 'twin_table', 'tidy', 'best_rival', 'headline', 'perplexity_table', 'draw',
+           'zero_shot_table', 'cost_of', 'distilled_table', 'cost_table', 'costs', 'leads', 'lead_table', 'part_table',
+           'findings', 'on_other_text', 'other_table', 'draw_other', 'against_default']
 
 # %% ../../nbs/studies/21_methods.ipynb #805ce91f
 import warnings
@@ -91,11 +91,11 @@ def wanted(model: str) -> list[tuple[str, Cell]]:  # (order, cell) in the order 
     "All policies of a model that the study asks for"
     asked = [(name, s, seed) for names, sigmas, seeds in DONE[model] for name in names
              for s in sigmas for seed in ((0,) if name in _DIRECT else range(seeds))]
-    return [_cell(model, *a) for a in sorted(asked, key=lambda a: [*METHODS].index(a[0]))]
+    return [method_cell(model, *a) for a in sorted(asked, key=lambda a: [*METHODS].index(a[0]))]
 
 
-def _cell(model, name, sparsity, seed):
-    "Order and cell; rivals that search may read as many tokens as the default"
+def method_cell(model: str, name: str, sparsity: float, seed: int) -> tuple[str, Cell]:
+    "Order and cell of a method; rivals that search may read as many tokens as the default"
     order, method, variant = METHODS[name]
     free = name in _DIRECT or name.startswith('default')
     return order, Cell(model, sparsity, method, seed, variant, None if free else LIMIT[model])
@@ -122,6 +122,18 @@ def policies(runs: Path) -> dict[tuple, dict]:
 def _same(model, sparsity, method, seed, variant, tokens):
     "What makes two cells one policy, whatever it was measured with"
     return model, float(sparsity), method, int(seed), variant, tokens
+
+
+_KEYS = 'model', 'sparsity', 'method', 'seed', 'variant', 'tokens'
+
+
+def find_policies(runs: Path) -> Callable[[str, Cell], dict | None]:
+    "What gives the record of a policy by its order and its cell, from this study or another one"
+    known = policies(runs)
+    for r in (r for r in read_records(runs / 'methods') if 'cell' in r['config']):
+        c = r['config']['cell']
+        known[r['config']['criterion'], _same(*(c[k] for k in _KEYS))] = r
+    return lambda order, cell: known.get((order, _same(*(getattr(cell, k) for k in _KEYS))))
 
 # %% ../../nbs/studies/21_methods.ipynb #af891ca9
 def plan(lab: Lab) -> Plan:
@@ -236,7 +248,6 @@ def _measure_other(bench, widths, blocks) -> dict:
     return dict(nll=dict(sequential=p.nll.round(5)), forward_tokens=p.tokens)
 
 # %% ../../nbs/studies/21_methods.ipynb #57112993
-_KEYS = 'model', 'sparsity', 'method', 'seed', 'variant', 'tokens'
 _COLUMNS = ['model', 'method', 'sparsity', 'seed', 'calibration', 'ppl', 'nll', 'forward_tokens',
             'seconds', 'gone', 'blocks', 'other']
 _REPAIRS = (*MODES, 'scales')  # the last is GRASPrune's own
@@ -263,19 +274,14 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, list[dict], pd.DataFrame]:
     """A row for each policy and repair (`ppl` on all test blocks, `nll` and `blocks` on `SAME`,
     `other`: nats on the second text); records of tasks with the `method` they are of; trainings
     and what they started from"""
-    own = read_records(runs / 'methods')
-    known = policies(runs)
-    for r in (r for r in own if 'cell' in r['config']):
-        c = r['config']['cell']
-        known[r['config']['criterion'], _same(*(c[k] for k in _KEYS))] = r
+    own, known = read_records(runs / 'methods'), find_policies(runs)
     more = lambda what: {r['config']['of']: r['result']['nll'] for r in own
                          if r['config']['name'].startswith(what)}
     bare, other = more('none-'), more('other-')
     rows, by_id = [], {}
     for model in DONE:
         for order, cell in wanted(model):
-            at = order, _same(*(getattr(cell, k) for k in _KEYS))
-            if (r := known.get(at)) is None: continue
+            if (r := known(order, cell)) is None: continue
             name = _NAMES[order, cell.method, cell.variant]
             key = r['config_id']
             by_id[key] = name, cell.sparsity

@@ -1,0 +1,65 @@
+"The study of calibration texts: policies are calibrated on one text and judged on two"
+import json
+
+import numpy as np
+import pytest
+
+from ffp_nb.pipeline.config import Profile
+from ffp_nb.studies import texts
+from ffp_nb.studies.cells import Lab, known_models, repairs
+from ffp_nb.studies.distillation import other_text
+from ffp_nb.studies.study import count_records, read_records, run_study
+from ffp_nb.studies.twins import SETUPS, Setup
+
+TOY = dict(text='pydoc', tokens=20_000, batch=8, lr=6e-3, vocab=400, hidden=48, layers=2,
+           block_len=32)
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    monkeypatch.setitem(SETUPS, 'smoke', Setup(TOY, Profile(32, 50, 8, 8, 4, 1, 2, 8, 2), (1, 8)))
+    monkeypatch.setattr(texts, 'MODEL', 'llama')
+    monkeypatch.setitem(texts.SAME, 'llama', 6)
+    monkeypatch.setattr(texts, 'SEEDS', {'even FFN cut': 1})
+    monkeypatch.setattr(texts, 'EVEN', 'even FFN cut')
+    return Lab(tmp_path, 'smoke', runs=tmp_path, work=tmp_path)
+
+
+def test_a_policy_is_judged_on_both_texts_with_the_repair_of_its_calibration(
+        lab, tmp_path, monkeypatch):
+    words = 'a pruned model forgets what its calibration never read', 'and more of the same'
+    (second := tmp_path / 'second.txt').write_text('\n\n'.join(
+        f'{i} {words[i % 2]} {i * i}' for i in range(3000)))
+    monkeypatch.setattr(texts, 'TEXTS', {str(second): 'second', 'pydoc': 'help topics'})
+    run_study(texts.STUDY, lab)
+    (record,), (pilot,) = (read_records(tmp_path / 'texts', start) for start in ('llama', 'pilot'))
+    nll, widths = record['result']['nll'], np.array(record['result']['widths'])
+    bench = lab.bench('llama', 'wanda')
+    fitted = repairs(bench, widths)['sequential']
+    for name in (str(second), 'pydoc'):
+        want = bench.perplexity(widths, other_text(bench, name).test[:6], fitted).nll
+        np.testing.assert_allclose(nll[name], want, atol=1e-4)
+    assert abs(np.mean(nll[str(second)]) - np.mean(nll['pydoc'])) > 0.1
+    assert pilot['result']['nll'].keys() == {f'{t}{s}' for t in nll for s in ('', ' selection')}
+    assert pilot['result']['nll']['pydoc'] == nll['pydoc']
+    have, wanted = count_records(texts.STUDY, lab)
+    assert have == wanted
+
+
+def test_a_lab_knows_a_model_on_each_text(tmp_path):
+    def write(folder, text, sha):
+        (tmp_path / folder).mkdir()
+        config = dict(model='smollm2', text=text, text_sha256=sha, dtype='bfloat16',
+                      convention=dict(bos=False))
+        (tmp_path / folder / 'a.json').write_text(json.dumps(
+            dict(config=config, result=dict(weights='w'))))
+    write('main', 'wikitext2', dict(test='1'))
+    write('texts', 'pydoc', dict(test='2'))
+    assert known_models(tmp_path)['smollm2', 'pydoc'] == (dict(test='2'), 'w', 'bfloat16', False)
+    lab = Lab(tmp_path, runs=tmp_path, dry=True)
+    other = lab.like(text='pydoc', calibration_blocks=64)
+    assert lab.facts('smollm2').text_sha256 == dict(test='1')
+    facts = other.facts('smollm2')
+    assert facts.text_sha256 == dict(test='2') and facts.config.text == 'pydoc'
+    assert facts.config.profile.calibration_blocks == 64
+    assert lab.config('smollm2').text == 'wikitext2'  # the first lab is as it was
