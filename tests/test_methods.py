@@ -170,4 +170,5 @@ def test_a_training_among_the_records_says_nothing_of_the_model(tmp_path):
                           text_sha256={'test': 'b'})):
         path = tmp_path / 'methods' / f'{c["name"]}.json'
         path.write_text(json.dumps(dict(config=c, result=dict(weights='w'))))
-    assert known_models(tmp_path) == {('smollm2', 'wikitext2'): ({'test': 'a'}, 'w', 'bfloat16', True)}
+    assert known_models(tmp_path) == {
+        ('smollm2', 'wikitext2'): ({'test': 'a'}, 'w', 'bfloat16', True)}

@@ -82,6 +82,7 @@ class PruneConfig:
     eval_len: int | None = None  # tokens of a block of that split; None: the profile's
     goal: ClassVar[str]  # these are given below
     search_config: ClassVar[Callable[..., SearchConfig]]
+    _check_penalties: ClassVar[Callable[..., None]]
     _check_budget: ClassVar[Callable[..., None]]
 
     def __post_init__(self):
@@ -91,17 +92,23 @@ class PruneConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} {getattr(self, name)!r}; expected one of '
                                  f'{", ".join(allowed)}')
-        check_alpha(self.alpha)
-        check_alpha(self.sequential_alpha, 'sequential_alpha')
-        if self.order_alpha is not None:
-            check_alpha(self.order_alpha, 'order_alpha')
-            if self.criterion not in ORDERS:
-                raise ValueError(f'order_alpha {self.order_alpha} and criterion {self.criterion!r}: '
-                                 f'only {", ".join(ORDERS)} have a penalty. Leave order_alpha out.')
+        self._check_penalties()
         self._check_budget()
         self.search_config()  # the search's own checks, before anything is loaded
 
 # %% ../../nbs/pipeline/00_config.ipynb #32c996a0
+@patch
+def _check_penalties(self: PruneConfig):
+    "Those of the repairs, and that of the order where it has one"
+    check_alpha(self.alpha)
+    check_alpha(self.sequential_alpha, 'sequential_alpha')
+    if self.order_alpha is None: return
+    check_alpha(self.order_alpha, 'order_alpha')
+    if self.criterion not in ORDERS:
+        raise ValueError(f'order_alpha {self.order_alpha} and criterion {self.criterion!r}: only '
+                         f'{", ".join(ORDERS)} have a penalty. Leave order_alpha out.')
+
+
 @patch
 def _check_budget(self: PruneConfig):
     "An amount, once known as a share on a model, is the sparsity"

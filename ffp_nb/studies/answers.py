@@ -248,18 +248,6 @@ def _another_text(table):
             f'({at}; Holm).') if len(t) else ''
 
 # %% ../../nbs/studies/24_answers.ipynb #1eaa013c
-@answers('texts')
-def _texts(table, pilot, dense):
-    t = texts.gaps(table)
-    gain = lambda worse, home: ' and '.join(
-        f'{r.mean:+.2f}' for r in t[(t.worse == worse) & (t.better == texts.DAMPED)
-                                    & ((t.calibrated == t.judged) == home)].itertuples())
-    return (f'An order with ten times the penalty leads the default by {gain("default", True)} '
-            f'nats on the text of the calibration and by {gain("default", False)} on the other, '
-            f"and the paper's recipe by {gain(texts.PAPER, True)} and "
-            f'{gain(texts.PAPER, False)} (calibrated on WikiText-2 and on help topics).')
-
-
 @answers('ranking')
 def _ranking(table, truth):
     sloped = table.how.str.startswith('slopes')
@@ -279,6 +267,18 @@ def _protocol(table, dense):
     done = table.groupby(['model', 'sparsity', 'recipe']).ngroups
     return (f'{done} of the wanted policies are measured; the page has them beside the published '
             'figures.')
+
+# %% ../../nbs/studies/24_answers.ipynb #74beadd5
+@answers('texts')
+def _texts(table, pilot, dense):
+    t = texts.gaps(table)
+    gain = lambda worse, home: ' and '.join(
+        f'{r.mean:+.2f}' for r in t[(t.worse == worse) & (t.better == texts.DAMPED)
+                                    & ((t.calibrated == t.judged) == home)].itertuples())
+    return (f'An order with ten times the penalty leads the default by {gain("default", True)} '
+            f'nats on the text of the calibration and by {gain("default", False)} on the other, '
+            f"and the paper's recipe by {gain(texts.PAPER, True)} and "
+            f'{gain(texts.PAPER, False)} (calibrated on WikiText-2 and on help topics).')
 
 # %% ../../nbs/studies/24_answers.ipynb #c45557dc
 PICTURES: dict[str, Callable] = {}  # study -> (its tables) -> a matplotlib figure
@@ -492,22 +492,7 @@ def _draw_elastic(ax, table, costs):
     ax.set(xlabel=SIGMA, ylabel='nats a token, test')
 
 
-def _draw_methods(table, tasks, trained):
-    return methods.draw(table)
-
-
-PICTURES['methods'] = _draw_methods
-
-
-def _draw_ranking(table, truth):
-    return ranking.draw(table, ['measured'])
-
-
-PICTURES['ranking'] = _draw_ranking
-
-
-def _draw_texts(table, pilot, dense):
-    return texts.draw(table, dense)
-
-
-PICTURES['texts'] = _draw_texts
+# these have a picture of their own
+PICTURES['methods'] = lambda table, tasks, trained: methods.draw(table)
+PICTURES['ranking'] = lambda table, truth: ranking.draw(table, ['measured'])
+PICTURES['texts'] = lambda table, pilot, dense: texts.draw(table, dense)

@@ -66,9 +66,10 @@ def base_config(model: str,  # 'smollm2', a twin of `TRAINED`, a local folder or
     return PruneConfig(model, text, 0.3, 'ffp', criterion=criterion, profile=PROFILES[profile])
 
 # %% ../../nbs/studies/02_cells.ipynb #705175a9
-def known_models(runs: Path, folders: tuple[str, ...] = ('main', 'families', 'spine', 'methods',
-                                                     'texts'),
-                     ) -> dict[tuple[str, str], tuple[dict, str, str, bool]]:
+def known_models(runs: Path,
+                 folders: tuple[str, ...] = ('main', 'families', 'spine', 'methods', 'texts'),
+                 # by model and text
+                 ) -> dict[tuple[str, str], tuple[dict, str, str, bool]]:
     """Of every model and text as records name them: hashes of the text's splits and of the weights,
     the type, and whether blocks start with the tokenizer's first token"""
     found: dict[tuple[str, str], tuple[dict, str, str, bool]] = {}

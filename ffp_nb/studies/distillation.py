@@ -102,8 +102,8 @@ def recipe(loss: str, method: str, lr: float, tokens: int, seed: int) -> Distill
 
 # %% ../../nbs/studies/18_distillation.ipynb #fdeae68e
 def other_text(bench: Bench, name: str = 'pydoc') -> Splits:
-    """Another text in blocks of the bench: Python's help topics, which nothing here is calibrated or
-    searched on"""
+    """Another text in blocks of the bench. 'pydoc' are Python's help topics, which nothing in this
+    study is calibrated or searched on"""
     n = bench.config.profile.block_len
     return Splits(load_corpus(name), bench.tokenizer, bench.elastic.model,
                   Convention(n, n, bench.text.convention.bos))

@@ -69,7 +69,7 @@ _SEARCHED = ('default', "default, Wanda's order", "paper's recipe", "paper's rec
 DONE: dict[str, list[tuple[tuple[str, ...], tuple[float, ...], int]]] = {
     'smollm2': [(('default', "paper's recipe", 'CMA-ES', 'EAS', 'sensitivity', 'FLAP', 'OWL',
                   'AlphaPruning', EVEN, 'even FFN cut', 'even cut'), SIGMAS, 3),
-                (('EvoPress',), (0.2,), 1), (('EvoPress',), (0.3, 0.5), 3),
+                (('EvoPress',), (0.2,), 2), (('EvoPress',), (0.3, 0.5), 3),
                 (("default, Wanda's order",), (0.5,), 3)],
     GEMMA3: [(('default', "paper's recipe", 'sensitivity', 'even FFN cut, greedy', 'even FFN cut'),
               (0.3, 0.5), 1), (('default, attention may go', 'CMA-ES', 'EAS'), (0.5,), 1)],

@@ -16,10 +16,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from ..pipeline.bench import Bench
 from . import methods
 from .cells import Cell, Lab, cell_key, measure_cell, repairs
 from .distillation import other_text
-from .methods import EVEN, METHODS, PAPER, SAME, method_cell
+from .methods import EVEN, PAPER, SAME, method_cell
 from .study import (
     Measurement, Plan, Study, colours, half_width, mean_interval, read_records, spread)
 
@@ -42,18 +43,19 @@ def wanted() -> list[tuple[str, str, Cell]]:  # (name, order, cell), order by or
                   for seed in range(n)]
     return sorted(found, key=lambda w: (w[0] == DAMPED, w[1]))
 
-
+# %% ../../nbs/studies/23_texts.ipynb #85052fdc
 def plan(lab: Lab) -> Plan:
     """Every policy, judged on both texts, and the pilot of the damped order. What needs nothing but
     the first text and orders as they are is the study of methods'"""
     for text in TEXTS:
         own = lab if text == OWN else lab.like(text=text, calibration_blocks=BLOCKS)
+        damped = own.like(order_alpha=ALPHA)
         for alpha in ALPHAS:
             order, cell = method_cell(MODEL, EVEN, SIGMA, 0)
             yield _policy(own.like(order_alpha=alpha), order, cell, ('selection', 'test'))
         for name, order, cell in wanted():
             if name == DAMPED:
-                yield _policy(own.like(order_alpha=ALPHA), order, cell)
+                yield _policy(damped, order, cell)
             elif text != OWN:
                 yield _policy(own, order, cell)
 
@@ -69,9 +71,11 @@ def _policy(lab, order, cell, splits=('test',)) -> Measurement:
         lab.bench(MODEL, order), cell, to, lab.work / 'work', key, judge))
 
 
-def judge_both(bench, widths, modes=(), splits=('test',)) -> dict:
-    """Nats per token of the first blocks of both texts, with sequential repair: (blocks,), by text,
-    behind it the split where that is not the test split"""
+def judge_both(bench: Bench, widths: np.ndarray,  # (n_layers, 2)
+               modes=(),  # of a cell; the repair is the sequential one
+               splits: tuple[str, ...] = ('test',)) -> dict:
+    """Nats per token of the first blocks of both texts, (blocks,), by text, behind it the split
+    where that is not the test split"""
     fitted = repairs(bench, widths)['sequential']
     return {name + f' {split}' * (split != 'test'): bench.perplexity(
         widths, getattr(other_text(bench, name), split)[:SAME[MODEL]], fitted).nll.round(5)
@@ -111,7 +115,7 @@ def _rows(name, cell, calibrated, record, nll) -> list[dict]:
                  forward_tokens=record['result'].get('forward_tokens', 0))
             for judged, v in nll.items()]
 
-
+# %% ../../nbs/studies/23_texts.ipynb #defb5952
 def _pilot(records) -> pd.DataFrame:
     rows = []
     for r in [r for r in records if r['config']['name'].startswith('pilot-')]:
@@ -207,23 +211,20 @@ def findings(table: pd.DataFrame, pilot: pd.DataFrame, dense: dict[str, float]) 
     lines = [_shown(t, DAMPED, 'default'), _shown(t, DAMPED, WANDA), _shown(t, 'default', WANDA),
              _shown(t, EVEN, 'even FFN cut'), _shown(t, DAMPED, PAPER), _shown(t, 'default', PAPER),
              _shown(t, WANDA, PAPER)]
-    return [x for x in lines if x] + _damped(pilot) + _price(table, dense)
+    return [x for x in lines if x] + _damped(pilot) + _price(table, dense) + _costs(table)
 
 
 def _shown(t, better, worse) -> str:
-    "Where is one thing ahead of another, on the text of the calibration and elsewhere?"
+    "How far ahead is one thing of another, on the text of the calibration and elsewhere?"
     parts, t = [], t[(t.better == better) & (t.worse == worse)]
     for home, where in ((True, 'on the text of the calibration'), (False, 'on the other text')):
         d = t[(t.calibrated == t.judged) == home]
         if len(d):
-            parts.append(where + ' by ' + ' and '.join(
+            parts.append(f'{where} ' + ' and '.join(
                 f'{mean_interval(r.gap, 3)} ({TEXTS[r.calibrated]})' for r in d.itertuples()))
-    if not parts: return ''
-    over = 'seeds' if SEEDS[better] > 1 else 'test blocks'
-    return (f'- {better[0].upper()}{better[1:]} is ahead of *{worse}* ' + ', '.join(parts)
-            + f' nats (calibrated on the text in brackets; interval over {over}).')
+    return f'- *{better}* against *{worse}*, nats ahead {", ".join(parts)}.' if parts else ''
 
-
+# %% ../../nbs/studies/23_texts.ipynb #37c4f12c
 def _damped(pilot) -> list[str]:
     "Which penalty of the order would an even cut choose, and what does it give?"
     if pilot.empty: return []
@@ -232,7 +233,7 @@ def _damped(pilot) -> list[str]:
                                            values='nll')
     parts = [f'{a - b:+.3f} ({TEXTS[c]}, judged on {TEXTS[j]})'
              for (c, j), a, b in zip(t.index, t[low], t[best])]
-    return [f'- An even cut of the FFNs in the greedy order, on the selection splits of both texts: '
+    return ['- An even cut of the FFNs in the greedy order, on the selection splits of both texts: '
             f'the best of the penalties {", ".join(f"{a:g}" for a in ALPHAS)} is {best:g}. On the '
             f'test splits it is ahead of {low:g} by {", ".join(parts)} nats.']
 
@@ -250,6 +251,15 @@ def _price(table, dense) -> list[str]:
         lines.append(f'- {TEXTS[judged]}, nats above the dense model: calibrated on it '
                      f'{said(own)}; on the other text {said(other)}.')
     return lines
+
+
+def _costs(table) -> list[str]:
+    "What a search read, and how long it took"
+    t = table[table.forward_tokens > 0].drop_duplicates(['method', 'calibrated', 'seed'])
+    parts = [f'{name} {d.forward_tokens.mean():,.0f} and {d.seconds.median():.0f}'
+             for name, d in t.groupby('method', sort=False)]
+    return [f'- Forward tokens and seconds of a search (mean, median; one CPU core beside other '
+            f'work): {"; ".join(parts)}.'] if parts else []
 
 
 STUDY = Study('texts', 'texts', plan, tidy, findings)
