@@ -20,7 +20,7 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.setitem(SETUPS, 'smoke', Setup(TOY, Profile(32, 50, 8, 8, 4, 1, 2, 8, 2), (1, 8)))
     monkeypatch.setattr(texts, 'MODEL', 'llama')
     monkeypatch.setitem(texts.SAME, 'llama', 6)
-    monkeypatch.setattr(texts, 'SEEDS', {'even FFN cut': 1})
+    monkeypatch.setattr(texts, 'SEEDS', {'even FFN cut': (1, 1)})
     monkeypatch.setattr(texts, 'EVEN', 'even FFN cut')
     return Lab(tmp_path, 'smoke', runs=tmp_path, work=tmp_path)
 
