@@ -14,6 +14,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import StrMethodFormatter
 
+from ..pipeline.config import PruneConfig
 from . import (
     ablation, allocation, criteria, distillation, dynamic, elastic, methods, prediction, quantise,
     ranking, rewards, scaling, schedules, slopes, texts)
@@ -272,13 +273,15 @@ def _protocol(table, dense):
 @answers('texts')
 def _texts(table, pilot, dense):
     t = texts.gaps(table)
-    gain = lambda worse, home: ' and '.join(
-        f'{r.mean:+.2f}' for r in t[(t.worse == worse) & (t.better == texts.DAMPED)
-                                    & ((t.calibrated == t.judged) == home)].itertuples())
-    return (f'An order with ten times the penalty leads the default by {gain("default", True)} '
-            f'nats on the text of the calibration and by {gain("default", False)} on the other, '
-            f"and the paper's recipe by {gain(texts.PAPER, True)} and "
-            f'{gain(texts.PAPER, False)} (calibrated on WikiText-2 and on help topics).')
+    t = t[t.better == texts.DAMPED].set_index(['worse', 'calibrated', 'judged'])['mean']
+    on = {c: [c, *(j for j in texts.TEXTS if j != c)] for c in texts.TEXTS}  # its own one first
+    said = lambda worse: '; '.join(
+        f'calibrated on {texts.TEXTS[c]}, ' + ' and '.join(f'{t[worse, c, j]:+.2f}' for j in on[c])
+        for c in on)
+    return (f'Nats by which the default is ahead if its order has the penalty {texts.ALPHA:g}, on '
+            f'the text of the calibration and on the other one. Of itself with '
+            f'{PruneConfig.alpha:g}: {said("default")}. Of the paper\'s recipe: '
+            f'{said(texts.PAPER)}.')
 
 # %% ../../nbs/studies/24_answers.ipynb #c45557dc
 PICTURES: dict[str, Callable] = {}  # study -> (its tables) -> a matplotlib figure
