@@ -122,8 +122,8 @@ Sequences = Annotated[Optional[int], typer.Option(
 Repair = Annotated[Calibrations, typer.Option(help='repair of the saved model')]
 Alpha = Annotated[float, typer.Option(help='ridge penalty of the static calibration')]
 OrderAlpha = Annotated[Optional[float], typer.Option(
-    help='ridge penalty of an order by elimination (greedy, fisher, forward): 1 is as good on the '
-         'text of the calibration and better on another; default: that of --alpha')]
+    help='ridge penalty of an order by elimination (greedy, fisher, forward): the larger, the less '
+         'it trusts the calibration text; default: that of --alpha')]
 Overwrite = Annotated[bool, typer.Option(help='replace what is there')]
 Split = Annotated[str, typer.Option(help='calibration, search, selection or test')]
 BlockLen = Annotated[int, typer.Option(help='tokens of a block')]
