@@ -211,9 +211,8 @@ def draw(table: pd.DataFrame, dense: dict[str, float]):  # a matplotlib figure
 def findings(table: pd.DataFrame, pilot: pd.DataFrame, dense: dict[str, float]) -> list[str]:
     "Markdown lines: orders on their own text and elsewhere, searches, and what a wrong text costs"
     t = gaps(table)
-    lines = [_shown(t, DAMPED, 'default'), _shown(t, DAMPED, WANDA), _shown(t, 'default', WANDA),
-             _shown(t, EVEN, 'even FFN cut'), _shown(t, DAMPED, PAPER), _shown(t, 'default', PAPER),
-             _shown(t, WANDA, PAPER)]
+    lines = [_shown(t, DAMPED, PAPER), _shown(t, DAMPED, 'default'), _shown(t, 'default', WANDA),
+             _shown(t, EVEN, 'even FFN cut')]
     return [x for x in lines if x] + _damped(pilot) + _price(table, dense) + _costs(table)
 
 
@@ -234,8 +233,8 @@ def _damped(pilot) -> list[str]:
     best, low = best_alpha(pilot), min(ALPHAS)
     t = pilot[pilot.split == 'test'].pivot(index=['calibrated', 'judged'], columns='alpha',
                                            values='nll')
-    parts = [f'{a - b:+.3f} ({TEXTS[c]}, judged on {TEXTS[j]})'
-             for (c, j), a, b in zip(t.index, t[low], t[best])]
+    parts = [f'{t[low][c, j] - t[best][c, j]:+.3f} ({TEXTS[c]}, judged on {TEXTS[j]})'
+             for c, j in product(TEXTS, TEXTS) if (c, j) in t.index]
     return ['- An even cut of the FFNs in the greedy order, on the selection splits of both texts: '
             f'the best of the penalties {", ".join(f"{a:g}" for a in ALPHAS)} is {best:g}. On the '
             f'test splits it is ahead of {low:g} by {", ".join(parts)} nats.']
