@@ -125,9 +125,8 @@ def _pilot(records) -> pd.DataFrame:
         for what, v in r['result']['nll'].items():
             judged, _, split = what.partition(' ')
             rows.append(dict(calibrated=r['config']['text'], judged=judged, split=split or 'test',
-                             alpha=r['config']['order_alpha'], nll=float(np.mean(v)),
-                             blocks=np.array(v)))
-    return pd.DataFrame(rows, columns=['calibrated', 'judged', 'split', 'alpha', 'nll', 'blocks'])
+                             alpha=r['config']['order_alpha'], nll=float(np.mean(v))))
+    return pd.DataFrame(rows, columns=['calibrated', 'judged', 'split', 'alpha', 'nll'])
 
 # %% ../../nbs/studies/23_texts.ipynb #2f9abfa4
 # what is compared: whose nats, above whose
@@ -153,32 +152,34 @@ def gaps(table: pd.DataFrame) -> pd.DataFrame:
                                        'interval'])
 
 # %% ../../nbs/studies/23_texts.ipynb #1596c164
-def _across(t, values, index) -> pd.DataFrame:
-    "A column for each text of the calibration and text judged on"
-    at = [(c, j) for c, j in product(TEXTS, TEXTS) if ((t.calibrated == c) & (t.judged == j)).any()]
-    out = t.pivot(index=index, columns=['calibrated', 'judged'], values=values)
-    out = out.loc[[*dict.fromkeys(t[index])], at].fillna('')
-    return out.set_axis([f'{TEXTS[c]}, judged on {TEXTS[j]}' for c, j in at], axis=1)
+def _across(t, calibrated, values, index) -> pd.DataFrame:
+    "Of one text of the calibration: a column for each text judged on"
+    t = t[t.calibrated == calibrated]
+    out = t.pivot(index=index, columns='judged', values=values)
+    out = out.loc[[*dict.fromkeys(t[index])], [j for j in TEXTS if j in out]].fillna('')
+    return out.rename(columns=lambda j: f'judged on {TEXTS[j]}')
 
 
-def gap_table(table: pd.DataFrame) -> pd.DataFrame:
-    "`gaps`, to be read: comparisons down, texts across"
+def gap_table(table: pd.DataFrame, calibrated: str) -> pd.DataFrame:
+    "`gaps` of one text of the calibration, to be read: comparisons down"
     t = gaps(table)
     return _across(t.assign(shown=t.gap.map(lambda d: mean_interval(d, 3)),
-                            what=t.worse + ' above ' + t.better), 'shown', 'what')
+                            what=t.worse + ' above ' + t.better), calibrated, 'shown', 'what')
 
 
-def loss_table(table: pd.DataFrame, dense: dict[str, float]) -> pd.DataFrame:
-    "Nats above the dense model, mean over seeds with the range: policies down, texts across"
+def loss_table(table: pd.DataFrame, dense: dict[str, float], calibrated: str) -> pd.DataFrame:
+    "Nats above the dense model, mean over seeds with the range: policies down"
     t = table.assign(above=table.nll - table.judged.map(dense))
     t = t.groupby(['method', 'calibrated', 'judged'], as_index=False).above.agg(spread)
-    return _across(t.sort_values('method', key=lambda c: c.map([*SEEDS].index)), 'above', 'method')
+    t = t.sort_values('method', key=lambda c: c.map([*SEEDS].index))
+    return _across(t, calibrated, 'above', 'method')
 
 
-def pilot_table(pilot: pd.DataFrame, split: str) -> pd.DataFrame:
-    "Nats of even cuts on a split: penalties of the order down, texts across"
-    t = pilot[pilot.split == split].sort_values('alpha')
-    return _across(t.assign(nll=t.nll.map('{:.3f}'.format)), 'nll', 'alpha')
+def pilot_table(pilot: pd.DataFrame, calibrated: str) -> pd.DataFrame:
+    "Nats of even cuts on the selection split and, behind it, the test split: penalties down"
+    shown = lambda s: _across(pilot[pilot.split == s].assign(nll=pilot.nll.map('{:.3f}'.format)),
+                              calibrated, 'nll', 'alpha').sort_index()
+    return shown('selection') + ', ' + shown('test')
 
 
 def best_alpha(pilot: pd.DataFrame) -> float:
