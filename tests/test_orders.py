@@ -111,6 +111,16 @@ def test_the_penalty_of_the_order_is_its_own(tiny_folder, tmp_path):
     assert damped.static.alpha == plain.static.alpha == config.alpha != both.static.alpha
 
 
+def test_the_shell_and_the_card_name_the_penalty(family_folder, ffp, tmp_path):
+    options = base(family_folder('llama'), method='uniform-ffn')
+    worked(ffp('prune', *options, '--order-alpha', 2, '--out', tmp_path / 'out'))
+    assert record(tmp_path / 'out')['config']['order_alpha'] == 2.0
+    card = (tmp_path / 'out' / 'model' / 'README.md').read_text()
+    assert 'by the criterion "greedy" with the penalty 2. Test split' in card
+    worked(ffp('prune', *options, '--out', tmp_path / 'plain'))
+    assert 'order_alpha' not in record(tmp_path / 'plain')['config']
+
+
 def test_orders_differ():
     "Or the tests above could not tell them apart"
     layout, m, stats, _ = problem(40, seed=1)
