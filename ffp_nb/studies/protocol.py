@@ -130,7 +130,9 @@ def commands(sparsity: float = 0.5) -> list[str]:
 # %% ../../nbs/studies/20_protocol.ipynb #d8529dde
 TEST_TOKENS = 340_000  # of WikiText-2's test split, about
 CACHED_GB = 0.8  # calibrated weights of policies that a search keeps
-GREEDY = 2.3  # times the seconds of the factors, for the order (benchmarks/orders.py)
+# times the seconds of the factors, for the order: on a CPU by benchmarks/orders.py; on a GPU seen
+# once, at 7B, beside eight other processes
+GREEDY = dict(cpu=2.3, cuda=38)
 
 
 def shape_of(config: dict) -> Shape:
@@ -178,18 +180,19 @@ def estimate(name: str, record: dict | None,  # of `scaling.newest`
              recipes: Iterable[str] = tuple(RECIPES), sparsities: Sequence[float] = (),
              target: Target | None = None, protocol: Protocol | None = None,
              benchmarks: str | Path | None = None) -> dict | None:
-    "GB by what holds them, and hours by stage on the CPU of the record; None without a record"
+    """GB by what holds them, and hours by stage on the device of the record (`on`); None without a
+    record"""
     if record is None: return None
     target = target or MODELS[name]
     protocol = protocol or PROTOCOLS[target.protocol]
     shape, chosen = shape_of(target.config), [RECIPES[r] for r in recipes]
     e, p = expected(shape, record), protocol.settings['profile']
-    orders = {r.criterion for r in chosen}
+    orders, order = {r.criterion for r in chosen}, GREEDY[record['config'].get('device', 'cpu')]
     per = lambda stage, tokens: e[stage] * tokens / 1000 / 3600
     test = p.test_blocks * p.block_len if p.test_blocks else TEST_TOKENS
     hours = dict(statistics=per('statistics', p.block_len * p.calibration_blocks),
                  factors=len(orders) * e['factors'] / 3600,
-                 order=GREEDY * e['factors'] / 3600 * ('greedy' in orders),
+                 order=order * e['factors'] / 3600 * ('greedy' in orders),
                  search=0.0, repair=0.0, test=2 * per('forward', test))
     policies = chosen * len(sparsities or protocol.sparsities)
     for r in policies:
@@ -199,8 +202,8 @@ def estimate(name: str, record: dict | None,  # of `scaling.newest`
     slopes = any(r.method == 'gradient' for r in chosen)
     held = {k: e[f'{k}_GB'] for k in ('weights', 'gram', 'factors')}
     back = slopes * _backward_GB(shape, p.block_len, benchmarks or results())
-    return dict(GB=held | dict(backward=back),
-                hours=hours, policies=len(policies))
+    return dict(GB=held | dict(backward=back), hours=hours, policies=len(policies),
+                on=scaling.place(record))
 
 # %% ../../nbs/studies/20_protocol.ipynb #5cdd663d
 def needs(need: dict, device: str) -> tuple[float, float]:  # GB of the device, GB of RAM
@@ -212,20 +215,25 @@ def needs(need: dict, device: str) -> tuple[float, float]:  # GB of the device, 
     return g['weights'] + max(g['gram'], search), ram
 
 
-def say_need(name: str, need: dict | None) -> list[str]:
-    "What `estimate` found, in lines"
+def say_need(name: str, need: dict | None, gpu: dict | None = None) -> list[str]:
+    "What `estimate` found, in lines; `gpu`: from the record of a GPU"
     if need is None: return [f'{name}: nothing is estimated, as benchmarks/results is not here']
-    g, h = need['GB'], need['hours']
+    g = need['GB']
     words = dict(weights='weights', gram='statistics', factors='factors',
                  backward='a backward pass')
     held = ', '.join(f'{words[k]} {v:,.3g}' for k, v in g.items() if v)
-    longest = ', '.join(f'{k} {v:,.3g}' for k, v in sorted(h.items(), key=lambda x: -x[1])[:3])
     (device, ram), cpu = needs(need, 'cuda'), needs(need, 'cpu')[1]
     return [f'{name}: {need["policies"]} policies. Estimated GB: {held}. A device needs '
             f'{device:,.3g} and RAM {ram:,.3g}; on a CPU, RAM {cpu:,.3g}. Statistics are kept '
             f'on disk, {g["gram"]:,.3g}.',
-            f'  Estimated hours on the two CPU cores of the record: {sum(h.values()):,.3g} '
-            f'({longest}). A GPU is much faster; none was measured.']
+            f'  Estimated hours: {"; ".join(_hours(n) for n in (need, gpu) if n)}.']
+
+
+def _hours(need) -> str:
+    "On a device, with the stages that take longest"
+    h = need['hours']
+    longest = ', '.join(f'{k} {v:,.3g}' for k, v in sorted(h.items(), key=lambda x: -x[1])[:3])
+    return f'{sum(h.values()):,.3g} on {need["on"]} ({longest})'
 
 # %% ../../nbs/studies/20_protocol.ipynb #2d0dd226
 def check_room(name: str, need: dict | None, device: str | None = None,
@@ -339,8 +347,9 @@ def run_protocol(name: str, lab: Lab, recipes: Sequence[str] = tuple(RECIPES),
     target = target or get_target(name)
     protocol = protocol or PROTOCOLS[target.protocol]
     there = results(lab.benchmarks)
-    need = estimate(name, scaling.newest(there), recipes, sparsities, target, protocol, there)
-    print(*say_need(name, need), sep='\n', flush=True)
+    need, gpu = (estimate(name, scaling.newest(there, d), recipes, sparsities, target, protocol,
+                          there) for d in ('cpu', 'cuda'))
+    print(*say_need(name, need, gpu), sep='\n', flush=True)
     check_room(name, need, device, force)
     own = FieldLab(lab, target, protocol, weights, device, progress)
     return run_study(STUDY, own, names=(name,), recipes=recipes, sparsities=sparsities)
