@@ -175,7 +175,7 @@ def _recovery(table, *rest):
 
 # %% ../../nbs/studies/24_answers.ipynb #1e189ef7
 @answers('scaling')
-def _scaling(rows, record):
+def _scaling(rows, record, gpu):
     total = scaling.tables(rows)[1].sum()
     parts = ', '.join(f'{v:,.0f} GB at {k}' for k, v in total.tail(3).items())
     return f'A calibrated search needs, all memory together, {parts}; on random weights.'
@@ -271,7 +271,7 @@ def _protocol(table, dense):
 
 # %% ../../nbs/studies/24_answers.ipynb #74beadd5
 @answers('texts')
-def _texts(table, pilot, dense):
+def _texts(table, pilot, dense, more):
     t = texts.gaps(table)
     t = t[t.better == texts.DAMPED].set_index(['worse', 'calibrated', 'judged'])['mean']
     on = {c: [c, *(j for j in texts.TEXTS if j != c)] for c in texts.TEXTS}  # its own one first
@@ -440,7 +440,7 @@ def _draw_recovery(ax, table, *rest):
 
 # %% ../../nbs/studies/24_answers.ipynb #4e623512
 @picture('scaling')
-def _draw_scaling(ax, rows, record):
+def _draw_scaling(ax, rows, record, gpu):
     gb = scaling.tables(rows)[1].T
     gb.columns = [c.split(',')[0].split(' of ')[0] for c in gb]
     gb.set_axis([i.split()[0] for i in gb.index]).plot(marker='o', logy=True, ax=ax)
@@ -498,4 +498,4 @@ def _draw_elastic(ax, table, costs):
 # these have a picture of their own
 PICTURES['methods'] = lambda table, tasks, trained: methods.draw(table)
 PICTURES['ranking'] = lambda table, truth: ranking.draw(table, ['measured'])
-PICTURES['texts'] = lambda table, pilot, dense: texts.draw(table, dense)
+PICTURES['texts'] = lambda table, pilot, dense, more: texts.draw(table, dense)

@@ -73,18 +73,19 @@ DONE: dict[str, list[tuple[tuple[str, ...], tuple[float, ...], int]]] = {
                 (("default, Wanda's order",), (0.5,), 3)],
     GEMMA3: [(('default', "paper's recipe", 'sensitivity', 'even FFN cut, greedy', 'even FFN cut'),
               (0.3, 0.5), 1), (('default, attention may go', 'CMA-ES', 'EAS'), (0.5,), 1)],
-    **{m: [(_SEARCHED, (0.3,), 1), (_SEARCHED, (0.5,), 3),
-           (tuple(m for m in METHODS if m in _DIRECT), (0.3, 0.5), 1)]
-       for m in ('mistral-deep', 'opt-deep')}}
+    'mistral-deep': [(_SEARCHED, (0.3,), 1), (_SEARCHED, (0.5,), 3),
+                     (tuple(m for m in METHODS if m in _DIRECT), (0.3, 0.5), 1)],
+    'opt-deep': [(_SEARCHED, SIGMAS, 3), (tuple(m for m in METHODS if m in _DIRECT), SIGMAS, 1)]}
 # targets and seeds of GRASPrune
-LEARNED = {'smollm2': ((0.5,), 1), **{m: ((0.3, 0.5), 1) for m in ('mistral-deep', 'opt-deep')}}
+LEARNED = {'smollm2': ((0.5,), 1), 'mistral-deep': ((0.3, 0.5), 1), 'opt-deep': (SIGMAS, 1)}
 # SmolLM2's policies that are taught by the dense model, beside the default's; see `distillation`
 DISTILLED: dict[str, tuple[float, ...]] = {'CMA-ES': (0.3, 0.5), PAPER: (0.3, 0.5)}
 TAUGHT = 'lora', 3e-3  # what the study of distillation chose
 # targets at which all policies are judged on a second text, too
 ELSEWHERE = {'smollm2': (0.5,)}
 # of seed 0; some others have theirs already
-TASKS_OF = {'smollm2': {'default': (0.3, 0.5), 'CMA-ES': (0.5,)}}
+TASKS_OF = {'smollm2': {'default': (0.3, 0.5), 'CMA-ES': (0.5,), 'EAS': (0.5,), 'EvoPress': (0.5,),
+                        PAPER: (0.5,), EVEN: (0.3, 0.5)}}
 
 
 def wanted(model: str) -> list[tuple[str, Cell]]:  # (order, cell) in the order of `METHODS`
@@ -734,7 +735,22 @@ def _accuracy(tasks: list[dict]) -> list[str]:
         lines.append(f'- {what} tells {len(better)} of {len(found)} other policies as better than '
                      f'the default{named(better)} and {len(worse)} as worse{named(worse)}; single '
                      '95 % intervals.')
-    return lines
+    return lines + _ranked(tasks)
+
+
+def _ranked(tasks) -> list[str]:
+    "Where the default's accuracy stands among all, and what random answers would have"
+    from ffp_nb.pipeline.tasks import score_table
+    found = {r['method']: score_table(r['result']['scores'], r['result']['about']).iloc[-1]
+             for r in tasks}
+    parts = []
+    for s in sorted({s for name, s in found if name == 'default'}):
+        all_of = [row.value for (_, at), row in found.items() if at == s]
+        own = found['default', s]
+        above = sum(v > own.value for v in all_of)
+        parts.append(f'{own.value:.3f} at σ = {s:g}, {above} of {len(all_of) - 1} others above it')
+    return [f"- The default's accuracy on them is {'; '.join(parts)}. Random answers would have "
+            f'{own.chance:.3f}.'] if parts else []
 
 
 STUDY = Study('methods', 'methods', plan, tidy, findings)

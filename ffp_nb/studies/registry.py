@@ -148,7 +148,7 @@ def expectations(nbs: Path) -> list[str]:
     if peak:
         lines.append(f'- Memory of a search of SmolLM2 with every width cached: {max(peak):.1f} '
                      'GB at its peak.')
-    sizes, record = scaling.STUDY.read(nbs / 'runs')
+    sizes, record, gpu = scaling.STUDY.read(nbs / 'runs')
     if record:
         p = scaling.placement(sizes)
         label = lambda m: m if sizes.how[m] == 'measured' else f'{m} (projected)'
@@ -156,6 +156,11 @@ def expectations(nbs: Path) -> list[str]:
                          'GB of RAM' for m in sizes.index[-3:])
         lines.append(f'- Larger models, for a search with repair: {need}. None of them was '
                      'pruned here.')
+    if gpu:
+        hours = protocol.estimate('llama-2-7b', gpu, ['default'], (0.5,), benchmarks=benchmarks)
+        lines.append('- LLaMA-2-7B, the default at σ = 0.5 with the text of published tables: '
+                     f"{sum(hours['hours'].values()):.1f} hours on {scaling.place(gpu)}, projected "
+                     'from random layers of that size.')
     return lines
 
 # %% ../../nbs/studies/25_registry.ipynb #d6452b5a
