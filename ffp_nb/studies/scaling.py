@@ -140,10 +140,10 @@ def _on_gpu(rows, gpu) -> str:
     g = model_rows(gpu)
     both = rows.index[rows.how == 'measured'].intersection(g.index[g.how == 'measured'])
     times = ', '.join(f'{s.replace("_", " ")} {rows[s][both[-1]] / g[s][both[-1]]:,.0f}'
-                      for s in STAGES if s != 'cached_policy')
-    return (f'- **On {place(gpu)}** the stages of {both[-1]} are this many times faster, a '
-            f'thousand tokens or a model: {times}. Statistics gain least: each layer\'s sums go to '
-            'RAM, which takes as long for few tokens as for many.')
+                      for s in ('factors', 'new_policy', 'forward'))
+    return (f'- **On {place(gpu)}** the stages of {both[-1]} are this many times faster: {times}. '
+            'Statistics and sequential calibration have parts that do not grow with the tokens, and '
+            'the GPU read more of them, so those are not compared.')
 
 
 def findings(rows: pd.DataFrame, record: dict | None, gpu: dict | None = None) -> list[str]:
