@@ -4,10 +4,12 @@ import json
 import numpy as np
 import pytest
 
+from ffp_nb.core.text import Corpus, split_text
 from ffp_nb.pipeline.config import Profile
-from ffp_nb.studies import texts
+from ffp_nb.studies import methods, texts
 from ffp_nb.studies.cells import Lab, known_models, repairs
 from ffp_nb.studies.distillation import other_text
+from ffp_nb.studies.methods import method_cell
 from ffp_nb.studies.study import count_records, read_records, run_study
 from ffp_nb.studies.twins import SETUPS, Setup
 
@@ -22,6 +24,7 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.setitem(texts.SAME, 'llama', 6)
     monkeypatch.setattr(texts, 'SEEDS', {'even FFN cut': (1, 1)})
     monkeypatch.setattr(texts, 'EVEN', 'even FFN cut')
+    monkeypatch.setattr(texts, 'HERE', 0)  # searches at another target
     return Lab(tmp_path, 'smoke', runs=tmp_path, work=tmp_path)
 
 
@@ -31,6 +34,7 @@ def test_a_policy_is_judged_on_both_texts_with_the_repair_of_its_calibration(
     (second := tmp_path / 'second.txt').write_text('\n\n'.join(
         f'{i} {words[i % 2]} {i * i}' for i in range(3000)))
     monkeypatch.setattr(texts, 'TEXTS', {str(second): 'second', 'pydoc': 'help topics'})
+    monkeypatch.setattr(texts, 'OWN', str(second))
     run_study(texts.STUDY, lab)
     (record,), (pilot,) = (read_records(tmp_path / 'texts', start) for start in ('llama', 'pilot'))
     nll, widths = record['result']['nll'], np.array(record['result']['widths'])
@@ -44,6 +48,20 @@ def test_a_policy_is_judged_on_both_texts_with_the_repair_of_its_calibration(
     assert pilot['result']['nll']['pydoc'] == nll['pydoc']
     have, wanted = count_records(texts.STUDY, lab)
     assert have == wanted
+    # the same policy on a text that nothing has seen
+    corpus = Corpus('made', split_text('\n\n'.join(f'{i * 7} {words[i % 2]}' for i in range(3000))))
+    monkeypatch.setattr(texts, 'JUDGED', ('even FFN cut',))
+    monkeypatch.setattr(texts, 'UNSEEN', {'made': 'a made text'})
+    monkeypatch.setattr(texts, 'unseen', lambda name, folder: corpus)
+    monkeypatch.setattr(texts, 'wanted', lambda text: [
+        ('even FFN cut', *method_cell('llama', 'even FFN cut', 0.5, 0))])
+    monkeypatch.setattr(methods, 'find_policies', lambda runs: lambda order, cell: record)
+    run_study(texts.STUDY, lab)
+    (judged,) = read_records(tmp_path / 'texts', 'unseen')
+    assert judged['config']['of'] == record['config_id']
+    want = bench.perplexity(widths, other_text(bench, corpus).test[:6], fitted).nll
+    np.testing.assert_allclose(judged['result']['nll']['made'], want, atol=1e-4)
+    assert judged['result']['test_sha256'] == {'made': corpus.sha256['test']}
 
 
 def test_a_lab_knows_a_model_on_each_text(tmp_path):

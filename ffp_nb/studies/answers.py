@@ -278,10 +278,13 @@ def _texts(table, pilot, dense, more):
     said = lambda worse: '; '.join(
         f'calibrated on {texts.TEXTS[c]}, ' + ' and '.join(f'{t[worse, c, j]:+.2f}' for j in on[c])
         for c in on)
+    far = texts.gaps(more[more.sparsity == texts.SIGMA])
+    far = far[(far.worse == texts.PAPER) & (far.better == texts.DAMPED)]
+    unseen = [f'{d:+.2f} ({texts.UNSEEN[j]})' for d, j in zip(far['mean'], far.judged)]
     return (f'Nats by which the default is ahead if its order has the penalty {texts.ALPHA:g}, on '
             f'the text of the calibration and on the other one. Of itself with '
             f'{PruneConfig.alpha:g}: {said("default")}. Of the paper\'s recipe: '
-            f'{said(texts.PAPER)}.')
+            f'{said(texts.PAPER)}; on texts that chose nothing {" and ".join(unseen)}.')
 
 # %% ../../nbs/studies/24_answers.ipynb #c45557dc
 PICTURES: dict[str, Callable] = {}  # study -> (its tables) -> a matplotlib figure

@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from ..core.budget import uniform
 from ..core.perplexity import block_nll, perplexity
 from ..core.runs import config_id
-from ..core.text import Blocks, Convention, Splits, load_corpus
+from ..core.text import Blocks, Convention, Corpus, Splits, load_corpus
 from ..export.hf import load_pruned
 from ..pipeline.bench import Bench
 from ..pipeline.config import run_config
@@ -101,11 +101,12 @@ def recipe(loss: str, method: str, lr: float, tokens: int, seed: int) -> Distill
                         checks=CHECKS, patience=CHECKS + 1)
 
 # %% ../../nbs/studies/18_distillation.ipynb #fdeae68e
-def other_text(bench: Bench, name: str = 'pydoc') -> Splits:
+def other_text(bench: Bench, text: str | Corpus = 'pydoc') -> Splits:
     """Another text in blocks of the bench. 'pydoc' are Python's help topics, which nothing in this
     study is calibrated or searched on"""
     n = bench.config.profile.block_len
-    return Splits(load_corpus(name), bench.tokenizer, bench.elastic.model,
+    corpus = load_corpus(text) if isinstance(text, str) else text
+    return Splits(corpus, bench.tokenizer, bench.elastic.model,
                   Convention(n, n, bench.text.convention.bos))
 
 

@@ -142,8 +142,8 @@ def _on_gpu(rows, gpu) -> str:
     times = ', '.join(f'{s.replace("_", " ")} {rows[s][both[-1]] / g[s][both[-1]]:,.0f}'
                       for s in ('factors', 'new_policy', 'forward'))
     return (f'- **On {place(gpu)}** the stages of {both[-1]} are this many times faster: {times}. '
-            'Statistics and sequential calibration have parts that do not grow with the tokens, and '
-            'the GPU read more of them, so those are not compared.')
+            'Statistics and sequential calibration have parts that do not grow with the tokens, '
+            'and the GPU read more of them, so those are not compared.')
 
 
 def findings(rows: pd.DataFrame, record: dict | None, gpu: dict | None = None) -> list[str]:

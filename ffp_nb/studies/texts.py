@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'SIGMA', 'TEXTS', 'OWN', 'OTHER', 'BLOCKS', 'WANDA', 'DAMPED', 'CUTS', 'SEEDS', 'NEAR', 'HERE', 'AGAIN',
-           'ALPHAS', 'ALPHA', 'PAIRS', 'STUDY', 'wanted', 'plan', 'judge_both', 'tidy', 'gaps', 'gap_table',
-           'loss_table', 'pilot_table', 'best_alpha', 'draw', 'findings']
+           'UNSEEN', 'JUDGED', 'ALPHAS', 'ALPHA', 'PAIRS', 'STUDY', 'wanted', 'plan', 'unseen', 'judge_both', 'tidy',
+           'gaps', 'gap_table', 'loss_table', 'pilot_table', 'best_alpha', 'draw', 'findings']
 
 # %% ../../nbs/studies/23_texts.ipynb #48ae8fcd
+import os
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from ..core.text import Corpus, split_text
 from ..pipeline.bench import Bench
 from . import methods
 from .cells import Cell, Lab, cell_key, measure_cell, repairs
@@ -23,6 +25,7 @@ from .distillation import other_text
 from .methods import EVEN, PAPER, SAME, method_cell
 from .study import (
     Measurement, Plan, Study, colours, half_width, mean_interval, read_records, spread)
+from .twins import documents
 
 # %% ../../nbs/studies/23_texts.ipynb #1f531068
 MODEL, SIGMA = 'smollm2', 0.5
@@ -36,6 +39,9 @@ SEEDS = {'default': (3, 2), DAMPED: (3, 2), WANDA: (3, 2), PAPER: (3, 1),
          **dict.fromkeys(CUTS, (1, 1))}
 # what is compared at another target, calibrated on the first text
 NEAR, HERE, AGAIN = 0.3, 3, ('default', PAPER)  # the target, seeds, the damped order's rivals
+# texts that neither a calibration nor the choice of the penalty saw, and what is judged on them
+UNSEEN = {'lambada': 'novels', 'django': "Django's manual"}
+JUDGED = 'default', DAMPED, PAPER
 ALPHAS = 0.1, 1.0, 10.0  # penalties of the order, tried on an even cut of the FFNs
 ALPHA = 1.0  # of these, the best on the selection splits; that of the damped order
 
@@ -52,6 +58,7 @@ def wanted(text: str) -> list[tuple[str, str, Cell]]:  # (name, order, cell), or
 def plan(lab: Lab) -> Plan:
     """Every policy, judged on both texts, and the pilot of the damped order. What needs nothing but
     the first text and orders as they are is the study of methods'"""
+    found = []
     for text in TEXTS:
         own = lab if text == OWN else lab.like(text=text, calibration_blocks=BLOCKS)
         damped = own.like(order_alpha=ALPHA)
@@ -60,12 +67,13 @@ def plan(lab: Lab) -> Plan:
             yield _policy(own.like(order_alpha=alpha), order, cell, ('selection', 'test'))
         for name, order, cell in wanted(text):
             if name == DAMPED:
-                yield _policy(damped, order, cell)
+                found.append((text, (yield _policy(damped, order, cell))))
             elif text != OWN:
                 yield _policy(own, order, cell)
     yield from _plan_near(lab)
+    yield from _plan_unseen(lab, [r for text, r in found if text == OWN])
 
-
+# %% ../../nbs/studies/23_texts.ipynb #77a3bbcd
 def _plan_near(lab) -> Plan:
     "The damped order at another target, and its rivals of the study of methods on the other text"
     known, damped = methods.find_policies(lab.runs), lab.like(order_alpha=ALPHA)
@@ -75,6 +83,44 @@ def _plan_near(lab) -> Plan:
             yield methods.on_second_text(lambda: lab.bench(MODEL, order), record, 'texts')
     for seed in range(HERE):
         yield _policy(damped, *method_cell(MODEL, 'default', NEAR, seed))
+
+# %% ../../nbs/studies/23_texts.ipynb #2093bf54
+def _plan_unseen(lab, damped) -> Plan:
+    "Policies calibrated on the first text, on texts that no choice was made on"
+    known = methods.find_policies(lab.runs)
+    found = [(lab, *w[1:]) for w in wanted(OWN) if w[0] in JUDGED and w[0] != DAMPED]
+    found = [(own, order, known(order, cell)) for own, order, cell in found]
+    for own, order, record in [*found, *((lab.like(order_alpha=ALPHA), 'greedy', r)
+                                         for r in damped)]:
+        if record:
+            yield _on_unseen(own, order, record)
+
+
+def _on_unseen(lab, order, record) -> Measurement:
+    "A policy, repaired on the text of its calibration, on each of the texts of `UNSEEN`"
+    key = dict(name=f"unseen-{record['config']['name']}", study='texts', of=record['config_id'],
+               texts=[*UNSEEN], blocks=SAME[MODEL], calibration='sequential')
+    return Measurement(key, lambda _: _measure_unseen(
+        lab.bench(MODEL, order), np.array(record['result']['widths']), key['blocks'],
+        lab.work / 'models'))
+
+
+def _measure_unseen(bench, widths, blocks, folder) -> dict:
+    fitted = repairs(bench, widths)['sequential']
+    corpora = {name: unseen(name, folder) for name in UNSEEN}
+    nll = {name: bench.perplexity(widths, other_text(bench, c).test[:blocks], fitted).nll.round(5)
+           for name, c in corpora.items()}
+    return dict(nll=nll, test_sha256={name: c.sha256['test'] for name, c in corpora.items()})
+
+
+def unseen(name: str, folder: Path) -> Corpus:  # keeps what is fetched
+    "A text of `UNSEEN` in splits. FileNotFoundError where it is not here"
+    if name == 'django':
+        docs = documents('django', folder)
+        return Corpus(name, split_text('\n\n'.join(docs[n] for n in sorted(docs))))
+    path = Path(os.environ.get('FFP_DATA_DIR', '')) / 'zero-shot' / 'lambada_openai.jsonl'
+    rows = pd.read_json(path, lines=True)
+    return Corpus(name, split_text('\n\n'.join(rows.context + ' ' + rows.continuation)))
 
 # %% ../../nbs/studies/23_texts.ipynb #07e6c434
 def _policy(lab, order, cell, splits=('test',)) -> Measurement:
@@ -102,10 +148,11 @@ def judge_both(bench: Bench, widths: np.ndarray,  # (n_layers, 2)
 _COLUMNS = ['calibrated', 'judged', 'method', 'seed', 'nll', 'blocks', 'forward_tokens', 'seconds']
 
 
-def tidy(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, float]]:
+def tidy(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, float], pd.DataFrame]:
     """A row for each policy and each text that it is judged on, with sequential repair: `nll`, and
     `blocks`, nats per token of each test block (blocks,); the pilot, with `alpha` and `split`;
-    nats of the dense model by text"""
+    nats of the dense model by text; rows like the first for the target `NEAR` and the texts of
+    `UNSEEN`, with `sparsity`"""
     known, own = methods.find_policies(runs), read_records(runs / 'texts')
     at = lambda r: [r['config'].get(k) for k in ('text', 'criterion', 'order_alpha', 'name')]
     here = {tuple(at(r)): r for r in own}
@@ -122,7 +169,29 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, float]]:
             rows += _rows(name, cell, text, r, dict(zip(TEXTS, nll)))
     table = methods.tidy(runs)[0]
     dense = table[(table.model == MODEL) & (table.method == 'dense')][['nll', 'other']].mean()
-    return pd.DataFrame(rows, columns=_COLUMNS), _pilot(own), dict(zip(TEXTS, dense))
+    return pd.DataFrame(rows, columns=_COLUMNS), _pilot(own), dict(zip(TEXTS, dense)), (
+        _more(own, known))
+
+# %% ../../nbs/studies/23_texts.ipynb #ab7573cb
+def _more(records, known) -> pd.DataFrame:
+    "Policies calibrated on the first text: another target on both texts, and unseen texts"
+    nll = {(r['config']['of'], r['config']['name'].split('-')[0]): r['result']['nll']
+           for r in records if 'of' in r['config']}
+    of = {(s, r['config']['cell']['seed']): r for r in records for s in (NEAR, SIGMA)
+          if r['config'].get('order_alpha') == ALPHA and r['config']['text'] == OWN
+          and r['config']['name'].startswith(f'{MODEL}-gradient-{s}-')}
+    rows = []
+    for name, s, seed in product(JUDGED, (NEAR, SIGMA), range(HERE)):
+        order, cell = method_cell(MODEL, 'default' if name == DAMPED else name, s, seed)
+        if not (r := of.get((s, seed)) if name == DAMPED else known(order, cell)): continue
+        found, i = dict(nll.get((r['config_id'], 'unseen'), {})), r['config_id']
+        if s == NEAR and name == DAMPED:
+            found = r['result']['nll']
+        elif s == NEAR and (i, 'other') in nll:
+            own = r['result']['nll']['sequential'][:SAME[MODEL]]
+            found = {OWN: own, OTHER: nll[i, 'other']['sequential']}
+        rows += [x | dict(sparsity=s) for x in _rows(name, cell, OWN, r, found)]
+    return pd.DataFrame(rows, columns=[*_COLUMNS, 'sparsity'])
 
 
 def _rows(name, cell, calibrated, record, nll) -> list[dict]:
@@ -153,7 +222,7 @@ def gaps(table: pd.DataFrame) -> pd.DataFrame:
     (`worse`) above the second (`better`) with an interval, over seeds (of searches) or over test
     blocks (of even cuts)"""
     rows = []
-    for (worse, better), calibrated, judged in product(PAIRS, TEXTS, TEXTS):
+    for (worse, better), calibrated, judged in product(PAIRS, TEXTS, TEXTS | UNSEEN):
         t = table[(table.calibrated == calibrated) & (table.judged == judged)]
         a, b = (t[t.method == m].set_index('seed').blocks for m in (worse, better))
         seeds = a.index.intersection(b.index)
@@ -170,8 +239,9 @@ def _across(t, calibrated, values, index) -> pd.DataFrame:
     "Of one text of the calibration: a column for each text judged on"
     t = t[t.calibrated == calibrated]
     out = t.pivot(index=index, columns='judged', values=values)
-    out = out.loc[[*dict.fromkeys(t[index])], [j for j in TEXTS if j in out]].fillna('')
-    return out.rename(columns=lambda j: f'judged on {TEXTS[j]}')
+    names = TEXTS | UNSEEN
+    out = out.loc[[*dict.fromkeys(t[index])], [j for j in names if j in out]].fillna('')
+    return out.rename(columns=lambda j: f'judged on {names[j]}')
 
 
 def gap_table(table: pd.DataFrame, calibrated: str) -> pd.DataFrame:
@@ -223,12 +293,29 @@ def draw(table: pd.DataFrame, dense: dict[str, float]):  # a matplotlib figure
     return fig
 
 # %% ../../nbs/studies/23_texts.ipynb #bdcfae24
-def findings(table: pd.DataFrame, pilot: pd.DataFrame, dense: dict[str, float]) -> list[str]:
+def findings(table: pd.DataFrame, pilot: pd.DataFrame, dense: dict[str, float],
+             more: pd.DataFrame) -> list[str]:
     "Markdown lines: orders on their own text and elsewhere, searches, and what a wrong text costs"
     t = gaps(table)
     lines = [_shown(t, DAMPED, PAPER), _shown(t, DAMPED, 'default'), _shown(t, 'default', WANDA),
              _shown(t, EVEN, 'even FFN cut')]
-    return [x for x in lines if x] + _damped(pilot) + _price(table, dense) + _costs(table)
+    return ([x for x in lines if x] + _damped(pilot) + _elsewhere(more) + _price(table, dense)
+            + _costs(table))
+
+
+def _elsewhere(more) -> list[str]:
+    "What the damped order gains at another target, and on texts that chose nothing"
+    lines = []
+    for s, said in ((SIGMA, 'Texts that no choice was made on'), (NEAR, 'Another target')):
+        t = gaps(more[more.sparsity == s])
+        parts = [f'*{better}* against *{worse}* ' + ', '.join(
+                     f'{mean_interval(r.gap, 3)} ({(TEXTS | UNSEEN)[r.judged]})'
+                     for r in d.itertuples())
+                 for (worse, better), d in t.groupby(['worse', 'better'], sort=False)]
+        if parts:
+            lines.append(f'- {said} (σ = {s:g}, calibrated on {TEXTS[OWN]}), nats ahead: '
+                         f'{"; ".join(parts)}.')
+    return lines
 
 
 def _shown(t, better, worse) -> str:
