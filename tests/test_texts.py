@@ -81,3 +81,15 @@ def test_a_lab_knows_a_model_on_each_text(tmp_path):
     assert facts.text_sha256 == dict(test='2') and facts.config.text == 'pydoc'
     assert facts.config.profile.calibration_blocks == 64
     assert lab.config('smollm2').text == 'wikitext2'  # the first lab is as it was
+
+
+def test_an_unseen_text_that_is_not_here_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv('FFP_DATA_DIR', str(tmp_path))
+    with pytest.raises(FileNotFoundError, match='lambada_openai.jsonl is not here. Set FFP_DATA_D'):
+        texts.unseen('lambada', tmp_path)
+    (tmp_path / 'zero-shot').mkdir()
+    rows = [dict(context=f'passage {i} of a', continuation='novel') for i in range(400)]
+    (tmp_path / 'zero-shot' / 'lambada_openai.jsonl').write_text(
+        '\n'.join(map(json.dumps, rows)))
+    assert texts.unseen('lambada', tmp_path)['test'].startswith('passage ')
+    assert ' of a novel\n\npassage ' in texts.unseen('lambada', tmp_path)['test']

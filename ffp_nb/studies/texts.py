@@ -119,6 +119,9 @@ def unseen(name: str, folder: Path) -> Corpus:  # keeps what is fetched
         docs = documents('django', folder)
         return Corpus(name, split_text('\n\n'.join(docs[n] for n in sorted(docs))))
     path = Path(os.environ.get('FFP_DATA_DIR', '')) / 'zero-shot' / 'lambada_openai.jsonl'
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is not here. Set FFP_DATA_DIR to the folder that holds '
+                                'zero-shot.')
     rows = pd.read_json(path, lines=True)
     return Corpus(name, split_text('\n\n'.join(rows.context + ' ' + rows.continuation)))
 
