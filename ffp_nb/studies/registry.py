@@ -160,7 +160,8 @@ def expectations(nbs: Path) -> list[str]:
         hours = protocol.estimate('llama-2-7b', gpu, ['default'], (0.5,), benchmarks=benchmarks)
         lines.append('- LLaMA-2-7B, the default at σ = 0.5 with the text of published tables: '
                      f"{sum(hours['hours'].values()):.1f} hours on {scaling.place(gpu)}, projected "
-                     'from random layers of that size.')
+                     f"from random layers of that size; {hours['hours']['statistics']:.1f} of them "
+                     'for statistics, an upper bound.')
     return lines
 
 # %% ../../nbs/studies/25_registry.ipynb #d6452b5a
