@@ -419,11 +419,16 @@ def _style(name):
     return '--' if name in _DIRECT else '-'
 
 # %% ../../nbs/studies/21_methods.ipynb #4b66ce3b
+def _scores(tasks) -> dict:  # by method and target
+    from ffp_nb.pipeline.tasks import score_table
+    return {r['method']: score_table(r['result']['scores'], r['result']['about']) for r in tasks}
+
+
 def zero_shot_table(tasks: list[dict]) -> pd.DataFrame:
     """Average accuracy of the seven tasks and LAMBADA's log-likelihood, each also as a paired
     difference to the default at the same target"""
-    from ffp_nb.pipeline.tasks import paired, score_table
-    found = {r['method']: score_table(r['result']['scores'], r['result']['about']) for r in tasks}
+    from ffp_nb.pipeline.tasks import paired
+    found = _scores(tasks)
     rows, say = [], lambda r: f'{r.difference:+.3f} ± {r.interval:.3f}'
     for (name, s), t in sorted(found.items(), key=lambda kv: (kv[0][1], [*NAMED, 'dense'].index(
             kv[0][0]))):
@@ -740,10 +745,7 @@ def _accuracy(tasks: list[dict]) -> list[str]:
 
 def _ranked(tasks) -> list[str]:
     "Where the default's accuracy stands among all, and what random answers would have"
-    from ffp_nb.pipeline.tasks import score_table
-    found = {r['method']: score_table(r['result']['scores'], r['result']['about']).iloc[-1]
-             for r in tasks}
-    parts = []
+    parts, found = [], {k: t.iloc[-1] for k, t in _scores(tasks).items()}
     for s in sorted({s for name, s in found if name == 'default'}):
         all_of = [row.value for (_, at), row in found.items() if at == s]
         own = found['default', s]

@@ -67,11 +67,12 @@ def plan(lab: Lab) -> Plan:
             yield _policy(own.like(order_alpha=alpha), order, cell, ('selection', 'test'))
         for name, order, cell in wanted(text):
             if name == DAMPED:
-                found.append((text, (yield _policy(damped, order, cell))))
+                r = yield _policy(damped, order, cell)
+                found += [(damped, order, r)] * (text == OWN)
             elif text != OWN:
                 yield _policy(own, order, cell)
     yield from _plan_near(lab)
-    yield from _plan_unseen(lab, [r for text, r in found if text == OWN])
+    yield from _plan_unseen(lab, found)
 
 # %% ../../nbs/studies/23_texts.ipynb #77a3bbcd
 def _plan_near(lab) -> Plan:
@@ -85,13 +86,12 @@ def _plan_near(lab) -> Plan:
         yield _policy(damped, *method_cell(MODEL, 'default', NEAR, seed))
 
 # %% ../../nbs/studies/23_texts.ipynb #2093bf54
-def _plan_unseen(lab, damped) -> Plan:
+def _plan_unseen(lab, damped) -> Plan:  # damped: (lab, order, record) of each
     "Policies calibrated on the first text, on texts that no choice was made on"
     known = methods.find_policies(lab.runs)
-    found = [(lab, *w[1:]) for w in wanted(OWN) if w[0] in JUDGED and w[0] != DAMPED]
-    found = [(own, order, known(order, cell)) for own, order, cell in found]
-    for own, order, record in [*found, *((lab.like(order_alpha=ALPHA), 'greedy', r)
-                                         for r in damped)]:
+    found = [(lab, order, known(order, cell)) for name, order, cell in wanted(OWN)
+             if name in JUDGED and name != DAMPED]
+    for own, order, record in found + damped:
         if record:
             yield _on_unseen(own, order, record)
 
@@ -128,13 +128,13 @@ def unseen(name: str, folder: Path) -> Corpus:  # keeps what is fetched
 # %% ../../nbs/studies/23_texts.ipynb #07e6c434
 def _policy(lab, order, cell, splits=('test',)) -> Measurement:
     "A policy on the text of this lab, judged on splits of both texts"
-    key = (cell_key(cell, lab.facts(cell.model, order))
+    key = (cell_key(cell, lab.facts(MODEL, order))
            | dict(study='texts', judged={t: SAME[MODEL] for t in TEXTS}))
     if 'selection' in splits:
         key |= dict(name=f'pilot-{key["name"]}', splits=splits)
     judge = partial(judge_both, splits=splits)
     return Measurement(key, lambda to: measure_cell(
-        lab.bench(cell.model, order), cell, to, lab.work / 'work', key, judge))
+        lab.bench(MODEL, order), cell, to, lab.work / 'work', key, judge))
 
 
 def judge_both(bench: Bench, widths: np.ndarray,  # (n_layers, 2)
@@ -173,20 +173,18 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, float], pd.D
     table = methods.tidy(runs)[0]
     dense = table[(table.model == MODEL) & (table.method == 'dense')][['nll', 'other']].mean()
     return pd.DataFrame(rows, columns=_COLUMNS), _pilot(own), dict(zip(TEXTS, dense)), (
-        _more(own, known))
+        _more(own, here, known))
 
 # %% ../../nbs/studies/23_texts.ipynb #ab7573cb
-def _more(records, known) -> pd.DataFrame:
+def _more(records, here, known) -> pd.DataFrame:
     "Policies calibrated on the first text: another target on both texts, and unseen texts"
     nll = {(r['config']['of'], r['config']['name'].split('-')[0]): r['result']['nll']
            for r in records if 'of' in r['config']}
-    of = {(s, r['config']['cell']['seed']): r for r in records for s in (NEAR, SIGMA)
-          if r['config'].get('order_alpha') == ALPHA and r['config']['text'] == OWN
-          and r['config']['name'].startswith(f'{MODEL}-gradient-{s}-')}
     rows = []
     for name, s, seed in product(JUDGED, (NEAR, SIGMA), range(HERE)):
         order, cell = method_cell(MODEL, 'default' if name == DAMPED else name, s, seed)
-        if not (r := of.get((s, seed)) if name == DAMPED else known(order, cell)): continue
+        r = here.get((OWN, order, ALPHA, cell.name)) if name == DAMPED else known(order, cell)
+        if not r: continue
         found, i = dict(nll.get((r['config_id'], 'unseen'), {})), r['config_id']
         if s == NEAR and name == DAMPED:
             found = r['result']['nll']
