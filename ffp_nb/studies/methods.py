@@ -751,8 +751,8 @@ def _ranked(tasks) -> list[str]:
         own = found['default', s]
         above = sum(v > own.value for v in all_of)
         parts.append(f'{own.value:.3f} at σ = {s:g}, {above} of {len(all_of) - 1} others above it')
-    return [f"- The default's accuracy on the seven tasks is {'; '.join(parts)}. Random answers would have "
-            f'{own.chance:.3f}.'] if parts else []
+    return [f"- The default's accuracy on the seven tasks is {'; '.join(parts)}. "
+            f'Random answers would have {own.chance:.3f}.'] if parts else []
 
 
 STUDY = Study('methods', 'methods', plan, tidy, findings)
