@@ -172,3 +172,16 @@ def test_a_training_among_the_records_says_nothing_of_the_model(tmp_path):
         path.write_text(json.dumps(dict(config=c, result=dict(weights='w'))))
     assert known_models(tmp_path) == {
         ('smollm2', 'wikitext2'): ({'test': 'a'}, 'w', 'bfloat16', True)}
+
+
+def test_a_lone_point_far_above_is_told_at_the_edge():
+    "It would flatten the lines; one that is near, or a line, is drawn where it is"
+    nll = {'dense': {0.0: 3.0}, 'default': {0.3: 3.4, 0.5: 4.0}, 'GRASPrune': {0.5: 5.26},
+           'FLAP': {0.5: 4.1}}
+    table = pd.DataFrame([
+        dict(model='smollm2', method=m, sparsity=s, calibration='sequential', nll=v)
+        for m, t in nll.items() for s, v in t.items()])
+    ax = methods.draw(table).axes[0]
+    assert [t.get_text() for t in ax.texts] == ['GRASPrune: 2.3 ↑']
+    assert ax.get_ylim()[1] < 1.2 and len(ax.lines) == 3
+    assert not methods.draw(table[table.method != 'GRASPrune']).axes[0].texts

@@ -13,7 +13,7 @@ import pandas as pd
 
 from .cells import TOKENS, Cell, Lab, in_study, plan_cells, plan_selection, read_cells
 from .study import (
-    LEVEL, Plan, Study, holm, p_value, paired_differences, read_records, told)
+    LEVEL, Plan, Study, holm, p_value, paired_differences, plus_minus, read_records, told)
 
 # %% ../../nbs/studies/09_ablation.ipynb #fea49fdb
 PARTS = dict(published='published agent: learning rate 1e-4, a learned value as baseline',
@@ -83,8 +83,9 @@ def findings(mine: pd.DataFrame) -> list[str]:
     if mine.empty or 'selection_difference' not in (e := effects(mine)): return ['- no record yet']
     word = np.array([told(r.selection_difference, r.selection_holm) for r in e.itertuples()])
     n, pairs = e.over.iloc[0], ' or '.join(str(n) for n in sorted(set(e.pairs)))
-    say = lambda d: ', '.join(f'{r.change} ({r.selection_difference:+.4f} ± '
-                              f'{r.selection_interval:.4f})' for r in d.itertuples()) or 'none'
+    say = lambda d: ', '.join(
+        f'{r.change} ({plus_minus(r.selection_difference, r.selection_interval, 4)})'
+        for r in d.itertuples()) or 'none'
     lines = [f'- Better than the default, by intervals over {n} and Holm\'s correction for '
              f'{len(e)} changes: {say(e[word == "below"])}.',
              f'- Worse, likewise: {say(e[word == "above"])}.',

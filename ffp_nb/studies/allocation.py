@@ -17,7 +17,7 @@ from . import families, spine
 from .cells import MODES, Cell, Lab, plan_cells, read_cells
 from .study import (
     Claim, Measurement, Plan, Study, clusters, half_width, holm, mean_interval, over, p_value,
-    read_records, told, verdict)
+    plus_minus, read_records, told, verdict)
 from .twins import NAMES
 
 # %% ../../nbs/studies/06_allocation.ipynb #0868964e
@@ -131,7 +131,7 @@ def findings(table: pd.DataFrame) -> list[str]:
     for mode in MODES:
         b = best_baseline(table, mode)
         best, word = ', '.join(f'{n} {k}×' for n, k in b.rival.value_counts().items()), _told(b)
-        by = ', '.join(f'{r.gain:+.4f} ± {r.interval:.4f} at {r.sparsity:g}'
+        by = ', '.join(f'{plus_minus(r.gain, r.interval, 4)} at {r.sparsity:g}'
                        for r in gains(table, mode).itertuples())
         lines.append(f'- Repair "{mode}": ffp is below every baseline in {word.count("below")} of '
                      f'{len(b)} cells (models × targets), above the best in '
@@ -151,7 +151,8 @@ def _heuristics(table):
         f'below every baseline in {word.count("below")} of {len(b)} models × targets (interval '
         f'over seeds, Holm); gain over the best of each model, interval over '
         f'{over(b.set_index("model").gain)}: '
-        + ', '.join(f'{r.gain:+.4f} ± {r.interval:.4f} at {r.sparsity:g}' for r in g.itertuples()))
+        + ', '.join(f'{plus_minus(r.gain, r.interval, 4)} at {r.sparsity:g}'
+                    for r in g.itertuples()))
 
 
 STUDY = Study('allocation', 'main', plan, tidy, findings,
@@ -166,7 +167,7 @@ def zero_shot_table(records: list[dict]) -> pd.DataFrame:
              score_table(r['result']['scores'], r['result']['about']) for r in records}
     if (dense := found.pop(('dense', 'sequential'), None)) is None: return pd.DataFrame()
     average = lambda t: f'{t.value.iloc[-1]:.3f} ± {1.96 * t.stderr.iloc[-1]:.3f}'
-    say = lambda r: f'{r.difference:+.3f} ± {r.interval:.3f}'
+    say = lambda r: plus_minus(r.difference, r.interval)
     rows = [dict(sparsity=0.0, policy='dense', repair='', average=average(dense))]
     for (name, mode), t in found.items():
         (policy, _, s), d = name.rpartition('-'), paired(dense, t)

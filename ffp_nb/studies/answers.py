@@ -19,7 +19,7 @@ from . import (
     ablation, allocation, criteria, distillation, dynamic, elastic, methods, prediction, quantise,
     ranking, rewards, scaling, schedules, slopes, texts)
 from .cells import against
-from .study import LEVEL, colours, half_width, told
+from .study import LEVEL, colours, half_width, plus_minus, told
 
 # %% ../../nbs/studies/24_answers.ipynb #ab6a88a3
 ANSWERS: dict[str, Callable[..., str]] = {}  # study -> (its tables) -> a sentence
@@ -125,8 +125,8 @@ def _prediction(judged, timing, searches):
     d = d['predicted'] - d['model'] if 'predicted' in d else d.iloc[:, 0] - d.iloc[:, 1]
     return (f'The predictor chosen by cross-validation ({r["name"]}) orders unseen policies with a '
             f'Spearman correlation of {r.spearman:.3f} and takes {times:,.0f} times less '
-            f'time than the model; a search that learns on predictions ends {d.mean():+.3f} ± '
-            f'{half_width(d):.3f} nats from one that does not.')
+            f'time than the model; a search that learns on predictions ends '
+            f'{plus_minus(d.mean(), half_width(d))} nats from one that does not.')
 
 
 @answers('dynamic')

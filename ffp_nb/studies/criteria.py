@@ -17,7 +17,7 @@ from .cells import TOKENS, Cell, Lab, plan_cells, read_cells
 from .dynamic import measure_policies
 from .study import (
     MARGIN, Measurement, Plan, Study, holm, no_worse,
-    p_value, paired_differences, read_records, told)
+    p_value, paired_differences, plus_minus, read_records, told)
 
 # %% ../../nbs/studies/12_criteria.ipynb #d3273605
 SIX = 'wanda', 'magnitude', 'fluctuation', 'obs', 'random', 'taylor'  # that were measured
@@ -97,7 +97,7 @@ def findings(table: pd.DataFrame, swaps: pd.DataFrame) -> list[str]:
         ('- **Final quality by criterion**: test perplexity with static repair from '
          f'{np.exp(order.iloc[0]):.2f} ({order.index[0]}) to {np.exp(order.iloc[-1]):.2f} '
          f'({order.index[-1]}); in nats above Wanda, in pairs of seeds: ')
-        + ', '.join(f'{r.criterion} {r.difference:+.3f} ± {r.interval:.3f} '
+        + ', '.join(f'{r.criterion} {plus_minus(r.difference, r.interval)} '
                     f'({told(r.difference, r.holm)})' for r in against.itertuples())
         + ' (Holm over these).',
         '- **The search helps under every criterion**: against an even cut of the FFNs '

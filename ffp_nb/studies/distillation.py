@@ -32,7 +32,8 @@ from ..recover.train import Watch, student_from, train_student
 from .cells import Lab
 from .quantise import read_policy, repaired_folder
 from .study import (
-    Measurement, Plan, Study, half_width, holm, mean_interval, p_value, read_records, told)
+    Measurement, Plan, Study, half_width, holm, mean_interval, p_value,
+    plus_minus, read_records, told)
 
 # %% ../../nbs/studies/18_distillation.ipynb #e754d0ba
 SIGMAS, SEEDS, STARTS = (0.5, 0.3), (0, 1, 2), ('searched', 'even')
@@ -371,7 +372,7 @@ def findings(table: pd.DataFrame, points: pd.DataFrame) -> list[str]:
     for s, d in both.groupby('sparsity'):
         x = d.set_index('what')
         parts = [f'{names[k]}: {told(-x["mean"][k], x.holm[k])} '
-                 f'({-x["mean"][k]:+.3f} ± {x.interval[k]:.3f} nats)' for k in names]
+                 f'({plus_minus(-x["mean"][k], x.interval[k])} nats)' for k in names]
         lines.append(f'- σ = {s:g}: distilled on WikiText-2 against trained on it, {TOKENS:,} '
                      f'tokens each, searched widths, {x.seeds["own"]:.0f} seeds: '
                      + '; '.join(parts) + f'; accuracy {x["mean"]["accuracy"]:+.1f} ± '

@@ -24,7 +24,7 @@ from ..search.heuristics import HEURISTICS
 from .cells import TOKENS, Cell, Lab, cell_settings, plan_cells, read_cells
 from .study import (
     MARGIN, Claim, Measurement, Plan, Study, half_width, holm, no_worse, p_value,
-    paired_differences, read_records, signed, told, verdict)
+    paired_differences, plus_minus, read_records, signed, told, verdict)
 
 # %% ../../nbs/studies/11_dynamic.ipynb #8d47db5e
 TARGETS = tuple(round(float(x), 2) for x in np.linspace(0.1, 0.5, 11))
@@ -188,7 +188,7 @@ def findings(table: pd.DataFrame, rivals: pd.DataFrame) -> list[str]:
     return lines + ['- Against the better even cut of each target the agent for all gains '
                     f'{gain.mean():.4f} nats on average ({gain.min():.4f} to {gain.max():.4f}).',
                     *[f'- Against the strongest of {r.heuristics} heuristics at σ = {r.sparsity} '
-                      f'({r.strongest}): {r.gain:+.4f} ± {r.interval:.4f} nats, '
+                      f'({r.strongest}): {plus_minus(r.gain, r.interval, 4)} nats, '
                       f'{told(-r.gain, r.holm, "below it", "above it")} (interval over seeds).'
                       for r in below_strongest(table, rivals).itertuples()],
                     f'- Forward tokens for all eleven targets: {one:,.0f} for the one agent, '
@@ -202,7 +202,7 @@ def _dynamic(table, rivals):
     below = all(told(-r.gain, r.holm) == 'below' for r in t.itertuples())
     cut, even = 1 - np.exp(-t.gain), 1 - np.exp(-below_even(table))
     says = '; '.join(f'σ = {r.sparsity}: {1 - np.exp(-r.gain):+.1%} against {r.strongest} '
-                     f'({r.gain:+.4f} ± {r.interval:.4f} nats)' for r in t.itertuples())
+                     f'({plus_minus(r.gain, r.interval, 4)} nats)' for r in t.itertuples())
     return verdict(below and cut.max() >= 0.334, below), (
         f'perplexity below the strongest of {t.heuristics.max()} heuristics, interval over seeds: '
         f'{says}; below the better even cut by {even.min():.1%} to {even.max():.1%} at {len(even)} '

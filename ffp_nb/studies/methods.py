@@ -31,7 +31,7 @@ from .slopes import EQUAL, plan_grasprune
 from .spine import of_model
 from .study import (
     LEVEL, Measurement, Plan, Study, colours, half_width, holm, mean_interval, p_value,
-    paired_differences, read_records, spread)
+    paired_differences, plus_minus, read_records, spread)
 from .twins import DEEP
 
 # %% ../../nbs/studies/21_methods.ipynb #d38c5252
@@ -396,12 +396,14 @@ def draw(table: pd.DataFrame, calibration: str = 'sequential',
     for ax, model in zip(axes.flat, models):
         t = _at(table, model, calibration)
         dense = table[(table.model == model) & (table.method == 'dense')].nll.mean()
-        for name in [m for m in NAMED if m in set(t.method)]:
-            y = t[t.method == name].groupby('sparsity').nll.mean() - dense
+        above = {m: t[t.method == m].groupby('sparsity').nll.mean() - dense
+                 for m in NAMED if m in set(t.method)}
+        for name, y in above.items():
             own = name in ('default', "paper's recipe")
             (lines[name],) = ax.plot(
                 y.index, y, color=colours([name])[name], lw=2.6 if own else 1.3, marker='o',
                 ms=5 if own else 3, zorder=3 if own else 2, ls=_style(name))
+        _tell_far(ax, above)
         ax.set(xticks=SIGMAS, title=MODELS[model], xlabel='share of the decoder blocks removed')
     for ax in axes.flat[len(models):]:
         ax.set_visible(False)
@@ -411,6 +413,16 @@ def draw(table: pd.DataFrame, calibration: str = 'sequential',
     fig.legend([lines[m] for m in named], named, loc='outside lower center', ncols=3,
                fontsize=9)
     return fig
+
+# %% ../../nbs/studies/21_methods.ipynb #017ee6ff
+def _tell_far(ax, above):
+    "A lone point far above every line is told at the upper edge: drawn, it would flatten the rest"
+    top = max((y.max() for y in above.values() if len(y) > 1), default=np.inf)
+    far = {m: y for m, y in above.items() if y.max() > 1.15 * top}
+    for i, (name, y) in enumerate(far.items()):
+        ax.set_ylim(top=(1.12 + 0.1 * i) * top)
+        ax.text(y.idxmax(), (1.05 + 0.1 * i) * top, f'{name}: {y.max():.1f} ↑', ha='right',
+                color=colours([name])[name], fontsize=9)
 
 
 def _style(name):
@@ -429,7 +441,7 @@ def zero_shot_table(tasks: list[dict]) -> pd.DataFrame:
     difference to the default at the same target"""
     from ffp_nb.pipeline.tasks import paired
     found = _scores(tasks)
-    rows, say = [], lambda r: f'{r.difference:+.3f} ± {r.interval:.3f}'
+    rows, say = [], lambda r: plus_minus(r.difference, r.interval)
     for (name, s), t in sorted(found.items(), key=lambda kv: (kv[0][1], [*NAMED, 'dense'].index(
             kv[0][0]))):
         row = {'σ': f'{s:g}', 'method': name, 'accuracy': f'{t.value.iloc[-1]:.3f}'}
@@ -570,10 +582,10 @@ def _told(t, part, what) -> str:
     found = [(f'{MODELS[r["model"]]} at {r["sparsity"]:g}', np.mean(r[part]), half_width(r[part]))
              for r in t.to_dict('records') if r[part] is not None]
     if not found: return ''
-    rest = [f'{where} ({d:+.3f} ± {w:.3f})' for where, d, w in found if not d > w]
+    rest = [f'{where} ({plus_minus(d, w)})' for where, d, w in found if not d > w]
     low, high = min(found, key=lambda f: f[1]), max(found, key=lambda f: f[1])
     return (f'- {what} in {len(found) - len(rest)} of {len(found)} pairs of model and target '
-            f'(interval over test blocks), by {low[1]:.3f} ({low[0]}) to {high[1]:.3f} nats '
+            f'(interval over test blocks), by {low[1]:z.3f} ({low[0]}) to {high[1]:.3f} nats '
             f'({high[0]})' + (f'; not shown for {", ".join(rest)}.' if rest else '.'))
 
 
@@ -723,7 +735,7 @@ def _pooled(table) -> list[str]:
     return [f'- With models as the unit ({models} of them) and Holm over {len(t)} methods, '
             f'{len(worse)} are shown to be above the default'
             + (f' ({", ".join(worse.method)})' if len(worse) else '') + '; the least difference '
-            f'is {t.difference.iloc[0]:+.3f} ± {t.interval.iloc[0]:.3f} ({t.method.iloc[0]}).']
+            f'is {plus_minus(t.difference.iloc[0], t.interval.iloc[0])} ({t.method.iloc[0]}).']
 
 # %% ../../nbs/studies/21_methods.ipynb #83bbd2a7
 def _accuracy(tasks: list[dict]) -> list[str]:

@@ -27,7 +27,7 @@ from ..search.loop import Evaluator, Search, SearchConfig
 from .cells import MODES, Cell, Facts, Lab, cell_settings
 from .study import (
     Measurement, Plan, Study, half_width, holm,
-    mean_interval, only_one, p_value, read_records, told)
+    mean_interval, only_one, p_value, plus_minus, read_records, told)
 
 # %% ../../nbs/studies/14_recovery.ipynb #045e6122
 MODEL, SPARSITY, SEEDS = 'llama', 0.5, (0, 1, 2)
@@ -272,7 +272,7 @@ def nll_table(table: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/studies/14_recovery.ipynb #0a72fbcc
 def _pm(mean, h):
-    return f'{mean:+.3f}' + (f' ± {h:.3f}' if h == h else ' with one seed')
+    return plus_minus(mean, h) + ' with one seed' * (h != h)
 
 
 def survival(table: pd.DataFrame) -> list[str]:

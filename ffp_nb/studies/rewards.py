@@ -32,7 +32,7 @@ from ..search.loop import Evaluator, Search, search_summary
 from .cells import Facts, Lab
 from .study import (
     LEVEL, Measurement, Plan, Study,
-    find_measured, holm, only_one, paired_differences, read_records)
+    find_measured, holm, only_one, paired_differences, plus_minus, read_records)
 
 # %% ../../nbs/studies/13_rewards.ipynb #0bda08ad
 class TaskGroups:
@@ -369,7 +369,7 @@ def findings(scale: dict, policies: pd.DataFrame, judged: pd.DataFrame,
                  loss='task loss (dense: 1)', accuracy='accuracy')
     for reward, g in reward_differences(judged).groupby('reward', sort=False):
         lines.append(f'- Reward "{reward}" against "ppl" ({g.pairs.max()} seeds): '
-                     + ', '.join(f'{names[x.figure]} {x.difference:+.4f} ± {x.interval:.4f}'
+                     + ', '.join(f'{names[x.figure]} {plus_minus(x.difference, x.interval, 4)}'
                                  for x in g.itertuples()) + '.')
     if len(d := reward_differences(judged)):
         apart = [f'{x.reward}, {names[x.figure]}' for x in d[d.holm < LEVEL].itertuples()]

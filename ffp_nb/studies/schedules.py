@@ -14,7 +14,8 @@ from .cells import (
     TOKENS, Cell, Lab, against, cost_table, plan_cells, reached, searched)
 from .searchers import say_times, times_over
 from .study import (
-    MARGIN, Claim, Plan, Study, clusters, half_width, no_worse, over, signed, told, verdict)
+    MARGIN, Claim, Plan, Study, clusters, half_width, no_worse, over, plus_minus,
+    signed, told, verdict)
 
 # %% ../../nbs/studies/08_schedules.ipynb #7585fbf7
 VARIANTS = ('default', 'none', 'sparsity', 'fidelity', 'linear', 'staircase', 'early', 'late',
@@ -55,8 +56,9 @@ def findings(mine: pd.DataFrame, traces: pd.DataFrame) -> list[str]:
         r = s.loc[v]
         sure = told(r.behind, r.holm, 'better', 'worse')
         cheaper = reached(r, 'reaches the best quality of the unscheduled search')[:-1]
-        lines.append(f'- {names[v]}: {cheaper}; best quality {r.behind:+.4f} ± {r.interval:.4f} '
-                     f'nats against it, {sure} (Holm: p = {r.holm:.2f}).')
+        lines.append(f'- {names[v]}: {cheaper}; best quality '
+                     f'{plus_minus(r.behind, r.interval, 4)} nats against it, {sure} '
+                     f'(Holm: p = {r.holm:.2f}).')
     n = over(traces.set_index(['model', 'seed']).nll)
     return [*lines, f'- Intervals are over {n}; p-values are adjusted for all schedules.']
 

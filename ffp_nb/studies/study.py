@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Plan', 'MARGIN', 'LEVEL', 'COLOURS', 'Measurement', 'walk', 'Claim', 'Study', 'verdict', 'find_measured', 'run_study',
-           'count_records', 'read_records', 'only_one', 'half_width', 'mean_interval', 'spread', 'clusters', 'over',
-           'signed', 'p_value', 'holm', 'told', 'margin_p', 'no_worse', 'paired_differences', 'colours']
+           'count_records', 'read_records', 'only_one', 'half_width', 'plus_minus', 'mean_interval', 'spread',
+           'clusters', 'over', 'signed', 'p_value', 'holm', 'told', 'margin_p', 'no_worse', 'paired_differences',
+           'colours']
 
 # %% ../../nbs/studies/01_study.ipynb #eb9fa206
 import os
@@ -143,10 +144,14 @@ def half_width(v) -> float:
     return float(high - low) / 2
 
 
+def plus_minus(mean: float, half: float, digits: int = 3, sign: str = '+') -> str:
+    "Mean ± half of its interval; alone without one. What rounds to zero bears no minus"
+    return f'{mean:{sign}z.{digits}f}' + (f' ± {half:.{digits}f}' if half == half else '')
+
+
 def mean_interval(v, digits: int = 2) -> str:
     "Mean ± half of the 95 % interval; a single value is given alone"
-    h = half_width(v)
-    return f'{np.mean(v):.{digits}f}' + (f' ± {h:.{digits}f}' if h == h else '')
+    return plus_minus(np.mean(v), half_width(v), digits, sign='')
 
 
 def spread(v) -> str:
@@ -174,7 +179,7 @@ def over(d: pd.Series) -> str:
 def signed(d: pd.Series, digits: int = 4) -> str:
     "Mean of the `clusters` of differences ± half of the 95 % interval over them"
     c = clusters(d)
-    return f'{c.mean():+.{digits}f} ± {half_width(c):.{digits}f}'
+    return plus_minus(c.mean(), half_width(c), digits)
 
 # %% ../../nbs/studies/01_study.ipynb #a26184a0
 # nats a token that do not matter: 1 % of perplexity, as the study of criteria took it from the
