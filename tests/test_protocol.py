@@ -311,6 +311,9 @@ def test_every_recipe_and_the_paper_s_model(tmp_path, ffp, no_data):
              if 'cell' in r['config']}
     assert modes['flap'] == {'none', 'bias', 'sequential'} and set(modes) == {
         r.method for r in RECIPES.values()}
+    (agent,) = [r['config']['search']['agent'] for r in records
+                if 'cell' in r['config'] and r['config']['method'] == 'ffp']
+    assert agent['lr'] == 1e-4 and agent['advantage'] == 'value'  # the published settings
 
 
 def test_what_cannot_be_run_is_said_in_a_line(ffp, monkeypatch, tmp_path):

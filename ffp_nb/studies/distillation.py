@@ -32,7 +32,7 @@ from ..recover.train import Watch, student_from, train_student
 from .cells import Lab
 from .quantise import read_policy, repaired_folder
 from .study import (
-    Measurement, Plan, Study, half_width, holm, mean_interval, p_value,
+    FAR, Measurement, Plan, Study, half_width, holm, mean_interval, p_value,
     plus_minus, read_records, told)
 
 # %% ../../nbs/studies/18_distillation.ipynb #e754d0ba
@@ -385,10 +385,10 @@ def findings(table: pd.DataFrame, points: pd.DataFrame) -> list[str]:
             if (d.loss == loss).any())
         lines.append(f'- σ = {s:g}: searched widths are below the even cut by, in nats on '
                      f'WikiText-2: {lead("own")}; on the help topics: {lead("other")}.')
-    broken = (table.apart > 3).sum()
-    lines.append(f'- In {broken} of {len(table)} models a single test block is more than 3 nats '
-                 'above the median of its text: there the pruned model breaks down. Such a block '
-                 'widens the intervals above.')
+    broken = (table.apart > FAR).sum()
+    lines.append(f'- In {broken} of {len(table)} models a single test block is more than {FAR:g} '
+                 'nats above the median of its text: there the pruned model breaks down. Such a '
+                 'block widens the intervals above.')
     return lines + _texts_lines(t) + _cost_lines(t)
 
 # %% ../../nbs/studies/18_distillation.ipynb #553ebc04

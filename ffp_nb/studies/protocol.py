@@ -92,10 +92,12 @@ class Recipe:
     method: str
     criterion: str
     modes: tuple[str, ...] = MODES
+    variant: str = 'default'  # of a `Cell`: the settings of its search
 
 
 RECIPES = {'default': Recipe('gradient', 'greedy'), 'even': Recipe('uniform', 'greedy'),
-           'even-ffn': Recipe('uniform-ffn', 'greedy'), 'paper': Recipe('ffp', 'wanda'),
+           'even-ffn': Recipe('uniform-ffn', 'greedy'),
+           'paper': Recipe('ffp', 'wanda', variant='published'),
            'flap': Recipe('flap', 'fluctuation', ('none', 'bias', 'sequential'))}
 SCORED = 'default', 'paper'  # what gets a zero-shot average, besides the dense model
 
@@ -293,7 +295,8 @@ def plan(lab: Lab, names: Sequence[str] = tuple(n for n, t in MODELS.items() if 
         yield from _plan_dense(own, RECIPES[recipes[0]].criterion)
         for criterion in dict.fromkeys(RECIPES[r].criterion for r in recipes):
             same = [r for r in recipes if RECIPES[r].criterion == criterion]
-            cells = {(r, s): Cell(own.target.hub, s, RECIPES[r].method, modes=RECIPES[r].modes)
+            cells = {(r, s): Cell(own.target.hub, s, RECIPES[r].method,
+                                  variant=RECIPES[r].variant, modes=RECIPES[r].modes)
                      for s in sparsities or own.protocol.sparsities for r in same}
             records = yield from plan_cells(own, [*cells.values()], criterion=criterion)
             for (recipe, s), r in zip(cells, records):
@@ -430,7 +433,7 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row for each model, sparsity, recipe and repair with its perplexity; a row for each dense
     model. `accuracy`, in per cent, where it was measured"""
     names = {t.hub: n for n, t in MODELS.items()}
-    of = {(r.method, r.criterion): n for n, r in RECIPES.items()}
+    of = {(r.method, r.criterion, r.variant): n for n, r in RECIPES.items()}
     records = read_records(runs / 'protocol')
     scored = {r['config']['of']: r['result']['accuracy'] for r in records
               if r['config']['name'].startswith('zero-shot-')}
@@ -438,7 +441,8 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     for r in records:
         c = r['config']
         if 'nll' not in r['result'] or c['model'] not in names: continue
-        recipe = of[c['method'], c['criterion']] if 'cell' in c else 'dense'
+        recipe = (of[c['method'], c['criterion'], c['cell']['variant']] if 'cell' in c
+                  else 'dense')
         rows += [dict(name=names[c['model']], sparsity=c['sparsity'] if 'cell' in c else 0.0,
                       recipe=recipe, repair=mode, ppl=float(np.exp(np.mean(v))),
                       realised=r['result']['sparsity'], record=r['config_id'],

@@ -24,7 +24,7 @@ from .cells import Cell, Lab, cell_key, measure_cell, repairs
 from .distillation import other_text
 from .methods import EVEN, PAPER, SAME, method_cell
 from .study import (
-    Measurement, Plan, Study, colours, half_width, mean_interval, read_records, spread)
+    FAR, Measurement, Plan, Study, broken, colours, half_width, mean_interval, read_records, spread)
 from .twins import documents
 
 # %% ../../nbs/studies/23_texts.ipynb #1f531068
@@ -300,10 +300,21 @@ def findings(table: pd.DataFrame, pilot: pd.DataFrame, dense: dict[str, float],
     t = gaps(table)
     lines = [_shown(t, DAMPED, PAPER), _shown(t, DAMPED, 'default'), _shown(t, 'default', WANDA),
              _shown(t, EVEN, 'even FFN cut')]
-    return ([x for x in lines if x] + _damped(pilot) + _elsewhere(more) + _price(table, dense)
-            + _costs(table))
+    return ([x for x in lines if x] + _damped(pilot) + _elsewhere(more) + _broken(table, more)
+            + _price(table, dense) + _costs(table))
 
 
+def _shown(t, better, worse) -> str:
+    "How far ahead is one thing of another, on the text of the calibration and elsewhere?"
+    parts, t = [], t[(t.better == better) & (t.worse == worse)]
+    for home, where in ((True, 'on the text of the calibration'), (False, 'on the other text')):
+        d = t[(t.calibrated == t.judged) == home]
+        if len(d):
+            parts.append(f'{where} ' + ' and '.join(
+                f'{mean_interval(r.gap, 3)} ({TEXTS[r.calibrated]})' for r in d.itertuples()))
+    return f'- *{better}* against *{worse}*, nats ahead {", ".join(parts)}.' if parts else ''
+
+# %% ../../nbs/studies/23_texts.ipynb #18b08995
 def _elsewhere(more) -> list[str]:
     "What the damped order gains at another target, and on texts that chose nothing"
     lines = []
@@ -319,15 +330,28 @@ def _elsewhere(more) -> list[str]:
     return lines
 
 
-def _shown(t, better, worse) -> str:
-    "How far ahead is one thing of another, on the text of the calibration and elsewhere?"
-    parts, t = [], t[(t.better == better) & (t.worse == worse)]
-    for home, where in ((True, 'on the text of the calibration'), (False, 'on the other text')):
-        d = t[(t.calibrated == t.judged) == home]
-        if len(d):
-            parts.append(f'{where} ' + ' and '.join(
-                f'{mean_interval(r.gap, 3)} ({TEXTS[r.calibrated]})' for r in d.itertuples()))
-    return f'- *{better}* against *{worse}*, nats ahead {", ".join(parts)}.' if parts else ''
+def _broken(table, more) -> list[str]:
+    "Policies that break down on single blocks, and the comparisons without these blocks"
+    t, names = pd.concat([table.assign(sparsity=SIGMA), more], ignore_index=True), TEXTS | UNSEEN
+    far = t.blocks.map(lambda v: broken(v).sum())
+    if not far.any(): return []
+    said = [f'{r.method}, σ = {r.sparsity:g}, calibrated on {TEXTS[r.calibrated]}, seed {r.seed}: '
+            f'{n} of {len(r.blocks)} blocks ({names[r.judged]})'
+            for r, n in zip(t.itertuples(), far) if n]
+    lines = [f'- Where single blocks are more than {FAR:g} nats above its median block, a policy '
+             f'breaks down. Of {len(t)} judgements that is so in {len(said)}: {"; ".join(said)}.']
+    for (s, calibrated), d in t.groupby(['sparsity', 'calibrated'], sort=False):
+        parts = []
+        for judged, x in d.groupby('judged', sort=False):
+            out = np.any([broken(v) for v in x.blocks], 0)
+            g = gaps(x.assign(blocks=x.blocks.map(lambda v, out=out: v[~out])))
+            parts += [f'*{r.better}* against *{r.worse}* {mean_interval(r.gap, 3)} '
+                      f'({names[judged]})' for r in g.itertuples() if out.any()
+                      and {r.better, r.worse} <= {'default', DAMPED, PAPER}]
+        if parts:
+            lines.append(f'- Without these blocks, for all policies alike (σ = {s:g}, calibrated '
+                         f'on {TEXTS[calibrated]}), nats ahead: {"; ".join(parts)}.')
+    return lines
 
 # %% ../../nbs/studies/23_texts.ipynb #37c4f12c
 def _damped(pilot) -> list[str]:
