@@ -2,6 +2,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -186,3 +187,73 @@ def test_a_lone_point_far_above_is_told_at_the_edge():
     assert [t.get_text() for t in ax.texts] == ['GRASPrune: 2.3 ↑']
     assert ax.get_ylim()[1] < 1.2 and len(ax.lines) == 3
     assert not methods.draw(table[table.method != 'GRASPrune']).axes[0].texts
+
+
+@pytest.fixture
+def made():
+    "Figures of SmolLM2 at half size: a constant lead over blocks that seeds do not agree on"
+    rng, base = np.random.default_rng(0), 4 + np.linspace(0, 1, 24)
+    rows = [dict(model='smollm2', method='dense', sparsity=0.0, seed=0, calibration='none',
+                 nll=3.0)]
+
+    def add(method, offsets, noise=0.0, tokens=100, episodes=320):
+        for seed, d in enumerate(offsets):
+            v = base + d + noise * rng.standard_normal(24)
+            rows.append(dict(model='smollm2', method=method, sparsity=0.5, seed=seed,
+                             calibration='sequential', nll=v.mean(), ppl=np.exp(v.mean()), blocks=v,
+                             forward_tokens=tokens, seconds=10.0 + seed, gone=0, other=np.nan,
+                             other_blocks=np.array([]), episodes=episodes))
+
+    def table():
+        return pd.DataFrame(rows)
+
+    add('default', [0, 0.3, -0.3])
+    add("default, Wanda's order", [-0.2, 0.1, 0.4])
+    return SimpleNamespace(add=add, table=table, rows=rows)
+
+
+def test_a_lead_is_told_over_blocks_and_over_seeds(made):
+    made.add('CMA-ES', [0.5, 0.8, 0.2])
+    line = next(x for x in methods.findings(made.table(), [], pd.DataFrame(columns=['sparsity']))
+                if "Wanda's order is above the greedy" in x)
+    assert 'in 1 of 1 pairs' in line and 'By intervals over seeds, in 0 of the 1 pairs' in line
+    assert 'not shown for SmolLM2-135M at 0.5 (+0.100 ± 1.291)' in line
+    t = methods.leads(made.table()).iloc[0]
+    assert t.rival == 'CMA-ES' and np.allclose(t['lead by seed'], 0.5) and len(t.lead) == 24
+    assert t['even by seed'] is None is t.even
+
+
+def test_what_reads_more_is_a_rival_and_is_named(made):
+    made.add("paper's recipe", [0.6], tokens=99, episodes=80)
+    made.add("paper's recipe, 320 episodes", [0.4], tokens=400)
+    made.add('agent, 320 episodes', [0.3, 0.5, 0.0], tokens=400)
+    made.add('even FFN cut', [0.7])
+    table = made.table()
+    assert methods.best_rival(table, 'smollm2', 0.5) == 'agent, 320 episodes'
+    held, recipe, agent = methods._held(table)
+    assert recipe.endswith('400 forward tokens, is above the default by 0.400 (σ = 0.5) nats '
+                           '(intervals over seeds).')
+    assert 'has 80 episodes (the paper: 5,000) and ends -0.100 (σ = 0.5)' in held
+    assert agent.startswith('- *agent, 320 episodes*, 400 forward tokens, is above the default by '
+                            '0.267 ± ')
+    shown = methods.headline(table, pd.DataFrame(columns=['method', 'sparsity', 'nll']))
+    of = lambda v: f'{np.exp(4.5 + v):.1f}'
+    assert f'{of(0.6)} ({of(0.4)})' in shown and f'**{of(0)}**' in shown
+    costs = methods.costs(table)
+    assert any("paper's recipe (80 episodes): 99 forward tokens and 10 s" in x for x in costs)
+    assert any('default: 100 forward tokens and 10 to 12 s' in x for x in costs)
+
+
+def test_a_lead_that_is_not_shown_is_not_bold(made):
+    made.add('EAS', [0.01], noise=0.5)
+    shown = methods.headline(made.table(), pd.DataFrame(columns=['method', 'sparsity', 'nll']))
+    assert '(EAS)' in shown and '**' not in shown
+
+
+def test_a_policy_that_breaks_on_single_blocks_is_named(made):
+    assert methods._broken(made.table()) == []
+    made.rows[2]['blocks'][5] += 3.8
+    made.rows[3]['other_blocks'] = np.array([4, 4, 4, 9.0])
+    (line,) = methods._broken(made.table())
+    assert line.endswith('default, seed 1, SmolLM2-135M at 0.5 (1 of 24, WikiText-2); default, '
+                         'seed 2, SmolLM2-135M at 0.5 (1 of 4, help topics).')

@@ -2,6 +2,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from ffp_nb.core.text import Corpus, split_text
@@ -93,3 +94,20 @@ def test_an_unseen_text_that_is_not_here_is_named(tmp_path, monkeypatch):
         '\n'.join(map(json.dumps, rows)))
     assert texts.unseen('lambada', tmp_path)['test'].startswith('passage ')
     assert ' of a novel\n\npassage ' in texts.unseen('lambada', tmp_path)['test']
+
+
+def test_comparisons_are_told_without_the_blocks_that_break_a_policy():
+    rows, base = [], np.linspace(4, 5, 10)
+    for name, offsets in (('default', [0, 0]), (texts.DAMPED, [-0.1, -0.1]),
+                          (texts.PAPER, [0.2, 0.3])):
+        for seed, d in enumerate(offsets):
+            rows.append(dict(calibrated='wikitext2', judged='pydoc', method=name, seed=seed,
+                             blocks=base + d))
+    more = pd.DataFrame(columns=[*rows[0], 'sparsity'])
+    assert texts._broken(pd.DataFrame(rows), more) == []
+    rows[1]['blocks'] = base + np.where(np.arange(10) == 3, 5.0, 0)  # seed 1 of the default
+    first, second = texts._broken(pd.DataFrame(rows), more)
+    assert 'Of 6 judgements that is so in 1: default, σ = 0.5, calibrated on WikiText-2, seed 1: ' \
+           '1 of 10 blocks (help topics).' in first
+    assert "*default* against *paper's recipe* 0.250 ± 0.635 (help topics)" in second
+    assert '*default, damped order* against *default* 0.100 ± 0.000 (help topics)' in second

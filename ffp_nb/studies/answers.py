@@ -305,7 +305,8 @@ def _texts(table, pilot, dense, more):
 # %% ../../nbs/studies/24_answers.ipynb #c45557dc
 PICTURES: dict[str, Callable] = {}  # study -> (its tables) -> a matplotlib figure
 SIZE = 6.8, 3.6  # inches: one column of the site
-SIGMA, NATS = 'share of the decoder blocks removed', 'nats a token above the dense model'
+SIGMA = "share of the layers' parameters removed"
+NATS = 'nats a token above the dense model'
 PLAIN = dict(ffp='agent', gradient='default', uniform='even cut') | {
     'uniform-ffn': 'even FFN cut'}  # of the names in the records
 
