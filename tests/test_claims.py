@@ -5,10 +5,11 @@ import pandas as pd
 import pytest
 
 from ffp_nb.studies import (
-    ablation, allocation, dynamic, prediction, recovery, schedules, searchers, spine)
+    ablation, allocation, criteria, dynamic, prediction, recovery, schedules, searchers, slopes,
+    spine)
 from ffp_nb.studies.cells import MODES, policy_table
 from ffp_nb.studies.registry import STUDIES
-from ffp_nb.studies.study import MARGIN, clusters, holm, no_worse, p_value, told
+from ffp_nb.studies.study import LEVEL, MARGIN, clusters, holm, no_worse, p_value, told
 
 DRAWS = range(10)
 MODELS, SEEDS = ('a', 'b', 'c'), (0, 1, 2)
@@ -97,7 +98,9 @@ def heuristics(g, gain=0.0, models=('a', 'b', 'c', 'd'), noise=0.01):
                 rows += [dict(model=m, sparsity=s, policy=p, seed=k, calibration=c,
                               nll=3 - gains.get(m, 0) * (p == 'ffp') + g.normal(0, noise))
                          for k in seeds for c in MODES]
-    return pd.DataFrame(rows).assign(ppl=lambda t: np.exp(t.nll)),
+    return pd.DataFrame(rows).assign(
+        ppl=lambda t: np.exp(t.nll),
+        blocks=lambda t: [v + np.linspace(-0.1, 0.1, 8) for v in t.nll]),
 
 
 def error(g, skill=0.0, spread=1.0):
@@ -294,3 +297,46 @@ def test_a_default_is_compared_with_its_own_pairs_only():
     other = traces_of(g, PAIR, faster=dict(a=0.1), sparsity=0.3)
     assert CLAIMS[4].rule(None, traces) == CLAIMS[4].rule(None, pd.concat([traces, other]))
     assert schedules.STUDY.claims and searchers.STUDY.claims and allocation.STUDY.claims
+
+
+def test_a_block_that_breaks_a_heuristic_is_told_and_left_out():
+    (t,) = heuristics(np.random.default_rng(0), gain=dict(a=0.02), noise=0.001)
+    best = t.index[(t.model == 'a') & (t.sparsity == 0.5) & (t.policy == 'flap')
+                   & (t.calibration == 'sequential')]
+    t.loc[best, 'nll'] -= 0.01  # the best heuristic, but for one block
+    (i,) = best
+    t.at[i, 'blocks'] = t.blocks[i] - 0.01 + np.where(np.arange(8) == 2, 4.0, 0)
+    t.loc[i, 'nll'] = t.blocks[i].mean()
+    t['ppl'] = np.exp(t.nll)
+    few = allocation.without_broken(t)
+    assert set(few.model) == {'a'} and few.lost.unique().tolist() == ['flap: 1 of 8']
+    here = lambda t: t[(t.model == 'a') & (t.sparsity == 0.5)].iloc[0]
+    with_it, without = (here(allocation.best_baseline(x)) for x in (t, few))
+    assert with_it.rival != 'flap' == without.rival
+    assert with_it.gain - without.gain == pytest.approx(0.01, abs=0.005)
+    _, said = CLAIMS[1].rule(t)
+    assert f'without test blocks that break a policy a at 0.5 has {without.gain:+.4f}' in said
+    lines = [x for x in allocation.findings(t) if 'break a policy' in x]
+    assert len(lines) == 1 and 'Without them, for all alike, the best baseline is flap' in lines[0]
+
+
+def test_a_lead_in_means_alone_is_not_told_apart():
+    "Three seeds that scatter as much as they differ, and three that do not"
+    of = lambda method, nll: [dict(order='wanda', calibration='static', method=method, seed=k,
+                                   ppl=np.exp(v)) for k, v in enumerate(nll)]
+    t = pd.DataFrame(of('gradient', [4.0, 4.1, 4.2]) + of('cma', [4.3, 4.4, 4.501])
+                     + of('tpe', [4.0, 4.5, 4.3]))
+    found = slopes.rivals_above(t, 'wanda', 'static')
+    assert found.loc['cma', 'holm'] < LEVEL < found.loc['tpe', 'holm']
+    assert found.loc['tpe', 'mean'] == pytest.approx(1 / 6)
+
+
+def test_what_travels_is_shown_by_pairs_and_not_by_a_share():
+    rows = [dict(searched=a, applied=b, above=0.0 if a == b else 0.02 * (b == 'y') + 1e-4 * seed)
+            for a in 'xyz' for b in 'xyz' for seed in range(3)]
+    t = pd.DataFrame(rows).assign(nll=lambda t: 3 + t.above)
+    found = criteria.travels(t)
+    assert len(found) == 6 and found.no_worse.sum() == 4
+    assert found['mean']['x', 'y'] == pytest.approx(0.0201)
+    v = criteria.shares(t)
+    assert v.sum() == pytest.approx(1) and v.interaction > v.searched and v.seeds < 0.05

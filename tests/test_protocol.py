@@ -22,7 +22,8 @@ from ffp_nb.core.text import Convention, load_corpus, split_text, token_blocks
 from ffp_nb.pipeline.config import PROFILES, PruneConfig, run_config
 from ffp_nb.search.loop import Search
 from ffp_nb.studies import protocol, registry
-from ffp_nb.studies.cells import Lab
+from ffp_nb.studies.answers import ANSWERS
+from ffp_nb.studies.cells import MODES, Lab
 from ffp_nb.studies.protocol import MODELS, PROTOCOLS, RECIPES, STUDY, made_rows, random_model
 from ffp_nb.studies.scaling import newest
 from ffp_nb.studies.study import count_records
@@ -423,3 +424,9 @@ def test_the_paper_s_average_is_measured(tmp_path, monkeypatch):
     assert len(scores) == 2
     for r in scores.values():
         assert 0 <= r['accuracy'] <= 100 and set(r['about']['data']) == {'piqa', 'openbookqa'}
+
+
+def test_the_answer_counts_measured_policies():
+    t = pd.DataFrame([dict(name='llama-2-7b', sparsity=s, recipe=r, repair=m)
+                      for s in (0.25, 0.5) for r in ('default', 'paper') for m in MODES])
+    assert ANSWERS['protocol'](t, None).startswith('4 of the wanted policies are measured')

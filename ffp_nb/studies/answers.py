@@ -19,7 +19,9 @@ from . import (
     ablation, allocation, criteria, distillation, dynamic, elastic, methods, prediction, quantise,
     ranking, rewards, scaling, schedules, slopes, texts)
 from .cells import against
-from .study import LEVEL, colours, half_width, plus_minus, told
+from .study import (
+    LEVEL, MARGIN, colours, half_width,
+    mean_interval, paired_differences, plus_minus, signed, told)
 
 # %% ../../nbs/studies/24_answers.ipynb #ab6a88a3
 ANSWERS: dict[str, Callable[..., str]] = {}  # study -> (its tables) -> a sentence
@@ -52,11 +54,12 @@ def _spine(table, by_name):
     m = _mean(t, ['sparsity', 'policy']).unstack()
     gain = m[['uniform', 'uniform-ffn']].min(axis=1) - m['ffp']
     none = _mean(table[(table.policy == 'ffp')], ['sparsity', 'calibration']).unstack()
-    repair = none['none'] - none['sequential']
+    repair = none['none'] - none['sequential']  # of the mean losses, so of perplexity a ratio
     held = _holds(gain.min() > 0, gain.max() > 0)
     return (f'{held}: the widths that the agent finds give {_cut(gain.min())} to '
-            f'{_cut(gain.max())} less perplexity than the better even cut, and closed-form repair '
-            f'takes off another {_cut(repair.min())} to {_cut(repair.max())}.')
+            f'{_cut(gain.max())} less perplexity than the better even cut once both are '
+            f'repaired, and the closed-form repair by itself takes {_cut(repair.min())} to '
+            f'{_cut(repair.max())} off.')
 
 
 @answers('families')
@@ -85,9 +88,13 @@ def _allocation(table):
     b = allocation.best_baseline(table)
     big = b[b.model == 'smollm2'].gain
     small = b[b.model != 'smollm2'].gain
+    few = allocation.best_baseline(allocation.without_broken(table))
+    few = '' if few.empty else ''.join(
+        f' ({r.gain:.3f} at {r.sparsity:g} without a test block on which a heuristic breaks down)'
+        for r in few[few.model == 'smollm2'].itertuples())
     return (f'On SmolLM2 the agent is {big.min():.3f} to {big.max():.3f} nats better than the best '
-            f'heuristic of each target; on the six-layer models ({small.mean():+.3f} on average) '
-            f'the best of each is {b[b.model != "smollm2"].rival.mode()[0]} most often.')
+            f'heuristic of each target{few}; on the six-layer models ({small.mean():+.3f} on '
+            f'average) the best of each is {b[b.model != "smollm2"].rival.mode()[0]} most often.')
 
 
 @answers('searchers')
@@ -113,20 +120,23 @@ def _ablation(mine):
     word = [told(r.selection_difference, r.selection_holm) for r in e.itertuples()]
     worst = e.loc[e.selection_difference.idxmax()]
     return (f'Of {len(e)} changes to the agent, {word.count("below")} are told apart as better and '
-            f'{word.count("above")} as worse after Holm\'s correction; what costs most is '
+            f'{word.count("above")} as worse after Holm\'s correction, which with intervals '
+            f'over {e.over.iloc[0]} none could have been unless it were large; what costs most is '
             f'"{worst.change}" ({worst.selection_difference:+.3f} nats).')
 
 
 @answers('prediction')
 def _prediction(judged, timing, searches):
-    r = prediction.chosen(judged).loc['random']
+    by = prediction.chosen(judged)
+    r = by.loc['random']
     times = 1e6 * timing['model_s'] / r.us_alone
     d = searches.pivot_table(index='seed', columns='kind', values='nll')
     d = d['predicted'] - d['model'] if 'predicted' in d else d.iloc[:, 0] - d.iloc[:, 1]
-    return (f'The predictor chosen by cross-validation ({r["name"]}) orders unseen policies with a '
-            f'Spearman correlation of {r.spearman:.3f} and takes {times:,.0f} times less '
-            f'time than the model; a search that learns on predictions ends '
-            f'{plus_minus(d.mean(), half_width(d))} nats from one that does not.')
+    return (f'The predictor chosen by cross-validation ({r["name"]}) orders unseen policies of '
+            f'all targets with a Spearman correlation of {r.spearman:.3f}, those that searches '
+            f'visit at their last target with {by.spearman["final"]:.3f}, and one prediction takes '
+            f'{times:,.0f} times less time than the model; a search that learns on predictions '
+            f'ends {plus_minus(d.mean(), half_width(d))} nats from one that does not.')
 
 
 @answers('dynamic')
@@ -141,13 +151,13 @@ def _dynamic(table, heuristics):
 # %% ../../nbs/studies/24_answers.ipynb #dd1a4274
 @answers('criteria')
 def _criteria(table, swaps):
-    s = criteria.shares(swaps)
-    t = table[table.calibration == 'static']
-    m = _mean(t[t.policy == 'ffp'], 'criterion')
-    return (f'The order of the units matters ({m.idxmin()} to {m.idxmax()}: '
-            f'{m.max() - m.min():.3f} nats), but widths travel: the criterion that they were '
-            f'searched under explains {s.iloc[1]:.0%} of the variance, the one they are applied '
-            f'under {s.iloc[0]:.0%}.')
+    t, t0 = criteria.travels(swaps), table[table.calibration == 'static']
+    against = paired_differences(t0[t0.policy == 'ffp'], 'wanda', 'criterion', ['seed'])
+    apart = (against.holm < LEVEL).sum()
+    return (f'A little: a policy searched under another criterion costs {t["mean"].mean():+.3f} '
+            f'nats on average ({t["mean"].min():+.3f} to {t["mean"].max():+.3f} by pair; shown to '
+            f'cost at most {MARGIN} in {t.no_worse.sum()} of {len(t)}). At their own widths '
+            f'{apart} of {len(against)} criteria are told apart from Wanda.')
 
 
 @answers('rewards')
@@ -155,13 +165,14 @@ def _rewards(scale, policies, judged, promised):
     r = rewards.correlations(policies)
     r, near = (r[(r['against'] == 'accuracy') & (r.over == over)].iloc[0]
                for over in ('all', 'visited'))
-    d = rewards.reward_differences(judged).set_index(['reward', 'figure']).difference
+    all_of = rewards.reward_differences(judged)
+    d, apart = all_of.set_index(['reward', 'figure']).difference, (all_of.holm < LEVEL).sum()
     held = _holds(min(r.low, near.low) > 0.5, r.low > 0)
     return (f'{held}: over {r.policies:.0f} policies nats and accuracy go together '
             f'(r = {r.pearson:.2f}), over the {near.policies:.0f} of them that a search visits '
             f'less surely ({near.pearson:.2f}, {near.low:.2f} to {near.high:.2f}). Rewarding tasks '
-            f'instead costs {d["task", "own"]:.2f} nats on the text for '
-            f'{100 * d["task", "accuracy"]:+.1f} points of accuracy.')
+            f'instead costs {d["task", "other"]:.2f} nats on a text that nothing was fitted to '
+            f'({apart} of {len(all_of)} differences between rewards are told apart by Holm).')
 
 
 @answers('recovery')
@@ -181,7 +192,8 @@ def _recovery(table, *rest):
 def _scaling(rows, record, gpu):
     p = scaling.placement(rows)
     total = p.device_GB + p.ram_GB
-    parts = ', '.join(f'{v:,.0f} GB at {k}' for k, v in total.tail(3).items())
+    how = rows.how.map(lambda h: ' (projected)' * (h == 'projected'))
+    parts = ', '.join(f'{v:,.0f} GB at {k}{how[k]}' for k, v in total.tail(3).items())
     return f'A calibrated search needs, all memory together, {parts}; on random weights.'
 
 
@@ -194,18 +206,25 @@ def _slopes(table, traces, twins, paths):
     few = c[c.method == 'gradient'].times_fewer_tokens.median()
     ours = of('greedy', 'gradient')
     won = ours < t[t.method != 'gradient'].groupby(['order', 'method']).ppl.mean().min()
-    return (f'{_holds(won)}: at half size slopes with a greedy order end at a perplexity of '
-            f'{ours:.1f}; the agent as shipped at {of("wanda", "ffp"):.1f}, '
-            f"with the paper's settings at {of('wanda', 'ffp, published'):.1f}; the best of an "
-            f'evolutionary search is reached with {few:.0f} times fewer tokens.')
+    rivals = slopes.rivals_above(t, 'wanda', 'sequential')
+    apart = (rivals.holm < LEVEL).sum()
+    return (f'{_holds(won and apart == len(rivals), won)}: at half size slopes end at a perplexity '
+            f'of {ours:.1f} in the greedy order and {of("wanda", "gradient"):.1f} in Wanda\'s, '
+            f'the agent as shipped at {of("greedy", "ffp"):.1f} and {of("wanda", "ffp"):.1f}, with '
+            f"the paper's settings in Wanda's at {of('wanda', 'ffp, published'):.1f}. Over seeds, "
+            f"in Wanda's order, {apart} of {len(rivals)} rivals are told apart from slopes by "
+            f'Holm; the best of an evolutionary search is reached there with {few:.0f} times fewer '
+            'tokens.')
 
 
 @answers('quantise')
 def _quantise(table, policies):
-    t = quantise.against_dense(table[table.step == 32]).dropna(subset='nats')
+    every = quantise.against_dense(table[table.step == 32])
+    t = every.dropna(subset='nats')
     worse = (t.nats > t.interval).sum()
-    return (f'{"Quantise first" if worse > len(t) / 2 else "It depends"}: {worse} of {len(t)} '
-            'pruned files are worse than a dense quantised file that is no larger. Prune for a '
+    return (f'{"Quantise first" if worse > len(t) / 2 else "It depends"}: {worse} of the '
+            f'{len(t)} pruned files (of {len(every)}) that have a dense quantised file no larger '
+            'are worse than it. Prune for a '
             'file below the smallest dense one, or for speed.')
 
 # %% ../../nbs/studies/24_answers.ipynb #4b2a0349
@@ -213,22 +232,22 @@ def _quantise(table, policies):
 def _distillation(table, points):
     t = table[(table.budget == distillation.TOKENS) & (table.texts == 'own')
               & (table.start == 'searched')]
-    g = t.groupby(['sparsity', 'loss'])[['own_gain', 'other_gain']].mean()
     lead = distillation.leads(table).groupby(['sparsity', 'loss']).own.mean()
     top = max(distillation.SIGMAS)
-    return (f'At half size distilling gains {g.own_gain[top, "distil"]:.2f} nats on its own text '
-            f'and {g.other_gain[top, "distil"]:.2f} on another, training on the text alone '
-            f'{g.own_gain[top, "text"]:.2f} and {g.other_gain[top, "text"]:+.2f}; the lead of the '
+    gain = lambda loss, k: mean_interval(t[(t.sparsity == top) & (t.loss == loss)][f'{k}_gain'])
+    return (f'At half size distilling gains {gain("distil", "own")} nats on its own text and '
+            f'{gain("distil", "other")} on another, training on the text alone '
+            f'{gain("text", "own")} and {gain("text", "other")}; the lead of the '
             f'search over an even cut is {lead[top, "before"]:.2f} nats before and '
             f'{lead[top, "distil"]:.2f} after distilling.')
 
 
 @answers('elastic')
 def _elastic(table, costs):
-    d = elastic.pairs(table, 'llama', 16, 128).difference
-    slow = elastic.pairs(table, 'smollm2', elastic.SERVED[1], 32, 'slow path').difference
-    return (f'On the twin {d.mean():+.4f} nats against a search for each target; on SmolLM2 '
-            f'{slow.mean():+.3f}, with a sweep three times as long as one search.')
+    d = elastic.over_seeds(elastic.pairs(table, 'llama', 16, 128))
+    slow = elastic.over_seeds(elastic.pairs(table, 'smollm2', 32, 32, 'slow path'))
+    return (f'On the twin {signed(d)} nats against a search for each target; on SmolLM2 '
+            f'{signed(slow, 3)}, with a sweep three times as long as one search.')
 
 # %% ../../nbs/studies/24_answers.ipynb #5cafb2be
 @answers('methods')
@@ -274,14 +293,16 @@ def _ranking(table, truth):
              f'{ranking.WORDS[labels]} ({top.how})'
              for labels, t in table[~sloped & table.policies.notna()].groupby(
                  'labels', sort=False) for top in [best(t[t.policies == t.policies.max()])]]
+    again = table[table.how == 'measured on other text'].spearman.max()
     return ('The best predictors, with hindsight, rank policies with a correlation of '
             f'{" and ".join(parts)}; a line from slopes with {drawn.spearman:.2f} after '
-            f'{drawn.tokens:,.0f}.')
+            f'{drawn.tokens:,.0f}. Measuring the policies again, on another part of the text, '
+            f'ranks them with {again:.2f}, so none can be expected to do better.')
 
 
 @answers('protocol')
 def _protocol(table, dense):
-    done = table.groupby(['model', 'sparsity', 'recipe']).ngroups
+    done = table.groupby(['name', 'sparsity', 'recipe']).ngroups
     return (f'{done} of the wanted policies are measured; the page has them beside the published '
             'figures.')
 

@@ -470,8 +470,8 @@ def read_cells(records: str | Path = '../runs/main') -> pd.DataFrame:
                    variant=c['variant'], tokens=c['tokens'], realised=found['sparsity'],
                    forward_tokens=found['forward_tokens'], record=r,
                    search_s=(found.get('search') or {}).get('wall_s', 0.0))
-        rows += [own | dict(calibration=m, nll=float(np.mean(v)), ppl=float(np.exp(np.mean(v))))
-                 for m, v in found['nll'].items()]
+        rows += [own | dict(calibration=m, nll=float(np.mean(v)), ppl=float(np.exp(np.mean(v))),
+                            blocks=np.array(v)) for m, v in found['nll'].items()]
     columns = ['model', 'sparsity', 'policy', 'seed', 'variant', 'tokens', 'calibration', 'nll',
                'ppl']
     t = pd.DataFrame(rows, columns=None if rows else columns)
@@ -569,13 +569,14 @@ def policy_table(records: list[dict], model: Callable[[dict], str]) -> pd.DataFr
                    policy=c.get('method', 'dense'), realised=found['sparsity'],
                    forward_tokens=r['forward_tokens'] or 0,
                    search_min=(found.get('search') or {}).get('wall_s', 0) / 60)
-        rows += [own | dict(calibration=m, nll=np.mean(v), ppl=np.exp(np.mean(v)), blocks=v)
+        rows += [own | dict(calibration=m, nll=np.mean(v), ppl=np.exp(np.mean(v)),
+                            blocks=np.array(v))
                  for m, v in found['nll'].items()]
     base = {(r['model'], r['sparsity'], r['calibration']): r['blocks'] for r in rows
             if r['policy'] == 'uniform-ffn'}
     for r in rows:
-        blocks, even = r.pop('blocks'), base.get((r['model'], r['sparsity'], r['calibration']))
-        if even:
-            r['gain'], r['interval'] = paired_interval(even, blocks)
+        even = base.get((r['model'], r['sparsity'], r['calibration']))
+        if even is not None:
+            r['gain'], r['interval'] = paired_interval(even, r['blocks'])
     t = pd.DataFrame(rows)
     return t.sort_values(['model', 'sparsity', 'policy', 'seed']).reset_index(drop=True)

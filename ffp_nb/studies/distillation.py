@@ -388,7 +388,7 @@ def findings(table: pd.DataFrame, points: pd.DataFrame) -> list[str]:
     broken = (table.apart > FAR).sum()
     lines.append(f'- In {broken} of {len(table)} models a single test block is more than {FAR:g} '
                  'nats above the median of its text: there the pruned model breaks down. Such a '
-                 'block widens the intervals above.')
+                 'block moves the means above and widens their intervals.')
     return lines + _texts_lines(t) + _cost_lines(t)
 
 # %% ../../nbs/studies/18_distillation.ipynb #553ebc04

@@ -146,11 +146,13 @@ def _repair(table, by_name):
     claim is about given widths, so each policy has its interval over test blocks"""
     t = repaired(by_name)
     below = pd.Series([told(r.difference, r.holm) == 'below' for r in t.itertuples()], t.sparsity)
-    p = table[table.policy == 'ffp'].groupby(['sparsity', 'calibration']).ppl.mean().unstack()
+    nll = table[table.policy == 'ffp'].groupby(['sparsity', 'calibration']).nll.mean()
+    p = np.exp(nll.unstack())
     said = '; '.join(f'σ = {s}: perplexity {r.none:.2f} to {r.sequential:.2f}, {below[[s]].sum()} '
                      f'of {len(below[[s]])} policies below' for s, r in p.iterrows())
     return verdict(below.all(), below.groupby('sparsity').all().any()), (
-        f'{said} (intervals over test blocks, Holm over {len(t)} policies)')
+        f'{said} (one model; perplexity of the mean loss; intervals over test blocks, Holm over '
+        f'{len(t)} policies)')
 
 
 STUDY = Study('spine', 'spine', plan, tidy, findings,
