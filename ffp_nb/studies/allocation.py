@@ -140,7 +140,7 @@ def _broken(table, mode) -> list[str]:
         lines.append(
             f'- Repair "{mode}", {r.model} at {r.sparsity:g}: single test blocks break a policy '
             f'({lost}). Without them, for all alike, the best baseline is {r.rival}, and the gain '
-            f'of ffp over it {plus_minus(r.gain, r.interval)} nats (interval over seeds, one '
+            f'of ffp over it is {plus_minus(r.gain, r.interval)} nats (interval over seeds, one '
             'comparison).')
     return lines
 
