@@ -395,7 +395,7 @@ def draw(table: pd.DataFrame, calibration: str = 'sequential',
     "Nats above dense against sparsity, a line for each method, a panel for each model"
     models = [m for m in models if (table.model == m).any()]
     fig, axes = plt.subplots(-(-len(models) // 2), min(len(models), 2), squeeze=False,
-                             figsize=(4.4 * min(len(models), 2), 4 * -(-len(models) // 2)),
+                             figsize=(4.4 * min(len(models), 2), 4.2 * -(-len(models) // 2)),
                              layout='constrained')
     lines = {}
     for ax, model in zip(axes.flat, models):
@@ -415,7 +415,7 @@ def draw(table: pd.DataFrame, calibration: str = 'sequential',
     for ax in axes.flat[len(models):]:
         ax.set_visible(False)
     for ax in axes[:, 0]:
-        ax.set_ylabel('nats a token above the dense model')
+        ax.set_ylabel('nats a token above dense')
     named = [m for m in NAMED if m in lines]
     fig.legend([lines[m] for m in named], named, loc='outside lower center', ncols=3,
                fontsize=9)
