@@ -726,9 +726,9 @@ def _elsewhere(table) -> list[str]:
             f'WikiText-2. With Holm over {len(t)} comparisons, it is shown to be ahead of '
             f'{said(shown(1))} and behind {said(shown(-1))}.',
             f'- There it loses {lost.other:.2f} nats, {lost.nll:.2f} on WikiText-2; the best other '
-            f'is {best.method}, {mean_interval(best.other, 3)} nats above it (interval over '
-            f'seeds). The orders of the methods on both texts correlate with {rank:.2f} '
-            '(Spearman).']
+            f'is {best.method}, {plus_minus(np.mean(best.other), half_width(best.other))} nats '
+            'from it (below 0: less loss; interval over seeds, chosen with hindsight). The orders '
+            f'of the methods on both texts correlate with {rank:.2f} (Spearman).']
         lines += [f'- {r.method[0].upper()}{r.method[1:]}, there: {mean_interval(r.other, 3)} nats '
                   f'from the default ({mean_interval(r.own, 3)} on WikiText-2; {len(r.other)} '
                   f'seeds{_below_all(table, model, s, r.method)}).'
