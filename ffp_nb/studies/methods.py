@@ -511,10 +511,10 @@ def costs(table: pd.DataFrame) -> list[str]:
         held = f' ({d.episodes.iloc[0]:.0f} episodes)' * (name == PAPER)
         low, high = (f'{v:.0f}' for v in (d.seconds.min(), d.seconds.max()))
         lines.append(f'- {MODELS[model]}, {name}{held}: {d.forward_tokens.mean():,.0f} forward '
-                     f'tokens and {low}{f" to {high}" * (low != high)} s a search, on one CPU core '
-                     'of several machines, some beside other work.')
-    return [*lines, '- On top of each come the statistics of the calibration text, and the '
-            "default's greedy order."] if lines else []
+                     f'tokens and {low}{f" to {high}" * (low != high)} s a search.')
+    return [*lines, '- Seconds are of one CPU core of several machines, some beside other work. On '
+            "top come the statistics of the calibration text, and the default's greedy order."
+            ] if lines else []
 
 # %% ../../nbs/studies/21_methods.ipynb #793e8afc
 def _by_seed(t, a, b) -> np.ndarray | None:
