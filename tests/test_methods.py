@@ -257,3 +257,6 @@ def test_a_policy_that_breaks_on_single_blocks_is_named(made):
     (line,) = methods._broken(made.table())
     assert line.endswith('default, seed 1, SmolLM2-135M at 0.5 (1 of 24, WikiText-2); default, '
                          'seed 2, SmolLM2-135M at 0.5 (1 of 4, help topics).')
+    made.rows[2]['model'] = 'opt-deep'  # its text is another one
+    (line,) = methods._broken(made.table())
+    assert 'seed 1, deep OPT at 0.5 (1 of 24, the text of the twins);' in line

@@ -61,7 +61,7 @@ NAMED = [*METHODS, 'GRASPrune']  # which learns its own order
 EVEN = 'even FFN cut, greedy'
 OURS, PAPER = [m for m in METHODS if m.startswith('default')], "paper's recipe"
 # searches that may read more than the default's, 2.5 times as many tokens; the paper has 5,000
-# episodes, and what is held to the default's tokens has 80
+# episodes, and what is held to the default's tokens has 80 on the real models
 LONG = "paper's recipe, 320 episodes", 'agent, 320 episodes'
 _START = {k: m for k, (order, m, _) in METHODS.items()  # of a training
           if order == 'wanda' and k not in LONG}
@@ -665,9 +665,11 @@ def _held(table) -> list[str]:
 def _broken(table) -> list[str]:
     "Policies that break down on single blocks, whose means tell of those blocks"
     t, parts = _at(table, MODELS), []
-    for column, where in (('blocks', 'WikiText-2'), ('other_blocks', 'help topics')):
+    for column in ('blocks', 'other_blocks'):
         for r in t.dropna(subset=column).to_dict('records'):
             if n := broken(r[column]).sum():
+                where = ('help topics' if column == 'other_blocks' else
+                         'WikiText-2' if r['model'] in REAL else 'the text of the twins')
                 parts.append(f'{r["method"]}, seed {r["seed"]}, {MODELS[r["model"]]} at '
                              f'{r["sparsity"]:g} ({n} of {len(r[column])}, {where})')
     return [f'- Where single test blocks are more than {FAR:g} nats above its median block, a '
