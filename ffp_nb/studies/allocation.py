@@ -17,7 +17,7 @@ from . import families, spine
 from .cells import MODES, Cell, Lab, plan_cells, read_cells
 from .study import (
     Claim, Measurement, Plan, Study, broken, clusters, half_width, holm, mean_interval, over,
-    p_value, plus_minus, read_records, told, verdict)
+    p_value, plus_minus, read_records, told, unbroken, verdict)
 from .twins import NAMES
 
 # %% ../../nbs/studies/06_allocation.ipynb #0868964e
@@ -75,9 +75,9 @@ def without_broken(table: pd.DataFrame) -> pd.DataFrame:
     these blocks, for all policies alike; `lost` names whose they are"""
     kept, names = [], ['model', 'sparsity', 'calibration']
     for _, d in table[table.policy != 'dense'].groupby(names):
-        if not (far := np.array([*map(broken, d.blocks)])).any(): continue
+        if not (far := broken([*d.blocks])).any(): continue
         lost = ', '.join(f'{p}: {n} of {far.shape[1]}' for p, n in zip(d.policy, far.sum(1)) if n)
-        nll = [np.mean(v[~far.any(0)]) for v in d.blocks]
+        nll = unbroken(d.blocks).mean(1)
         kept.append(d.assign(nll=nll, ppl=np.exp(nll), lost=lost))
     return pd.concat(kept) if kept else table.iloc[:0].assign(lost='')
 

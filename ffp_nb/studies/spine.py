@@ -152,7 +152,7 @@ def _repair(table, by_name):
                      f'of {len(below[[s]])} policies below' for s, r in p.iterrows())
     return verdict(below.all(), below.groupby('sparsity').all().any()), (
         f'{said} (one model; perplexity of the mean loss; intervals over test blocks, Holm over '
-        f'{len(t)} policies)')
+        f'{len(t)} policies; a rule that counted seeds said "in part", and was changed after that)')
 
 
 STUDY = Study('spine', 'spine', plan, tidy, findings,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Plan', 'FAR', 'MARGIN', 'LEVEL', 'COLOURS', 'Measurement', 'walk', 'Claim', 'Study', 'verdict', 'find_measured',
-           'run_study', 'count_records', 'read_records', 'only_one', 'half_width', 'plus_minus', 'broken',
-           'mean_interval', 'spread', 'clusters', 'over', 'signed', 'p_value', 'holm', 'told', 'margin_p', 'no_worse',
-           'paired_differences', 'colours']
+           'run_study', 'count_records', 'read_records', 'only_one', 'half_width', 'plus_minus', 'mean_interval',
+           'spread', 'broken', 'unbroken', 'clusters', 'over', 'signed', 'p_value', 'holm', 'told', 'margin_p',
+           'no_worse', 'paired_differences', 'colours']
 
 # %% ../../nbs/studies/01_study.ipynb #eb9fa206
 import os
@@ -149,15 +149,6 @@ def plus_minus(mean: float, half: float, digits: int = 3, sign: str = '+') -> st
     return f'{mean:{sign}z.{digits}f}' + (f' ± {half:.{digits}f}' if half == half else '')
 
 
-FAR = 3.0  # nats above the median block
-
-
-def broken(v) -> np.ndarray:
-    "Of which blocks (blocks,) the loss is more than `FAR` above their median: a model broke down"
-    v = np.asarray(v, dtype=float)
-    return v > np.median(v) + FAR if v.size else v > 0
-
-
 def mean_interval(v, digits: int = 2) -> str:
     "Mean ± half of the 95 % interval; a single value is given alone"
     return plus_minus(np.mean(v), half_width(v), digits, sign='')
@@ -167,6 +158,22 @@ def spread(v) -> str:
     "Mean, with the smallest and the largest of several"
     if len(v) == 1: return f'{v.mean():.2f}'
     return f'{v.mean():.2f} ({v.min():.2f} to {v.max():.2f})'
+
+# %% ../../nbs/studies/01_study.ipynb #dd843254
+FAR = 3.0  # nats above the median block
+
+
+def broken(v) -> np.ndarray:  # like v
+    """On which test blocks a model breaks down: the loss (..., blocks), in nats, is more than `FAR`
+    above the median of all"""
+    v = np.asarray(v, dtype=float)
+    return v > np.median(v, -1, keepdims=True) + FAR if v.size else v > 0
+
+
+def unbroken(blocks) -> np.ndarray:  # (models, blocks that are left)
+    "Losses (models, blocks) of several models on the test blocks that break none of them"
+    v = np.array([*blocks], dtype=float)
+    return v[:, ~broken(v).any(0)]
 
 # %% ../../nbs/studies/01_study.ipynb #6168afda
 def clusters(d: pd.Series) -> pd.Series:

@@ -24,7 +24,8 @@ from .cells import Cell, Lab, cell_key, measure_cell, repairs
 from .distillation import other_text
 from .methods import EVEN, PAPER, SAME, method_cell
 from .study import (
-    FAR, Measurement, Plan, Study, broken, colours, half_width, mean_interval, read_records, spread)
+    FAR, Measurement, Plan, Study, broken, colours, half_width,
+    mean_interval, read_records, spread, unbroken)
 from .twins import documents
 
 # %% ../../nbs/studies/23_texts.ipynb #1f531068
@@ -343,11 +344,12 @@ def _broken(table, more) -> list[str]:
     for (s, calibrated), d in t.groupby(['sparsity', 'calibrated'], sort=False):
         parts = []
         for judged, x in d.groupby('judged', sort=False):
-            out = np.any([broken(v) for v in x.blocks], 0)
-            g = gaps(x.assign(blocks=x.blocks.map(lambda v, out=out: v[~out])))
+            kept = unbroken(x.blocks)
+            if kept.shape[1] == len(x.blocks.iloc[0]): continue
+            g = gaps(x.assign(blocks=[*kept]))
             parts += [f'*{r.better}* against *{r.worse}* {mean_interval(r.gap, 3)} '
-                      f'({names[judged]})' for r in g.itertuples() if out.any()
-                      and {r.better, r.worse} <= {'default', DAMPED, PAPER}]
+                      f'({names[judged]})' for r in g.itertuples()
+                      if {r.better, r.worse} <= {'default', DAMPED, PAPER}]
         if parts:
             lines.append(f'- Without these blocks, for all policies alike (σ = {s:g}, calibrated '
                          f'on {TEXTS[calibrated]}), nats ahead: {"; ".join(parts)}.')
