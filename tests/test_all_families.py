@@ -17,7 +17,7 @@ from ffp_nb.core.families import (
     tiny_model, tiny_tokenizer)
 from ffp_nb.core.modeling import Family
 from ffp_nb.core.orders import obs_order
-from ffp_nb.core.perplexity import head_of
+from ffp_nb.core.perplexity import first_norms, head_of, residual_norms
 from ffp_nb.core.ridge import Calibrator, dense_goals, sequential_calibrate
 from ffp_nb.core.slopes import measure_slopes
 from ffp_nb.core.stats import collect_stats
@@ -47,6 +47,20 @@ def some(em):
 @torch.inference_mode()
 def logits(model):
     return model(IDS).logits
+
+
+@every
+def test_the_residual_stream_is_what_layers_leave(family):
+    model, seen = tiny_model(family), []
+    layers = next(m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList)
+                  and len(m) == model.config.num_hidden_layers)
+    for layer in layers[:-1]:
+        layer.register_forward_hook(lambda layer, given, out: seen.append(
+            (out if torch.is_tensor(out) else out[0]).norm(dim=-1)))
+    norms = residual_norms(model, IDS)
+    torch.testing.assert_close(norms, torch.stack(seen), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(first_norms(model, IDS[:, 0], batch=3), norms[:, :, 0].amax(0),
+                               rtol=1e-3)
 
 
 @every

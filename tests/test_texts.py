@@ -4,8 +4,9 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from ffp_nb.core.text import Corpus, split_text
+from ffp_nb.core.text import Blocks, Corpus, split_text
 from ffp_nb.pipeline.config import Profile
 from ffp_nb.studies import methods, texts
 from ffp_nb.studies.cells import Lab, known_models, repairs
@@ -63,6 +64,22 @@ def test_a_policy_is_judged_on_both_texts_with_the_repair_of_its_calibration(
     want = bench.perplexity(widths, other_text(bench, corpus).test[:6], fitted).nll
     np.testing.assert_allclose(judged['result']['nll']['made'], want, atol=1e-4)
     assert judged['result']['test_sha256'] == {'made': corpus.sha256['test']}
+    # what is left at the first token is what a pass over a whole block has there
+    (first,) = (r['result'] for r in read_records(tmp_path / 'texts', 'first'))
+    at = {str(second): 'own', 'pydoc': 'other', 'made': 'unseen'}
+    assert first['first'].keys() == first['lost'].keys() == at.keys()
+    for name in at:
+        blocks = other_text(bench, corpus if name == 'made' else name).test[:6]
+        norms = []
+        for policy, weights in ((widths, fitted), (bench.cost.full, None)):
+            with bench.elastic.at(policy, weights), torch.inference_mode():
+                found = bench.elastic.model(blocks.ids, output_hidden_states=True).hidden_states
+            norms.append(torch.stack(found[1:-1])[:, :, 0].float().norm(dim=-1).amax(0).numpy())
+        np.testing.assert_allclose(first['first'][name], norms[0] / norms[1], atol=0.01)
+    ids = other_text(bench, corpus).test[:6].ids
+    bos = torch.full((6, 1), bench.tokenizer.bos_token_id)
+    want = bench.perplexity(widths, Blocks(torch.cat([bos, ids], 1), ids.shape[1] - 1), fitted).nll
+    np.testing.assert_allclose(first['nll']['made'], want, atol=1e-4)
 
 
 def test_a_lab_knows_a_model_on_each_text(tmp_path):
@@ -111,3 +128,28 @@ def test_comparisons_are_told_without_the_blocks_that_break_a_policy():
            '1 of 10 blocks (help topics).' in first
     assert "*default* against *paper's recipe* 0.250 ± 0.635 (help topics)" in second
     assert '*default, damped order* against *default* 0.100 ± 0.000 (help topics)' in second
+
+
+def test_blocks_that_break_are_traced_to_their_first_token():
+    base, rows = np.linspace(4, 5, 8), []
+    for name, seed, judged in ((m, s, j) for m in (texts.PAPER, 'default') for s in (0, 1)
+                               for j in ('wikitext2', 'lambada')):
+        up = 0.3 * (name == texts.PAPER) + 0.01 * seed
+        rows.append(dict(method=name, seed=seed, judged=judged, kept=np.ones(8), lost=0.0, bos=1.0,
+                         dense=24_000.0, blocks=base + up,
+                         behind=base + up + 0.02 if judged == 'lambada' else None))
+    (why, behind) = texts._why(pd.DataFrame(rows))
+    assert ('24,000 at the median first token, a massive activation. Of 64 judged blocks of 4 '
+            'policies, 0 begin') in why and '0 of these break, and 0 of the 64 others' in why
+    assert "0 of the 32 blocks of novels and Django's manual break, without it 0" in behind
+    assert 'change by +0.020 nats' in behind
+    assert "*default* against *paper's recipe* 0.300 ± 0.000 (novels)" in behind
+    rows[7] |= dict(lost=0.1, kept=np.where(np.arange(8) < 2, 0.1, 1),  # two tokens, one block
+                    blocks=base + np.where(np.arange(8) == 1, 5.0, 0))
+    (why, behind) = texts._why(pd.DataFrame(rows))
+    assert '2 begin with a token' in why and '1 of these break, and 0 of the 62 others' in why
+    assert why.endswith("*paper's recipe* 0.0% / 0.0%; *default* 0.0% / 5.0%.")
+    assert "0 of the 32 blocks of novels and Django's manual break, without it 1" in behind
+    assert texts._why(pd.DataFrame(rows[:0])) == []
+    shown = texts.draw_first(pd.DataFrame(rows)).axes[0]
+    assert [len(c.get_offsets()) for c in shown.collections] == [32, 32]

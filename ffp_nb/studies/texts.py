@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODEL', 'SIGMA', 'TEXTS', 'OWN', 'OTHER', 'BLOCKS', 'WANDA', 'DAMPED', 'CUTS', 'SEEDS', 'NEAR', 'HERE', 'AGAIN',
            'UNSEEN', 'JUDGED', 'ALPHAS', 'ALPHA', 'PAIRS', 'STUDY', 'wanted', 'plan', 'unseen', 'judge_both', 'tidy',
-           'gaps', 'gap_table', 'loss_table', 'pilot_table', 'best_alpha', 'draw', 'findings']
+           'gaps', 'gap_table', 'loss_table', 'pilot_table', 'best_alpha', 'draw', 'by_block', 'draw_first', 'findings']
 
 # %% ../../nbs/studies/23_texts.ipynb #48ae8fcd
 import os
@@ -16,16 +16,19 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 
-from ..core.text import Corpus, split_text
+from ..core.perplexity import first_norms
+from ..core.text import Blocks, Corpus, Splits, split_text
 from ..pipeline.bench import Bench
+from ..pipeline.prune import LOST
 from . import methods
 from .cells import Cell, Lab, cell_key, measure_cell, repairs
 from .distillation import other_text
 from .methods import EVEN, PAPER, SAME, method_cell
 from .study import (
     FAR, Measurement, Plan, Study, broken, colours, half_width,
-    mean_interval, read_records, spread, unbroken)
+    mean_interval, plus_minus, read_records, spread, unbroken)
 from .twins import documents
 
 # %% ../../nbs/studies/23_texts.ipynb #1f531068
@@ -95,6 +98,7 @@ def _plan_unseen(lab, damped) -> Plan:  # damped: (lab, order, record) of each
     for own, order, record in found + damped:
         if record:
             yield _on_unseen(own, order, record)
+            yield _on_first(own, order, record)
 
 
 def _on_unseen(lab, order, record) -> Measurement:
@@ -105,13 +109,18 @@ def _on_unseen(lab, order, record) -> Measurement:
         lab.bench(MODEL, order), np.array(record['result']['widths']), key['blocks'],
         lab.work / 'models'))
 
-
+# %% ../../nbs/studies/23_texts.ipynb #ac825ff6
 def _measure_unseen(bench, widths, blocks, folder) -> dict:
     fitted = repairs(bench, widths)['sequential']
-    corpora = {name: unseen(name, folder) for name in UNSEEN}
-    nll = {name: bench.perplexity(widths, other_text(bench, c).test[:blocks], fitted).nll.round(5)
-           for name, c in corpora.items()}
-    return dict(nll=nll, test_sha256={name: c.sha256['test'] for name, c in corpora.items()})
+    texts = {name: _splits(bench, name, folder) for name in UNSEEN}
+    nll = {name: bench.perplexity(widths, t.test[:blocks], fitted).nll.round(5)
+           for name, t in texts.items()}
+    return dict(nll=nll, test_sha256={name: t.corpus.sha256['test'] for name, t in texts.items()})
+
+
+def _splits(bench, name, folder) -> Splits:
+    "A text of `TEXTS` or `UNSEEN` in blocks"
+    return other_text(bench, unseen(name, folder) if name in UNSEEN else name)
 
 
 def unseen(name: str, folder: Path) -> Corpus:  # keeps what is fetched
@@ -125,6 +134,38 @@ def unseen(name: str, folder: Path) -> Corpus:  # keeps what is fetched
                                 'zero-shot.')
     rows = pd.read_json(path, lines=True)
     return Corpus(name, split_text('\n\n'.join(rows.context + ' ' + rows.continuation)))
+
+# %% ../../nbs/studies/23_texts.ipynb #d4f551b8
+def _on_first(lab, order, record) -> Measurement:
+    "What a policy does to the first token of a text, and its loss behind a fixed first token"
+    key = dict(name=f"first-{record['config']['name']}", study='texts', of=record['config_id'],
+               texts=[*TEXTS, *UNSEEN], blocks=SAME[MODEL], calibration='sequential', lost=LOST)
+    return Measurement(key, lambda _: _measure_first(
+        lab.bench(MODEL, order), np.array(record['result']['widths']), key['blocks'],
+        lab.work / 'models'))
+
+
+def _norms(bench, widths, weights, tokens):
+    with bench.elastic.at(widths, weights):
+        return first_norms(bench.elastic.model, tokens)
+
+
+def _measure_first(bench, widths, blocks, folder) -> dict:
+    """The norm at the first token of each block as a share of the dense model's; how often tokens
+    of each text would lose it; nats per token of each block of `UNSEEN` behind BOS"""
+    fitted, bos = repairs(bench, widths)['sequential'], bench.tokenizer.bos_token_id
+    ids = {name: _splits(bench, name, folder).test[:blocks].ids for name in TEXTS | UNSEEN}
+    tokens = torch.cat([*(x.reshape(-1) for x in ids.values()), torch.tensor([bos])]).unique()
+    dense, left = (_norms(bench, *x, tokens) for x in ((bench.cost.full, None), (widths, fitted)))
+    share = pd.Series(left / dense, tokens.tolist(), float)
+    behind = {k: Blocks(torch.cat([torch.full((len(ids[k]), 1), bos), ids[k]], 1),
+                        ids[k].shape[1] - 1) for k in UNSEEN}
+    return dict(first={k: share[v[:, 0].tolist()].to_numpy().round(3) for k, v in ids.items()},
+                lost={k: round(float((share[v.reshape(-1).tolist()] < LOST).mean()), 5)
+                      for k, v in ids.items()},
+                bos=round(float(share[bos]), 3), dense=float(np.median(dense).round()),
+                nll={k: bench.perplexity(widths, v, fitted).nll.round(5)
+                     for k, v in behind.items()})
 
 # %% ../../nbs/studies/23_texts.ipynb #07e6c434
 def _policy(lab, order, cell, splits=('test',)) -> Measurement:
@@ -152,11 +193,12 @@ def judge_both(bench: Bench, widths: np.ndarray,  # (n_layers, 2)
 _COLUMNS = ['calibrated', 'judged', 'method', 'seed', 'nll', 'blocks', 'forward_tokens', 'seconds']
 
 
-def tidy(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, float], pd.DataFrame]:
+def tidy(runs: Path) -> tuple[
+        pd.DataFrame, pd.DataFrame, dict[str, float], pd.DataFrame, pd.DataFrame]:
     """A row for each policy and each text that it is judged on, with sequential repair: `nll`, and
     `blocks`, nats per token of each test block (blocks,); the pilot, with `alpha` and `split`;
     nats of the dense model by text; rows like the first for the target `NEAR` and the texts of
-    `UNSEEN`, with `sparsity`"""
+    `UNSEEN`, with `sparsity`; rows of first tokens, see `_first`"""
     known, own = methods.find_policies(runs), read_records(runs / 'texts')
     at = lambda r: [r['config'].get(k) for k in ('text', 'criterion', 'order_alpha', 'name')]
     here = {tuple(at(r)): r for r in own}
@@ -173,8 +215,9 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, float], pd.D
             rows += _rows(name, cell, text, r, dict(zip(TEXTS, nll)))
     table = methods.tidy(runs)[0]
     dense = table[(table.model == MODEL) & (table.method == 'dense')][['nll', 'other']].mean()
-    return pd.DataFrame(rows, columns=_COLUMNS), _pilot(own), dict(zip(TEXTS, dense)), (
-        _more(own, here, known))
+    table, more = pd.DataFrame(rows, columns=_COLUMNS), _more(own, here, known)
+    return (table, _pilot(own), dict(zip(TEXTS, dense)), more, _first(own, here, known, pd.concat(
+        [table[table.calibrated == OWN], more[more.sparsity == SIGMA]])))
 
 # %% ../../nbs/studies/23_texts.ipynb #ab7573cb
 def _more(records, here, known) -> pd.DataFrame:
@@ -183,8 +226,7 @@ def _more(records, here, known) -> pd.DataFrame:
            for r in records if 'of' in r['config']}
     rows = []
     for name, s, seed in product(JUDGED, (NEAR, SIGMA), range(HERE)):
-        order, cell = method_cell(MODEL, 'default' if name == DAMPED else name, s, seed)
-        r = here.get((OWN, order, ALPHA, cell.name)) if name == DAMPED else known(order, cell)
+        cell, r = _policy_of(name, s, seed, here, known)
         if not r: continue
         found, i = dict(nll.get((r['config_id'], 'unseen'), {})), r['config_id']
         if s == NEAR and name == DAMPED:
@@ -202,6 +244,32 @@ def _rows(name, cell, calibrated, record, nll) -> list[dict]:
                  nll=float(np.mean(v)), blocks=np.array(v), seconds=seconds,
                  forward_tokens=record['result'].get('forward_tokens', 0))
             for judged, v in nll.items()]
+
+# %% ../../nbs/studies/23_texts.ipynb #d422253b
+def _policy_of(name, sparsity, seed, here, known) -> tuple[Cell, dict | None]:
+    "Cell and record of one of `JUDGED`, calibrated on the first text"
+    order, cell = method_cell(MODEL, 'default' if name == DAMPED else name, sparsity, seed)
+    damped = name == DAMPED
+    return cell, here.get((OWN, order, ALPHA, cell.name)) if damped else known(order, cell)
+
+
+def _first(records, here, known, judged) -> pd.DataFrame:
+    """A row for each policy and each text that it is judged on (`judged`): what is left of the
+    dense model's norm at the first token of each block (`kept`, (blocks,)) and at BOS (`bos`), the
+    share of the text's tokens that would lose it (`lost`), the dense model's median (`dense`), nats
+    of each block (`blocks`, (blocks,)) and, on texts of `UNSEEN`, behind BOS (`behind`)"""
+    found = {r['config']['of']: r['result'] for r in records
+             if r['config']['name'].startswith('first-')}
+    nats, rows = judged.set_index(['method', 'seed', 'judged']).blocks, []
+    for name, seed in product(JUDGED, range(HERE)):
+        _, policy = _policy_of(name, SIGMA, seed, here, known)
+        if not policy or not (x := found.get(policy['config_id'])): continue
+        rows += [dict(method=name, seed=seed, judged=k, kept=np.array(v), lost=x['lost'][k],
+                      bos=x['bos'], dense=x['dense'], blocks=nats[name, seed, k],
+                      behind=np.array(x['nll'][k]) if k in x['nll'] else None)
+                 for k, v in x['first'].items()]
+    return pd.DataFrame(rows, columns=['method', 'seed', 'judged', 'kept', 'lost', 'bos', 'dense',
+                                       'blocks', 'behind'])
 
 # %% ../../nbs/studies/23_texts.ipynb #defb5952
 def _pilot(records) -> pd.DataFrame:
@@ -294,15 +362,38 @@ def draw(table: pd.DataFrame, dense: dict[str, float]):  # a matplotlib figure
                fontsize=9)
     return fig
 
+# %% ../../nbs/studies/23_texts.ipynb #d9c67db7
+def by_block(first: pd.DataFrame) -> pd.DataFrame:
+    """A row for each judged block of each policy: what is `kept` of the norm at its first token,
+    nats `above` the policy's median block of that text, and whether it `breaks`"""
+    t = first.assign(above=[v - np.median(v) for v in first.blocks],
+                     breaks=[broken(v) for v in first.blocks])
+    return t.explode(['kept', 'above', 'breaks']).astype(dict(kept=float, above=float, breaks=bool))
+
+
+def draw_first(first: pd.DataFrame) -> plt.Figure:
+    "Loss of each judged block against what its first token has kept"
+    fig, ax = plt.subplots(figsize=(6.8, 3.6), layout='constrained')
+    for name, d in by_block(first).groupby('method', sort=False):
+        ax.scatter(d.kept, d.above, s=22, label=name, color=colours([name])[name],
+                   marker='s' if name == DAMPED else 'o', alpha=0.7, linewidths=0)
+    ax.axvline(LOST, color='0.5', lw=1, ls=':')
+    ax.axhline(FAR, color='0.5', lw=1, ls=':')
+    ax.set(xscale='log', xlabel='norm at the first token, as a share of the dense model\'s',
+           ylabel='nats a token above the median block')
+    ax.legend(fontsize=9)
+    return fig
+
 # %% ../../nbs/studies/23_texts.ipynb #bdcfae24
 def findings(table: pd.DataFrame, pilot: pd.DataFrame, dense: dict[str, float],
-             more: pd.DataFrame) -> list[str]:
-    "Markdown lines: orders on their own text and elsewhere, searches, and what a wrong text costs"
+             more: pd.DataFrame, first: pd.DataFrame) -> list[str]:
+    """Markdown lines: orders on their own text and elsewhere, searches, why single blocks break,
+    and what a wrong text costs"""
     t = gaps(table)
     lines = [_shown(t, DAMPED, PAPER), _shown(t, DAMPED, 'default'), _shown(t, 'default', WANDA),
              _shown(t, EVEN, 'even FFN cut')]
     return ([x for x in lines if x] + _damped(pilot) + _elsewhere(more) + _broken(table, more)
-            + _price(table, dense) + _costs(table))
+            + _why(first) + _price(table, dense) + _costs(table))
 
 
 def _shown(t, better, worse) -> str:
@@ -354,6 +445,39 @@ def _broken(table, more) -> list[str]:
             lines.append(f'- Without these blocks, for all policies alike (σ = {s:g}, calibrated '
                          f'on {TEXTS[calibrated]}), nats ahead: {"; ".join(parts)}.')
     return lines
+
+# %% ../../nbs/studies/23_texts.ipynb #848719d8
+def _why(first) -> list[str]:
+    "Are blocks that break those whose first token has lost its massive activation?"
+    if first.empty: return []
+    t = by_block(first)
+    lost = t[t.kept < LOST]
+    of = [f'*{m}* ' + ' / '.join(f'{d.lost.mean():.1%}' for _, d in x.groupby('seed'))
+          for m, x in first.groupby('method', sort=False)]
+    lines = [f'- Why single blocks break: the residual stream of the dense model has a norm of '
+             f'{first.dense.median():,.0f} at the median first token, a massive activation. Of '
+             f'{len(t)} judged blocks of {len(first.groupby(["method", "seed"]))} policies, '
+             f'{len(lost)} begin with a token at which less than {LOST:.0%} of it is left; '
+             f'{lost.breaks.sum()} of these break, and {t.breaks.sum() - lost.breaks.sum()} of the '
+             f'{len(t) - len(lost)} others. Tokens that lose it as the first of a text, mean of '
+             f'the texts, seed by seed: {"; ".join(of)}.']
+    return lines + _behind(first.dropna(subset='behind'))
+
+
+def _behind(t) -> list[str]:
+    "What a fixed first token changes on the texts of `UNSEEN`"
+    if t.empty: return []
+    before, after = (np.hstack([*t[k]]) for k in ('blocks', 'behind'))
+    kept = np.hstack([*t.kept]) >= LOST
+    g = gaps(t.assign(blocks=t.behind, calibrated=OWN))
+    parts = [f'*{r.better}* against *{r.worse}* {mean_interval(r.gap, 3)} ({UNSEEN[r.judged]})'
+             for r in g.itertuples()]
+    return [f'- Behind the token BOS, at which every policy keeps {t.bos.min():.0%} of it or more, '
+            f'{sum(broken(v).sum() for v in t.behind)} of the {len(after)} blocks of '
+            f'{" and ".join(UNSEEN.values())} break, without it '
+            f'{sum(broken(v).sum() for v in t.blocks)}. Blocks that had kept it change by '
+            f'{plus_minus(np.mean((after - before)[kept]), np.nan)} nats. Nats ahead behind BOS: '
+            f'{"; ".join(parts)}.']
 
 # %% ../../nbs/studies/23_texts.ipynb #37c4f12c
 def _damped(pilot) -> list[str]:
