@@ -462,3 +462,60 @@ def test_zero_shot_and_export_from_the_shell(family_folder, ffp, tmp_path):
     result = ffp('export', out / 'model', '--gguf', tmp_path / 'x.gguf')
     assert (result.exit_code == 1 and 'llama.cpp has no architecture' in result.stderr
             and not (tmp_path / 'x.gguf').exists())
+
+
+def test_a_lost_massive_activation_is_told_and_nothing_else_is_lost(
+        family_folder, tmp_path, monkeypatch):
+    "A model is saved whatever the check finds; the record, the card and a warning agree"
+    folder = family_folder('llama')
+    config = PruneConfig(str(folder / 'dense'), str(folder / 'text.txt'), method='uniform-ffn',
+                         calibration='none', **SMALL_UNITS)
+    prune.prune(config, tmp_path / 'none', progress=False)
+    assert 'first_token' not in record(tmp_path / 'none')['result']  # nothing is massive here
+    monkeypatch.setattr(prune, 'MASSIVE', 0)
+    monkeypatch.setattr(prune, 'LOST', 1e9)  # so everything is lost
+    with pytest.warns(UserWarning, match='As the first of a text, 100.0% of the test text'):
+        prune.prune(config, tmp_path / 'lost', progress=False)
+    found = record(tmp_path / 'lost')['result']['first_token']
+    assert found['lost'] == 1 and 0 < found['bos'] < 10
+    said = (tmp_path / 'lost' / 'model' / 'README.md').read_text()
+    assert 'lose the massive activation, and the model may break down on what follows.' in said
+    def full(*a):
+        raise torch.OutOfMemoryError
+    monkeypatch.setattr(prune, 'first_norms', full)
+    with pytest.warns(UserWarning, match='the first token is not checked: the device has no room'):
+        prune.prune(config, tmp_path / 'full', progress=False)
+    assert (tmp_path / 'full' / 'model' / 'config.json').is_file()
+
+
+@pytest.mark.parametrize('way', ['the bench', 'the tokenizer'])
+def test_where_texts_begin_with_bos_only_that_is_checked(bench, monkeypatch, way):
+    widths, own = bench.cost.full, bench.tokenizer
+    monkeypatch.setattr(prune, 'MASSIVE', 0)
+    found = prune.check_first(bench, widths, None)
+    assert found['tokens'] == len(bench.text.test.ids.unique()) > 1 and found['bos'] == 1
+    if way == 'the bench':
+        monkeypatch.setattr(bench.text, 'convention', replace(bench.text.convention, bos=True))
+    else:
+        class Own:
+            bos_token, bos_token_id = own.bos_token, own.bos_token_id
+            def __call__(self, text):
+                return dict(input_ids=[self.bos_token_id, *own(text)['input_ids']])
+        monkeypatch.setattr(bench, 'tokenizer', Own())
+    assert prune.check_first(bench, widths, None) == dict(lost=0, tokens=1, bos=1)
+    said = prune.say_first(bench, dict(lost=1.0, tokens=1, bos=0.1))
+    assert said.startswith(f'Behind {own.bos_token} the model keeps 10% of the massive activation')
+    assert 'keeps 0% of' in prune.say_first(bench, dict(lost=1.0, tokens=1, bos=float('nan')))
+
+
+def test_a_late_layer_does_not_hide_what_is_lost(bench, monkeypatch):
+    "What counts is the layer at which the dense model's first token is largest"
+    monkeypatch.setattr(prune, 'residual_norms', lambda model, ids: torch.tensor(
+        [[10.0, 1, 1], [2000, 1, 1], [1999, 900, 900]])[:, None])
+    norms = iter([np.full(9, 2000.0), np.full(9, 50.0)])
+    asked = []
+    monkeypatch.setattr(prune, 'first_norms', lambda model, tokens, layer: asked.append(layer)
+                        or next(norms)[:len(tokens)])
+    monkeypatch.setattr(prune, 'FIRST', 8)
+    assert prune.check_first(bench, bench.cost.full, None)['lost'] == 1
+    assert asked == [1, 1]

@@ -80,6 +80,22 @@ def test_a_policy_is_judged_on_both_texts_with_the_repair_of_its_calibration(
     bos = torch.full((6, 1), bench.tokenizer.bos_token_id)
     want = bench.perplexity(widths, Blocks(torch.cat([bos, ids], 1), ids.shape[1] - 1), fitted).nll
     np.testing.assert_allclose(first['nll']['made'], want, atol=1e-4)
+    # texts begun at places of a token that is said to have lost its norm
+    gone, flat, n = ids.flatten().mode().values, ids.flatten(), ids.shape[1]
+    monkeypatch.setattr(texts, '_norms', lambda bench, widths, weights, tokens: np.where(
+        (tokens == gone) & (weights is not None), 0.1, 1.0))
+    monkeypatch.setattr(texts, 'STARTS', 5)
+    found = texts._measure_starts(bench, widths, 6, tmp_path)
+    places = [i for i in range(len(flat) - n + 1) if flat[i] == gone]
+    assert len(places) > 5 == len(found['alone'])
+    assert found['tokens'] == [bench.tokenizer.decode([gone])] * 5
+    for j, i in ((0, places[0]), (-1, places[-1])):  # from the first place to the last
+        row = flat[None, i:i + n]
+        for k, x in (('alone', row), ('behind', torch.cat([bos[:1], row], 1))):
+            want = bench.perplexity(widths, Blocks(x, n - 1), fitted).nll
+            np.testing.assert_allclose(found[k][j], want, atol=1e-4)
+    monkeypatch.setattr(texts, '_norms', lambda *a: np.ones(len(a[-1])))
+    assert texts._measure_starts(bench, widths, 6, tmp_path) == dict(tokens=[])
 
 
 def test_a_lab_knows_a_model_on_each_text(tmp_path):
@@ -150,6 +166,20 @@ def test_blocks_that_break_are_traced_to_their_first_token():
     assert '2 begin with a token' in why and '1 of these break, and 0 of the 62 others' in why
     assert why.endswith("*paper's recipe* 0.0% / 0.0%; *default* 0.0% / 5.0%.")
     assert "0 of the 32 blocks of novels and Django's manual break, without it 1" in behind
+    assert 'Policies of which a block breaks: 1.' in why
     assert texts._why(pd.DataFrame(rows[:0])) == []
     shown = texts.draw_first(pd.DataFrame(rows)).axes[0]
     assert [len(c.get_offsets()) for c in shown.collections] == [32, 32]
+
+
+def test_texts_that_begin_with_a_lost_token_are_compared_with_the_same_behind_bos():
+    none = pd.DataFrame(columns=['method', 'seed', 'tokens', 'alone', 'behind'])
+    assert texts._begun(none) == []
+    base = np.linspace(4, 5, 3)
+    rows = pd.DataFrame([
+        dict(method='default', seed=2, tokens=['\n', ' "', '\n'], alone=base + [5, 0, 4],
+             behind=base),
+        dict(method=texts.DAMPED, seed=1, tokens=[], alone=np.array([]), behind=np.array([]))])
+    (line,) = texts._begun(rows)
+    assert line.endswith("behind BOS. default, seed 2: +3.00 nats, more than 3 at 2 of 3 places "
+                         "(`'\\n'`, `' \"'`).")

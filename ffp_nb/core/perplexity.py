@@ -113,8 +113,10 @@ def residual_norms(model: PreTrainedModel, ids: torch.Tensor,  # (n, t)
 
 
 def first_norms(model: PreTrainedModel, tokens: torch.Tensor,  # (n,)
-                batch: int = 512) -> np.ndarray:  # (n,)
-    """Largest norm of the residual stream at each token as the first of a text. What follows cannot
-    change it. Of a model with at least two layers"""
-    return np.concatenate([residual_norms(model, ids[:, None])[:, :, 0].amax(0).numpy()
+                layer: int | None = None,  # behind which; None: the largest of all
+                batch: int = 128) -> np.ndarray:  # (n,)
+    """Norm of the residual stream at each token as the first of a text. What follows cannot change
+    it. Of a model with at least two layers"""
+    of = lambda norms: norms.amax(0) if layer is None else norms[layer]
+    return np.concatenate([of(residual_norms(model, ids[:, None])[:, :, 0]).numpy()
                            for ids in tokens.split(batch)])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'CARD_FILES', 'MISS', 'MASSIVE', 'LOST', 'FIRST', 'RARE', 'check_place', 'prune', 'speed_up', 'check_wish',
-           'say_wish', 'say_fit', 'removed', 'keep_check', 'check_first', 'say_first', 'warn_first', 'measure',
-           'write_outputs', 'card_files']
+           'say_wish', 'say_fit', 'removed', 'keep_check', 'check_first', 'begins_with_bos', 'try_first', 'say_first',
+           'warn_first', 'measure', 'write_outputs', 'card_files']
 
 # %% ../../nbs/pipeline/02_prune.ipynb #548f4d64
 import time
@@ -80,14 +80,14 @@ def prune(config: PruneConfig,
                      sequential=lambda: bench.sequential(widths, progress))
         weights = final[config.calibration]()
         table = measure(bench, widths, config.method, {config.calibration: weights}, progress)
-        more: dict = dict(settled=tried, first_token=check_first(bench, widths, weights))
+        more: dict = dict(settled=tried, first_token=try_first(bench, widths, weights))
         record = write_outputs(bench, widths, result, table, out, time.perf_counter() - start,
                                **{k: v for k, v in more.items() if v})
         with bench.elastic.at(widths, weights):  # last: if the model exists, the run is complete
             save_pruned(bench.elastic, bench.tokenizer, out / 'model', overwrite,
                         card_files(bench, widths, table, out, record), config.model)
-        warn_first(bench, more['first_token'])
         keep_check(bench, widths, table, out, record, progress)
+        warn_first(bench, more['first_token'])
     return table
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b2665d42
@@ -173,37 +173,54 @@ FIRST, RARE = 1024, 0.01  # tokens that are tried; the share that may be lost wi
 def check_first(bench: Bench, widths,  # (n_layers, 2)
                 weights: Weights | None) -> dict | None:
     """What is left of the massive activation at the first token (`LOST`): the share of the test
-    split's most frequent tokens, or of BOS, where that begins each block, that lose it (`lost`),
-    how many were tried (`tokens`), and what BOS keeps (`bos`). None for a model without one"""
+    split's most frequent tokens, or of BOS, where texts begin with it, that lose it (`lost`), how
+    many were tried (`tokens`), and what BOS keeps (`bos`). None for a model without one"""
     net, ids, bos = bench.elastic, bench.text.test.ids, bench.tokenizer.bos_token_id
-    seen, count = (ids[:, :1] if bench.text.convention.bos else ids).unique(return_counts=True)
+    seen, count = ids.unique(return_counts=True)
+    if begins_with_bos(bench):
+        seen, count = torch.tensor([[bos], [1]])
     top = count.argsort(descending=True, stable=True)[:FIRST]
     tokens = torch.cat([seen[top], torch.tensor([] if bos is None else [bos], dtype=ids.dtype)])
     with net.at(net.layout.full):
-        norms = residual_norms(net.model, ids[:1])[:, 0]  # (layers - 1, positions)
+        norms = residual_norms(net.model, ids[:1, :128])[:, 0]  # (layers - 1, positions)
         if not len(norms): return None
-        own = norms[norms[:, 0].argmax()]
-        if not own[0] > MASSIVE * own[1:].median(): return None
-        dense = first_norms(net.model, tokens)
+        layer = int(norms[:, 0].argmax())
+        if not norms[layer, 0] > MASSIVE * norms[layer, 1:].median(): return None
+        dense = first_norms(net.model, tokens, layer)
     with net.at(widths, weights):
-        kept = first_norms(net.model, tokens) / dense
+        kept = first_norms(net.model, tokens, layer) / dense
     lost = np.average(~(kept[:len(top)] >= LOST), weights=count[top])  # NaN is lost, too
     return dict(lost=float(lost), tokens=len(top)) | (
         {} if bos is None else dict(bos=float(kept[-1])))
 
+
+def begins_with_bos(bench: Bench) -> bool:
+    "Do texts begin with BOS, in this bench or because the tokenizer puts it there?"
+    bos = bench.tokenizer.bos_token_id
+    return bench.text.convention.bos or (
+        bos is not None and bench.tokenizer('a')['input_ids'][:1] == [bos])
+
 # %% ../../nbs/pipeline/02_prune.ipynb #d83c170f
+def try_first(bench: Bench, widths, weights: Weights | None) -> dict | None:
+    "`check_first`; None, with a warning, where a device has no room for it"
+    try:
+        return check_first(bench, widths, weights)
+    except torch.OutOfMemoryError:
+        warnings.warn('the first token is not checked: the device has no room', stacklevel=2)
+        return None
+
+
 def say_first(bench: Bench, found: dict | None) -> str:  # of `check_first`
     "What a user should know and do about it; empty if nothing"
     if not found or found['lost'] <= RARE: return ''
-    other = 'Prune less, or in another order (--order-alpha 1, or --criterion wanda).'
-    if bench.text.convention.bos:
-        return (f'Behind {bench.tokenizer.bos_token} the model keeps {found["bos"]:.0%} of the '
-                f'massive activation at the first token, and may break down. {other}')
-    remedy = other if not found.get('bos', 0) >= LOST else (
-        f'Put {bench.tokenizer.bos_token} in front of every text: with it, {found["bos"]:.0%} is '
-        'left.')
-    return (f'As the first of a text, {found["lost"]:.1%} of the tokens lose the massive '
-            f'activation, and the model may break down on what follows. {remedy}')
+    bos, kept = bench.tokenizer.bos_token, min(1, np.nan_to_num(found.get('bos', 0)))
+    if begins_with_bos(bench):
+        return (f'Behind {bos} the model keeps {kept:.0%} of the massive activation at the first '
+                'token, and may break down. Prune less.')
+    remedy = 'Prune less.' if kept < LOST else (
+        f'Put {bos} in front of every text, as chat templates may do: with it, {kept:.0%} is left.')
+    return (f'As the first of a text, {found["lost"]:.1%} of the test text\'s tokens lose the '
+            f'massive activation, and the model may break down on what follows. {remedy}')
 
 
 def warn_first(bench: Bench, found: dict | None) -> None:

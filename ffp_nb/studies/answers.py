@@ -308,7 +308,7 @@ def _protocol(table, dense):
 
 # %% ../../nbs/studies/24_answers.ipynb #74beadd5
 @answers('texts')
-def _texts(table, pilot, dense, more):
+def _texts(table, pilot, dense, more, first, starts):
     t = texts.gaps(table)
     t = t[t.better == texts.DAMPED].set_index(['worse', 'calibrated', 'judged'])['mean']
     on = {c: [c, *(j for j in texts.TEXTS if j != c)] for c in texts.TEXTS}  # its own one first
@@ -318,10 +318,13 @@ def _texts(table, pilot, dense, more):
     far = texts.gaps(more[more.sparsity == texts.SIGMA])
     far = far[(far.worse == texts.PAPER) & (far.better == texts.DAMPED)]
     unseen = [f'{d:+.2f} ({texts.UNSEEN[j]})' for d, j in zip(far['mean'], far.judged)]
+    t = texts.by_block(first)
     return (f'Nats by which the default is ahead if its order has the penalty {texts.ALPHA:g}, on '
             f'the text of the calibration and on the other one. Of itself with '
             f'{PruneConfig.alpha:g}: {said("default")}. Of the paper\'s recipe: '
-            f'{said(texts.PAPER)}; on texts that chose nothing {" and ".join(unseen)}.')
+            f'{said(texts.PAPER)}; on texts that chose nothing {" and ".join(unseen)}. '
+            f'{(t.breaks & (t.kept < texts.LOST)).sum()} of {t.breaks.sum()} blocks that break a '
+            'policy begin with a token that has lost its massive activation.')
 
 # %% ../../nbs/studies/24_answers.ipynb #c45557dc
 PICTURES: dict[str, Callable] = {}  # study -> (its tables) -> a matplotlib figure
@@ -539,4 +542,4 @@ def _draw_elastic(ax, table, costs):
 # these have a picture of their own
 PICTURES['methods'] = lambda table, tasks, trained: methods.draw(table)
 PICTURES['ranking'] = lambda table, truth: ranking.draw(table, ['measured'])
-PICTURES['texts'] = lambda table, pilot, dense, more: texts.draw(table, dense)
+PICTURES['texts'] = lambda table, pilot, dense, more, *_: texts.draw(table, dense)

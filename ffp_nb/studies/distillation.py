@@ -416,10 +416,10 @@ def _broken(table) -> list[str]:
     for r in against_text(few).itertuples():
         lost = 0 if r.what not in _ON else few[few.sparsity == r.sparsity][f'{r.what}_lost'].iloc[0]
         if lost:
-            parts.append(f'σ = {r.sparsity:g}, {_ON[r.what]} ({lost} blocks): '
+            parts.append(f'σ = {r.sparsity:g}, {_ON[r.what]} ({lost} left out): '
                          f'{told(-r.mean, r.holm)} ({plus_minus(-r.mean, r.interval)} nats)')
-    return lines + [f'- Distilled against trained on text without such blocks, for all alike: '
-                    f'{"; ".join(parts)}.'] * bool(parts)
+    return lines + ['- Distilled models against those trained on text, without such blocks for all '
+                    f'alike: {"; ".join(parts)}.'] * bool(parts)
 
 # %% ../../nbs/studies/18_distillation.ipynb #553ebc04
 def _texts_lines(t: pd.DataFrame) -> list[str]:

@@ -371,11 +371,12 @@ def headline(table: pd.DataFrame, trained: pd.DataFrame, calibration: str = 'seq
         dense = table[(table.model == r.model) & (table.method == 'dense')].nll.mean()
         bold = '**' if r.lead is not None and r.lead.mean() > half_width(r.lead) else ''
         paper, longer = (shown(mean.get(m, np.nan)) for m in (PAPER, LONG[0]))
-        rows.append({'model': MODELS[r.model], 'σ': f'{r.sparsity:g}', 'dense': shown(dense),
+        rows.append({'model': MODELS[r.model], 'σ': f'{r.sparsity:g}',  # a phone shows five columns
+                     'default': f'{bold}{shown(mean["default"])}{bold}',
+                     'distilled': shown(taught.mean() if r.model == 'smollm2' else np.nan),
                      PAPER: f'{paper} ({longer})' if longer else paper,
                      'best rival': f'{shown(mean[r.rival])} ({r.rival})' if r.rival else '',
-                     'default': f'{bold}{shown(mean["default"])}{bold}', 'seeds': r.seeds,
-                     'distilled': shown(taught.mean() if r.model == 'smollm2' else np.nan)})
+                     'dense': shown(dense), 'seeds': r.seeds})
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 # %% ../../nbs/studies/21_methods.ipynb #cd2bebbd

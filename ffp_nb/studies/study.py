@@ -164,10 +164,13 @@ FAR = 3.0  # nats above the median block
 
 
 def broken(v) -> np.ndarray:  # like v
-    """On which test blocks a model breaks down: the loss (..., blocks), in nats, is more than `FAR`
-    above the median of all"""
+    """On which test blocks a model breaks down: the loss (..., blocks), in nats, is no number or
+    more than `FAR` above the median of the others"""
     v = np.asarray(v, dtype=float)
-    return v > np.median(v, -1, keepdims=True) + FAR if v.size else v > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)  # no number at all
+        middle = np.nanmedian(np.where(np.isfinite(v), v, np.nan), -1, keepdims=True)
+    return ~(v <= middle + FAR)
 
 
 def unbroken(blocks) -> np.ndarray:  # (models, blocks that are left)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'SIGMA', 'TEXTS', 'OWN', 'OTHER', 'BLOCKS', 'WANDA', 'DAMPED', 'CUTS', 'SEEDS', 'NEAR', 'HERE', 'AGAIN',
-           'UNSEEN', 'JUDGED', 'ALPHAS', 'ALPHA', 'PAIRS', 'STUDY', 'wanted', 'plan', 'unseen', 'judge_both', 'tidy',
-           'gaps', 'gap_table', 'loss_table', 'pilot_table', 'best_alpha', 'draw', 'by_block', 'draw_first', 'findings']
+           'UNSEEN', 'JUDGED', 'ALPHAS', 'ALPHA', 'STARTS', 'PAIRS', 'STUDY', 'wanted', 'plan', 'unseen', 'judge_both',
+           'tidy', 'gaps', 'gap_table', 'loss_table', 'pilot_table', 'best_alpha', 'draw', 'by_block', 'draw_first',
+           'findings']
 
 # %% ../../nbs/studies/23_texts.ipynb #48ae8fcd
 import os
@@ -99,6 +100,8 @@ def _plan_unseen(lab, damped) -> Plan:  # damped: (lab, order, record) of each
         if record:
             yield _on_unseen(own, order, record)
             yield _on_first(own, order, record)
+            if order != 'wanda':
+                yield _on_starts(own, order, record)
 
 
 def _on_unseen(lab, order, record) -> Measurement:
@@ -167,6 +170,38 @@ def _measure_first(bench, widths, blocks, folder) -> dict:
                 nll={k: bench.perplexity(widths, v, fitted).nll.round(5)
                      for k, v in behind.items()})
 
+# %% ../../nbs/studies/23_texts.ipynb #e38ad6d4
+STARTS = 12  # places at which a text is begun
+
+
+def _on_starts(lab, order, record) -> Measurement:
+    "A policy on texts that begin with tokens at which it has lost the massive activation"
+    key = dict(name=f"starts-{record['config']['name']}", study='texts', of=record['config_id'],
+               texts=[*UNSEEN], blocks=SAME[MODEL], starts=STARTS, calibration='sequential',
+               lost=LOST)
+    return Measurement(key, lambda _: _measure_starts(
+        lab.bench(MODEL, order), np.array(record['result']['widths']), key['blocks'],
+        lab.work / 'models'))
+
+
+def _measure_starts(bench, widths, blocks, folder) -> dict:
+    """Nats per token of blocks of the texts of `UNSEEN` that begin at places of such tokens, spread
+    evenly, as they are and behind BOS; the tokens"""
+    fitted, bos = repairs(bench, widths)['sequential'], bench.tokenizer.bos_token_id
+    texts = [_splits(bench, name, folder).test[:blocks].ids for name in UNSEEN]
+    tokens = torch.cat([x.reshape(-1) for x in texts]).unique()
+    dense, left = (_norms(bench, *x, tokens) for x in ((bench.cost.full, None), (widths, fitted)))
+    gone = tokens[torch.from_numpy(left < LOST * dense)]
+    rows = torch.cat([x.reshape(-1).unfold(0, x.shape[1], 1) for x in texts])  # from every place
+    rows = rows[torch.isin(rows[:, 0], gone)]
+    if len(rows) > STARTS:
+        rows = rows[np.linspace(0, len(rows) - 1, STARTS).astype(int)]
+    found = dict(tokens=[bench.tokenizer.decode([t]) for t in rows[:, 0].tolist()])
+    if not len(rows): return found
+    behind = torch.cat([torch.full((len(rows), 1), bos), rows], 1)
+    return found | {k: bench.perplexity(widths, Blocks(v, rows.shape[1] - 1), fitted).nll.round(5)
+                    for k, v in dict(alone=rows, behind=behind).items()}
+
 # %% ../../nbs/studies/23_texts.ipynb #07e6c434
 def _policy(lab, order, cell, splits=('test',)) -> Measurement:
     "A policy on the text of this lab, judged on splits of both texts"
@@ -194,11 +229,12 @@ _COLUMNS = ['calibrated', 'judged', 'method', 'seed', 'nll', 'blocks', 'forward_
 
 
 def tidy(runs: Path) -> tuple[
-        pd.DataFrame, pd.DataFrame, dict[str, float], pd.DataFrame, pd.DataFrame]:
+        pd.DataFrame, pd.DataFrame, dict[str, float], pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """A row for each policy and each text that it is judged on, with sequential repair: `nll`, and
     `blocks`, nats per token of each test block (blocks,); the pilot, with `alpha` and `split`;
     nats of the dense model by text; rows like the first for the target `NEAR` and the texts of
-    `UNSEEN`, with `sparsity`; rows of first tokens, see `_first`"""
+    `UNSEEN`, with `sparsity`; rows of first tokens, see `_first`; rows of texts that begin with
+    tokens at which a policy has lost its massive activation, see `_starts`"""
     known, own = methods.find_policies(runs), read_records(runs / 'texts')
     at = lambda r: [r['config'].get(k) for k in ('text', 'criterion', 'order_alpha', 'name')]
     here = {tuple(at(r)): r for r in own}
@@ -216,8 +252,9 @@ def tidy(runs: Path) -> tuple[
     table = methods.tidy(runs)[0]
     dense = table[(table.model == MODEL) & (table.method == 'dense')][['nll', 'other']].mean()
     table, more = pd.DataFrame(rows, columns=_COLUMNS), _more(own, here, known)
-    return (table, _pilot(own), dict(zip(TEXTS, dense)), more, _first(own, here, known, pd.concat(
-        [table[table.calibrated == OWN], more[more.sparsity == SIGMA]])))
+    at_home = table[table.calibrated == OWN], more[more.sparsity == SIGMA]
+    return (table, _pilot(own), dict(zip(TEXTS, dense)), more,
+            _first(own, here, known, pd.concat(at_home)), _starts(own, here, known))
 
 # %% ../../nbs/studies/23_texts.ipynb #ab7573cb
 def _more(records, here, known) -> pd.DataFrame:
@@ -267,9 +304,23 @@ def _first(records, here, known, judged) -> pd.DataFrame:
         rows += [dict(method=name, seed=seed, judged=k, kept=np.array(v), lost=x['lost'][k],
                       bos=x['bos'], dense=x['dense'], blocks=nats[name, seed, k],
                       behind=np.array(x['nll'][k]) if k in x['nll'] else None)
-                 for k, v in x['first'].items()]
+                 for k, v in x['first'].items() if (name, seed, k) in nats.index]
     return pd.DataFrame(rows, columns=['method', 'seed', 'judged', 'kept', 'lost', 'bos', 'dense',
                                        'blocks', 'behind'])
+
+# %% ../../nbs/studies/23_texts.ipynb #4817a9b1
+def _starts(records, here, known) -> pd.DataFrame:
+    """A row for each policy that was tried: the first `tokens` of its blocks, nats of each as it is
+    (`alone`) and behind BOS (`behind`), (blocks,)"""
+    found = {r['config']['of']: r['result'] for r in records
+             if r['config']['name'].startswith('starts-')}
+    rows = []
+    for name, seed in product(JUDGED, range(HERE)):
+        _, policy = _policy_of(name, SIGMA, seed, here, known)
+        if policy and (x := found.get(policy['config_id'])):
+            rows.append(dict(method=name, seed=seed, tokens=x['tokens'], alone=np.array(
+                x.get('alone', [])), behind=np.array(x.get('behind', []))))
+    return pd.DataFrame(rows, columns=['method', 'seed', 'tokens', 'alone', 'behind'])
 
 # %% ../../nbs/studies/23_texts.ipynb #defb5952
 def _pilot(records) -> pd.DataFrame:
@@ -386,14 +437,14 @@ def draw_first(first: pd.DataFrame) -> plt.Figure:
 
 # %% ../../nbs/studies/23_texts.ipynb #bdcfae24
 def findings(table: pd.DataFrame, pilot: pd.DataFrame, dense: dict[str, float],
-             more: pd.DataFrame, first: pd.DataFrame) -> list[str]:
+             more: pd.DataFrame, first: pd.DataFrame, starts: pd.DataFrame) -> list[str]:
     """Markdown lines: orders on their own text and elsewhere, searches, why single blocks break,
     and what a wrong text costs"""
     t = gaps(table)
     lines = [_shown(t, DAMPED, PAPER), _shown(t, DAMPED, 'default'), _shown(t, 'default', WANDA),
              _shown(t, EVEN, 'even FFN cut')]
     return ([x for x in lines if x] + _damped(pilot) + _elsewhere(more) + _broken(table, more)
-            + _why(first) + _price(table, dense) + _costs(table))
+            + _why(first) + _begun(starts) + _price(table, dense) + _costs(table))
 
 
 def _shown(t, better, worse) -> str:
@@ -456,11 +507,12 @@ def _why(first) -> list[str]:
           for m, x in first.groupby('method', sort=False)]
     lines = [f'- Why single blocks break: the residual stream of the dense model has a norm of '
              f'{first.dense.median():,.0f} at the median first token, a massive activation. Of '
-             f'{len(t)} judged blocks of {len(first.groupby(["method", "seed"]))} policies, '
+             f'{len(t)} judged blocks of {first.groupby(["method", "seed"]).ngroups} policies, '
              f'{len(lost)} begin with a token at which less than {LOST:.0%} of it is left; '
              f'{lost.breaks.sum()} of these break, and {t.breaks.sum() - lost.breaks.sum()} of the '
-             f'{len(t) - len(lost)} others. Tokens that lose it as the first of a text, mean of '
-             f'the texts, seed by seed: {"; ".join(of)}.']
+             f'{len(t) - len(lost)} others. Policies of which a block breaks: '
+             f'{t[t.breaks].groupby(["method", "seed"]).ngroups}. Share of the tokens that lose it '
+             f'as the first of a text, mean of the texts, seed by seed: {"; ".join(of)}.']
     return lines + _behind(first.dropna(subset='behind'))
 
 
@@ -478,6 +530,17 @@ def _behind(t) -> list[str]:
             f'{sum(broken(v).sum() for v in t.blocks)}. Blocks that had kept it change by '
             f'{plus_minus(np.mean((after - before)[kept]), np.nan)} nats. Nats ahead behind BOS: '
             f'{"; ".join(parts)}.']
+
+# %% ../../nbs/studies/23_texts.ipynb #4c02eaf3
+def _begun(starts) -> list[str]:
+    "Do texts break a policy that begin with a token at which it has lost its massive activation?"
+    parts = []
+    for r in starts[starts.tokens.map(len) > 0].itertuples():
+        d, names = r.alone - r.behind, ', '.join(f'`{t!r}`' for t in dict.fromkeys(r.tokens))
+        parts.append(f'{r.method}, seed {r.seed}: {d.mean():+.2f} nats, more than {FAR:g} at '
+                     f'{(~(d <= FAR)).sum()} of {len(d)} places ({names})')
+    return [f'- {" and ".join(UNSEEN.values()).capitalize()}, begun at places of tokens that lose '
+            f'it, against the same behind BOS. {"; ".join(parts)}.'] if parts else []
 
 # %% ../../nbs/studies/23_texts.ipynb #37c4f12c
 def _damped(pilot) -> list[str]:
