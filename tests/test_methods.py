@@ -260,3 +260,13 @@ def test_a_policy_that_breaks_on_single_blocks_is_named(made):
     made.rows[2]['model'] = 'opt-deep'  # its text is another one
     (line,) = methods._broken(made.table())
     assert 'seed 1, deep OPT at 0.5 (1 of 24, the text of the twins);' in line
+
+
+def test_methods_with_one_policy_are_named(made):
+    assert methods._alike(made.table()) == []
+    made.add('EAS', [0.3], noise=0.1)
+    made.rows.append(made.rows[-1] | dict(method='EvoPress'))
+    made.rows.append(made.rows[-1] | dict(method='OWL', seed=1))  # of another seed
+    assert methods._alike(made.table()) == [
+        '- One policy with several names, as they found the same widths: EAS and EvoPress '
+        '(SmolLM2-135M at 0.5, seed 0).']

@@ -181,5 +181,5 @@ def test_texts_that_begin_with_a_lost_token_are_compared_with_the_same_behind_bo
              behind=base),
         dict(method=texts.DAMPED, seed=1, tokens=[], alone=np.array([]), behind=np.array([]))])
     (line,) = texts._begun(rows)
-    assert line.endswith("behind BOS. default, seed 2: +3.00 nats, more than 3 at 2 of 3 places "
+    assert line.endswith("behind BOS: default, seed 2: +3.00 nats, more than 3 at 2 of 3 places "
                          "(`'\\n'`, `' \"'`).")

@@ -75,9 +75,9 @@ DONE: dict[str, list[tuple[tuple[str, ...], tuple[float, ...], int]]] = {
     'smollm2': [(('default', "paper's recipe", LONG[1], 'CMA-ES', 'EAS', 'EvoPress',
                   'sensitivity', 'FLAP', 'OWL', 'AlphaPruning', EVEN, 'even FFN cut', 'even cut'),
                  SIGMAS, 3), (("default, Wanda's order", LONG[0]), (0.5,), 3)],
-    GEMMA3: [(("paper's recipe", 'sensitivity', EVEN, 'even FFN cut'), (0.3, 0.5), 1),
-             (('default',), (0.3,), 1), (('default',), (0.5,), 2),
-             (('default, attention may go', 'CMA-ES', 'EAS'), (0.5,), 1)],
+    GEMMA3: [((PAPER, 'CMA-ES', 'sensitivity', 'FLAP', 'OWL', 'AlphaPruning', EVEN, 'even FFN cut',
+               'even cut'), (0.3, 0.5), 1), (('default',), (0.3,), 1), (('default',), (0.5,), 2),
+             (('default, attention may go', 'EAS', 'EvoPress'), (0.5,), 1)],
     'mistral-deep': [(_SEARCHED, (0.3,), 1), (_SEARCHED, (0.5,), 3),
                      (tuple(m for m in METHODS if m in _DIRECT), (0.3, 0.5), 1)],
     'opt-deep': [(_SEARCHED, SIGMAS, 3), (tuple(m for m in METHODS if m in _DIRECT), SIGMAS, 1)]}
@@ -598,8 +598,9 @@ def findings(table: pd.DataFrame, tasks: list[dict], trained: pd.DataFrame) -> l
     lines += [_told(t, 'even', 'An even cut of the FFNs in the same order is above the default'),
               _told(t, 'search', "In Wanda's order, the paper's search is above the default's"),
               _told(t, 'order', "Under the default's search, Wanda's order is above the greedy")]
-    return ([x for x in lines if x] + _held(table) + _pooled(table) + _attention(table)
-            + _taught(trained) + _elsewhere(table) + _broken(table) + _accuracy(tasks))
+    return ([x for x in lines if x] + _held(table) + _alike(table) + _pooled(table)
+            + _attention(table) + _taught(trained) + _elsewhere(table) + _broken(table)
+            + _accuracy(tasks))
 
 
 def _told(t, part, what) -> str:
@@ -675,6 +676,17 @@ def _broken(table) -> list[str]:
                              f'{r["sparsity"]:g} ({n} of {len(r[column])}, {where})')
     return [f'- Where single test blocks are more than {FAR:g} nats above its median block, a '
             f'policy breaks down, and its mean tells of them: {"; ".join(parts)}.'] if parts else []
+
+# %% ../../nbs/studies/21_methods.ipynb #75433743
+def _alike(table) -> list[str]:
+    "Methods that ended with the same policy: equal losses, block for block"
+    t = _at(table, MODELS)
+    same = t.blocks.map(lambda v: v.tobytes())
+    found = t.groupby([t.model, t.sparsity, t.seed, same], sort=False)
+    parts = [f'{" and ".join(d.method)} ({MODELS[model]} at {s:g}, seed {seed})'
+             for (model, s, seed, _), d in found if len(d) > 1]
+    return [f'- One policy with several names, as they found the same widths: {"; ".join(parts)}.'
+            ] if parts else []
 
 # %% ../../nbs/studies/21_methods.ipynb #288c18cd
 def on_other_text(table: pd.DataFrame) -> pd.DataFrame:

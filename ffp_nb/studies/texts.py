@@ -260,7 +260,7 @@ def tidy(runs: Path) -> tuple[
 def _more(records, here, known) -> pd.DataFrame:
     "Policies calibrated on the first text: another target on both texts, and unseen texts"
     nll = {(r['config']['of'], r['config']['name'].split('-')[0]): r['result']['nll']
-           for r in records if 'of' in r['config']}
+           for r in records if 'of' in r['config'] and 'nll' in r['result']}
     rows = []
     for name, s, seed in product(JUDGED, (NEAR, SIGMA), range(HERE)):
         cell, r = _policy_of(name, s, seed, here, known)
@@ -539,8 +539,8 @@ def _begun(starts) -> list[str]:
         d, names = r.alone - r.behind, ', '.join(f'`{t!r}`' for t in dict.fromkeys(r.tokens))
         parts.append(f'{r.method}, seed {r.seed}: {d.mean():+.2f} nats, more than {FAR:g} at '
                      f'{(~(d <= FAR)).sum()} of {len(d)} places ({names})')
-    return [f'- {" and ".join(UNSEEN.values()).capitalize()}, begun at places of tokens that lose '
-            f'it, against the same behind BOS. {"; ".join(parts)}.'] if parts else []
+    return [f'- Begun at places of tokens that lose it, {" and ".join(UNSEEN.values())} have, '
+            f'against the same text behind BOS: {"; ".join(parts)}.'] if parts else []
 
 # %% ../../nbs/studies/23_texts.ipynb #37c4f12c
 def _damped(pilot) -> list[str]:
