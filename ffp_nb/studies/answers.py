@@ -318,12 +318,12 @@ def _texts(table, pilot, dense, more, first, starts):
     far = texts.gaps(more[more.sparsity == texts.SIGMA])
     far = far[(far.worse == texts.PAPER) & (far.better == texts.DAMPED)]
     unseen = [f'{d:+.2f} ({texts.UNSEEN[j]})' for d, j in zip(far['mean'], far.judged)]
-    t = texts.by_block(first)
+    b = texts.by_block(first)
     return (f'Nats by which the default is ahead if its order has the penalty {texts.ALPHA:g}, on '
             f'the text of the calibration and on the other one. Of itself with '
             f'{PruneConfig.alpha:g}: {said("default")}. Of the paper\'s recipe: '
             f'{said(texts.PAPER)}; on texts that chose nothing {" and ".join(unseen)}. '
-            f'{(t.breaks & (t.kept < texts.LOST)).sum()} of {t.breaks.sum()} blocks that break a '
+            f'{(b.breaks & (b.kept < texts.LOST)).sum()} of {b.breaks.sum()} blocks that break a '
             'policy begin with a token that has lost its massive activation.')
 
 # %% ../../nbs/studies/24_answers.ipynb #c45557dc
