@@ -432,6 +432,8 @@ def draw_first(first: pd.DataFrame) -> plt.Figure:
     ax.axhline(FAR, color='0.5', lw=1, ls=':')
     ax.set(xscale='log', xlabel='norm at the first token, as a share of the dense model\'s',
            ylabel='nats a token above the median block')
+    ax.set_xticks([], minor=True)
+    ax.set_xticks(shares := [0.05, 0.1, LOST, 0.5, 1], map('{:g}'.format, shares))
     ax.legend(fontsize=9)
     return fig
 
