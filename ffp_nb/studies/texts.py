@@ -233,8 +233,8 @@ def tidy(runs: Path) -> tuple[
     """A row for each policy and each text that it is judged on, with sequential repair: `nll`, and
     `blocks`, nats per token of each test block (blocks,); the pilot, with `alpha` and `split`;
     nats of the dense model by text; rows like the first for the target `NEAR` and the texts of
-    `UNSEEN`, with `sparsity`; rows of first tokens, see `_first`; rows of texts that begin with
-    tokens at which a policy has lost its massive activation, see `_starts`"""
+    `UNSEEN`, with `sparsity`; what is left of the massive activation at first tokens, a row
+    for each policy and text; blocks that begin with tokens at which a policy has lost it"""
     known, own = methods.find_policies(runs), read_records(runs / 'texts')
     at = lambda r: [r['config'].get(k) for k in ('text', 'criterion', 'order_alpha', 'name')]
     here = {tuple(at(r)): r for r in own}
