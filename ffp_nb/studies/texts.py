@@ -98,17 +98,18 @@ def _plan_unseen(lab, damped) -> Plan:  # damped: (lab, order, record) of each
              if name in JUDGED and name != DAMPED]
     for own, order, record in found + damped:
         if record:
-            yield _on_unseen(own, order, record)
-            yield _on_first(own, order, record)
+            yield _later('unseen', _measure_unseen, own, order, record, UNSEEN)
+            yield _later('first', _measure_first, own, order, record, TEXTS | UNSEEN, lost=LOST)
             if order != 'wanda':
-                yield _on_starts(own, order, record)
+                yield _later('starts', _measure_starts, own, order, record, UNSEEN, starts=STARTS,
+                             lost=LOST)
 
 
-def _on_unseen(lab, order, record) -> Measurement:
-    "A policy, repaired on the text of its calibration, on each of the texts of `UNSEEN`"
-    key = dict(name=f"unseen-{record['config']['name']}", study='texts', of=record['config_id'],
-               texts=[*UNSEEN], blocks=SAME[MODEL], calibration='sequential')
-    return Measurement(key, lambda _: _measure_unseen(
+def _later(start, measure, lab, order, record, texts, **more) -> Measurement:
+    "A policy, repaired on the text of its calibration, on other texts; `start` begins its name"
+    key = dict(name=f"{start}-{record['config']['name']}", study='texts', of=record['config_id'],
+               texts=[*texts], blocks=SAME[MODEL], calibration='sequential', **more)
+    return Measurement(key, lambda _: measure(
         lab.bench(MODEL, order), np.array(record['result']['widths']), key['blocks'],
         lab.work / 'models'))
 
@@ -139,18 +140,21 @@ def unseen(name: str, folder: Path) -> Corpus:  # keeps what is fetched
     return Corpus(name, split_text('\n\n'.join(rows.context + ' ' + rows.continuation)))
 
 # %% ../../nbs/studies/23_texts.ipynb #d4f551b8
-def _on_first(lab, order, record) -> Measurement:
-    "What a policy does to the first token of a text, and its loss behind a fixed first token"
-    key = dict(name=f"first-{record['config']['name']}", study='texts', of=record['config_id'],
-               texts=[*TEXTS, *UNSEEN], blocks=SAME[MODEL], calibration='sequential', lost=LOST)
-    return Measurement(key, lambda _: _measure_first(
-        lab.bench(MODEL, order), np.array(record['result']['widths']), key['blocks'],
-        lab.work / 'models'))
-
-
 def _norms(bench, widths, weights, tokens):
     with bench.elastic.at(widths, weights):
         return first_norms(bench.elastic.model, tokens)
+
+
+def _kept(bench, widths, fitted, tokens) -> tuple[pd.Series, np.ndarray]:  # by token; (n,)
+    "What is left of the dense model's norm at each token as the first of a text, and that norm"
+    dense = _norms(bench, bench.cost.full, None, tokens)
+    return pd.Series(_norms(bench, widths, fitted, tokens) / dense, tokens.tolist(), float), dense
+
+
+def _behind_bos(bench, ids) -> Blocks:
+    "The same blocks and the same predicted tokens, with BOS in front"
+    bos = torch.full((len(ids), 1), bench.tokenizer.bos_token_id)
+    return Blocks(torch.cat([bos, ids], 1), ids.shape[1] - 1)
 
 
 def _measure_first(bench, widths, blocks, folder) -> dict:
@@ -159,48 +163,35 @@ def _measure_first(bench, widths, blocks, folder) -> dict:
     fitted, bos = repairs(bench, widths)['sequential'], bench.tokenizer.bos_token_id
     ids = {name: _splits(bench, name, folder).test[:blocks].ids for name in TEXTS | UNSEEN}
     tokens = torch.cat([*(x.reshape(-1) for x in ids.values()), torch.tensor([bos])]).unique()
-    dense, left = (_norms(bench, *x, tokens) for x in ((bench.cost.full, None), (widths, fitted)))
-    share = pd.Series(left / dense, tokens.tolist(), float)
-    behind = {k: Blocks(torch.cat([torch.full((len(ids[k]), 1), bos), ids[k]], 1),
-                        ids[k].shape[1] - 1) for k in UNSEEN}
+    share, dense = _kept(bench, widths, fitted, tokens)
     return dict(first={k: share[v[:, 0].tolist()].to_numpy().round(3) for k, v in ids.items()},
                 lost={k: round(float((share[v.reshape(-1).tolist()] < LOST).mean()), 5)
                       for k, v in ids.items()},
                 bos=round(float(share[bos]), 3), dense=float(np.median(dense).round()),
-                nll={k: bench.perplexity(widths, v, fitted).nll.round(5)
-                     for k, v in behind.items()})
+                nll={k: bench.perplexity(widths, _behind_bos(bench, ids[k]), fitted).nll.round(5)
+                     for k in UNSEEN})
 
 # %% ../../nbs/studies/23_texts.ipynb #e38ad6d4
 STARTS = 12  # places at which a text is begun
 
 
-def _on_starts(lab, order, record) -> Measurement:
-    "A policy on texts that begin with tokens at which it has lost the massive activation"
-    key = dict(name=f"starts-{record['config']['name']}", study='texts', of=record['config_id'],
-               texts=[*UNSEEN], blocks=SAME[MODEL], starts=STARTS, calibration='sequential',
-               lost=LOST)
-    return Measurement(key, lambda _: _measure_starts(
-        lab.bench(MODEL, order), np.array(record['result']['widths']), key['blocks'],
-        lab.work / 'models'))
-
-
 def _measure_starts(bench, widths, blocks, folder) -> dict:
     """Nats per token of blocks of the texts of `UNSEEN` that begin at places of such tokens, spread
     evenly, as they are and behind BOS; the tokens"""
-    fitted, bos = repairs(bench, widths)['sequential'], bench.tokenizer.bos_token_id
+    fitted = repairs(bench, widths)['sequential']
     texts = [_splits(bench, name, folder).test[:blocks].ids for name in UNSEEN]
     tokens = torch.cat([x.reshape(-1) for x in texts]).unique()
-    dense, left = (_norms(bench, *x, tokens) for x in ((bench.cost.full, None), (widths, fitted)))
-    gone = tokens[torch.from_numpy(left < LOST * dense)]
+    share, _ = _kept(bench, widths, fitted, tokens)
+    gone = tokens[torch.from_numpy((share < LOST).to_numpy())]
     rows = torch.cat([x.reshape(-1).unfold(0, x.shape[1], 1) for x in texts])  # from every place
     rows = rows[torch.isin(rows[:, 0], gone)]
     if len(rows) > STARTS:
         rows = rows[np.linspace(0, len(rows) - 1, STARTS).astype(int)]
     found = dict(tokens=[bench.tokenizer.decode([t]) for t in rows[:, 0].tolist()])
     if not len(rows): return found
-    behind = torch.cat([torch.full((len(rows), 1), bos), rows], 1)
-    return found | {k: bench.perplexity(widths, Blocks(v, rows.shape[1] - 1), fitted).nll.round(5)
-                    for k, v in dict(alone=rows, behind=behind).items()}
+    blocks = dict(alone=Blocks(rows, rows.shape[1] - 1), behind=_behind_bos(bench, rows))
+    return found | {k: bench.perplexity(widths, v, fitted).nll.round(5)
+                    for k, v in blocks.items()}
 
 # %% ../../nbs/studies/23_texts.ipynb #07e6c434
 def _policy(lab, order, cell, splits=('test',)) -> Measurement:
@@ -286,8 +277,8 @@ def _rows(name, cell, calibrated, record, nll) -> list[dict]:
 def _policy_of(name, sparsity, seed, here, known) -> tuple[Cell, dict | None]:
     "Cell and record of one of `JUDGED`, calibrated on the first text"
     order, cell = method_cell(MODEL, 'default' if name == DAMPED else name, sparsity, seed)
-    damped = name == DAMPED
-    return cell, here.get((OWN, order, ALPHA, cell.name)) if damped else known(order, cell)
+    if name == DAMPED: return cell, here.get((OWN, order, ALPHA, cell.name))
+    return cell, known(order, cell)
 
 
 def _first(records, here, known, judged) -> pd.DataFrame:
