@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,14 @@ from test_gguf import byte_tokenizer
 
 from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.families import load_model, tiny_model, tiny_tokenizer
+from ffp_nb.core.perplexity import first_norms
 from ffp_nb.core.text import Blocks
 from ffp_nb.export.gguf import export_gguf
 from ffp_nb.export.hf import load_pruned, save_pruned
+from ffp_nb.pipeline import prune
 from ffp_nb.pipeline.cli import app
+from ffp_nb.pipeline.config import PROFILES
+from ffp_nb.pipeline.recover import RecoverConfig, recover_folder
 from ffp_nb.recover import distill as distilling
 from ffp_nb.recover.distill import (
     Distillation, check_teacher, distill, distill_loss, distill_student, share_equal)
@@ -168,6 +174,33 @@ def test_every_method_makes_a_folder(method, tmp_path):
         assert not torch.equal(model(x).logits, before(x).logits)
     pytest.importorskip('gguf')
     assert export_gguf(tmp_path / 'out/model', tmp_path / 'm.gguf', 'f32').stat().st_size > 1000
+
+
+def test_what_the_first_token_has_lost_is_told_after_a_distillation(tmp_path, monkeypatch):
+    """The record, the card and a warning agree; without a teacher nothing is known. The taught
+    model is compared, neither the pruned one nor the teacher itself"""
+    dense, pruned = folders(tmp_path, tokenizer=byte_tokenizer(), vocab=300)
+    monkeypatch.setattr(prune, 'MASSIVE', 0)
+    monkeypatch.setattr(prune, 'LOST', 1e9)  # so everything is lost
+    config = RecoverConfig(str(pruned), {'pydoc': 1.0}, teacher=str(dense), tokens=2048, lr=3e-3,
+                           profile=replace(PROFILES['smoke'], block_len=64))
+    with pytest.warns(UserWarning, match='As the first of a text, 100.0% of the test text'):
+        recover_folder(config, tmp_path / 'out', progress=False)
+    [record] = [json.loads(f.read_text()) for f in (tmp_path / 'out').glob('recover-*.json')]
+    found = record['result']['first_token']
+    assert found['lost'] == 1 and found['tokens'] > 20
+    assert 'lose the massive activation' in (tmp_path / 'out/model/README.md').read_text()
+    bos = byte_tokenizer().bos_token_id
+    norm = lambda model: first_norms(model, torch.tensor([bos]), 0).item()  # of two layers
+    taught, own = (load_pruned(f)[0] for f in (tmp_path / 'out/model', pruned))
+    assert found['bos'] == pytest.approx(norm(taught) / norm(load_model(str(dense), 'float32')[0]))
+    assert norm(taught) != pytest.approx(norm(own))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        recover_folder(replace(config, method='lora', teacher=None), tmp_path / 'lora',
+                       progress=False)
+    [record] = [json.loads(f.read_text()) for f in (tmp_path / 'lora').glob('recover-*.json')]
+    assert 'first_token' not in record['result']
 
 
 def test_a_mixture_and_a_picture(tmp_path):

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import ffp_nb
 from ffp_nb.core.budget import solve
 from ffp_nb.core.families import KINDS, CorruptFile, load_model, tiny_model
+from ffp_nb.core.perplexity import residual_norms
 from ffp_nb.core.runs import FolderInUse
 from ffp_nb.export.gguf import check_gguf
 from ffp_nb.export.hf import load_pruned
-from ffp_nb.pipeline import dynamic
+from ffp_nb.pipeline import dynamic, prune
 from ffp_nb.pipeline.config import Profile, PruneConfig
 from ffp_nb.pipeline.dynamic import (
     ScorePath, StaleCache, choose_step, list_policies, make_elastic, pick, repair_bytes,
@@ -416,6 +417,26 @@ def test_an_earlier_folder_stays_until_the_new_one_is_complete(tiny_folder, monk
         build(tiny_folder, overwrite=True)
     with pytest.raises(ValueError, match='which is read'):
         make_elastic(settings(tiny_folder), tiny_folder / 'dense', overwrite=True)
+
+
+def test_what_the_first_token_loses_is_on_every_card(tiny_folder, monkeypatch, elastic):
+    """At the end of the range, where most is removed; a folder that is cut from it has the line,
+    too. Where nothing is massive, or a folder is older than the check, there is none"""
+    monkeypatch.setattr(prune, 'MASSIVE', 0)
+    monkeypatch.setattr(prune, 'LOST', 1e9)  # so everything is lost
+    with pytest.warns(UserWarning, match='At 50%: As the first of a text, 100.0% of the test text'):
+        out = build(tiny_folder)
+    served = ffp_nb.load_elastic(out)
+    bos = torch.tensor([[served.tokenizer.bos_token_id]])
+    dense = residual_norms(served.dense().model, bos).flatten()  # behind each layer but the last
+    small = residual_norms(served.to_sparsity(0.5).model, bos).flatten()
+    assert any(served.facts['first_token']['bos'] == pytest.approx(r) for r in small / dense)
+    served.to_sparsity(0.3).save(tiny_folder / 'cut')
+    for card in (out / 'README.md', tiny_folder / 'cut' / 'README.md'):
+        assert 'At 50%: As the first of a text, 100.0% of the test' in card.read_text()
+    ffp_nb.load_elastic(elastic).to_sparsity(0.3).save(tiny_folder / 'other')
+    for card in (elastic / 'README.md', tiny_folder / 'other' / 'README.md'):
+        assert 'As the first of a text' not in card.read_text()
 
 
 def test_one_process_makes_a_folder(tiny_folder):

@@ -503,9 +503,11 @@ def test_where_texts_begin_with_bos_only_that_is_checked(bench, monkeypatch, way
                 return dict(input_ids=[self.bos_token_id, *own(text)['input_ids']])
         monkeypatch.setattr(bench, 'tokenizer', Own())
     assert prune.check_first(bench, widths, None) == dict(lost=0, tokens=1, bos=1)
-    said = prune.say_first(bench, dict(lost=1.0, tokens=1, bos=0.1))
-    assert said.startswith(f'Behind {own.bos_token} the model keeps 10% of the massive activation')
-    assert 'keeps 0% of' in prune.say_first(bench, dict(lost=1.0, tokens=1, bos=float('nan')))
+    say = lambda kept: prune.say_first(bench.tokenizer, way == 'the bench',
+                                       dict(lost=1.0, tokens=1, bos=kept))
+    assert say(0.1).startswith(
+        f'Behind {own.bos_token} the model keeps 10% of the massive activation')
+    assert 'keeps 0% of' in say(float('nan'))
 
 
 def test_a_late_layer_does_not_hide_what_is_lost(bench, monkeypatch):

@@ -38,6 +38,7 @@ from ..export.hf import (
 from ..export.vllm import shared_by
 from .bench import Bench, find_widths, open_run
 from .config import PruneConfig, run_config
+from .prune import check_first, say_first, try_first, warn_first
 from ..search.loop import SearchResult
 
 # %% ../../nbs/pipeline/04_dynamic.ipynb #efc7b47c
@@ -224,8 +225,11 @@ def save_elastic(bench: Bench, path: ScorePath, out: str | Path, ends: tuple[flo
     used = used_widths(policies, bench.cost.full)
     bench.static.prepare(progress)
     table = measure_range(bench, policies, *ends, progress)
+    smallest = pick(policies, bench.cost, ends[1])
+    first = try_first(lambda: check_first(bench, smallest, bench.static))
     config = run_config(c, bench.corpus.sha256, bench.text.convention.bos)
-    result = dict(table=table.to_dict('records'), repair_bytes=repair_bytes(em, used))
+    result = dict(table=table.to_dict('records'), repair_bytes=repair_bytes(em, used)) | (
+        dict(first_token=first) if first else {})
     own = dict(name='elastic', range=list(ends), served_step=list(step))
     record = save_record(search_folder(out), own | config,
                          result | (dict(updates=found.updates) if found else {}),
@@ -237,7 +241,9 @@ def save_elastic(bench: Bench, path: ScorePath, out: str | Path, ends: tuple[flo
         write_dense(em.restore(), bench.tokenizer, folder)
         write_repairs(bench, used, folder)
         write_json(folder / ELASTIC, facts)
-    replace_folder(out, fill, {'README.md': elastic_card(c, table, ends, record.stem)})
+    said = _say_first(bench.tokenizer, facts)
+    replace_folder(out, fill, {'README.md': elastic_card(c, table, ends, record.stem, said)})
+    warn_first(said)
     return table
 
 # %% ../../nbs/pipeline/04_dynamic.ipynb #c9155319
@@ -258,8 +264,16 @@ def _facts(bench, path, step, policies, ends) -> dict:
                 cost=dict(name=cost.name, unit=cost.unit, full=cost.full, fixed=cost.fixed),
                 environment=environment())
 
+
+def _say_first(tokenizer, facts) -> str:
+    "`say_first` of the smallest model of a folder; empty if there is nothing to know"
+    if not (found := facts.get('first_token')): return ''
+    said = say_first(tokenizer, facts['config']['convention']['bos'], found)
+    return f'At {facts["range"][1]:.0%}: {said}' if said else ''
+
 # %% ../../nbs/pipeline/04_dynamic.ipynb #cf3466e2
-def elastic_card(c: PruneConfig, table: pd.DataFrame, ends, record: str) -> str:
+def elastic_card(c: PruneConfig, table: pd.DataFrame, ends, record: str,
+                 said: str = '') -> str:  # of `say_first`, with its target
     "README.md of an elastic folder"
     local = c.model in PACKAGED or Path(c.model).expanduser().exists()
     name, license = Path(c.model).name, find_license(c.model)
@@ -270,7 +284,8 @@ def elastic_card(c: PruneConfig, table: pd.DataFrame, ends, record: str) -> str:
     return CARD.format(meta=data.to_yaml(), name=name, low=ends[0], high=ends[1], record=record,
                        table=table.to_markdown(index=False, floatfmt='.4g'), blocks=tokens,
                        text=Path(c.text).name, block_len=c.profile.block_len, dtype=c.dtype,
-                       license=license or 'not stated by the source; see there')
+                       license=license or 'not stated by the source; see there',
+                       said=f'\n{said}\n' * bool(said))
 
 # %% ../../nbs/pipeline/04_dynamic.ipynb #5d0c728f
 CARD = """---
@@ -299,7 +314,7 @@ To all other programs this folder is the dense model.
 
 Test split of {text}, {blocks} of {block_len} tokens without overlap, {dtype}; all but the dense
 model with static repair.
-
+{said}
 Run record: `{record}`
 """
 
@@ -522,6 +537,8 @@ def save(self: DynamicModel, folder: str | Path, overwrite: bool = False) -> Pat
                 shared_by(family, np.maximum(self.elastic.widths, 1)))
     how = ('Measured on the elastic model that this folder was cut from, at other targets; all but '
            'the dense model with static repair, as here.')
+    if said := _say_first(self.tokenizer, facts):
+        how += f' {said}'
     card = model_card(facts['model'], self.sparsity, (dense, size), pd.DataFrame(facts['table']),
                       how, facts['record'], find_license(str(self.folder)), parallel=parallel)
     if name := public_name(facts['model']):

@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'CARD_FILES', 'MISS', 'MASSIVE', 'LOST', 'FIRST', 'RARE', 'check_place', 'prune', 'speed_up', 'check_wish',
-           'say_wish', 'say_fit', 'removed', 'keep_check', 'check_first', 'begins_with_bos', 'try_first', 'say_first',
-           'warn_first', 'measure', 'write_outputs', 'card_files']
+           'say_wish', 'say_fit', 'removed', 'keep_check', 'FirstTokens', 'trace_first', 'begins_with_bos',
+           'check_first', 'try_first', 'say_first', 'warn_first', 'measure', 'write_outputs', 'card_files']
 
 # %% ../../nbs/pipeline/02_prune.ipynb #548f4d64
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from transformers import PreTrainedModel
 
 from ..core.budget import InfeasibleBudget, param_cost, uniform
 from ..core.elastic import Weights
@@ -80,14 +83,14 @@ def prune(config: PruneConfig,
                      sequential=lambda: bench.sequential(widths, progress))
         weights = final[config.calibration]()
         table = measure(bench, widths, config.method, {config.calibration: weights}, progress)
-        more: dict = dict(settled=tried, first_token=try_first(bench, widths, weights))
+        first = try_first(lambda: check_first(bench, widths, weights))
         record = write_outputs(bench, widths, result, table, out, time.perf_counter() - start,
-                               **{k: v for k, v in more.items() if v})
+                               settled=tried, first_token=first)
         with bench.elastic.at(widths, weights):  # last: if the model exists, the run is complete
             save_pruned(bench.elastic, bench.tokenizer, out / 'model', overwrite,
                         card_files(bench, widths, table, out, record), config.model)
         keep_check(bench, widths, table, out, record, progress)
-        warn_first(bench, more['first_token'])
+        warn_first(_first(bench, first))
     return table
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b2665d42
@@ -170,63 +173,92 @@ LOST = 0.25  # of the dense model's norm at the first token
 FIRST, RARE = 1024, 0.01  # tokens that are tried; the share that may be lost without a warning
 
 
-def check_first(bench: Bench, widths,  # (n_layers, 2)
-                weights: Weights | None) -> dict | None:
-    """What is left of the massive activation at the first token (`LOST`): the share of the test
-    split's most frequent tokens, or of BOS, where texts begin with it, that lose it (`lost`), how
-    many were tried (`tokens`), and what BOS keeps (`bos`). None for a model without one"""
-    net, ids, bos = bench.elastic, bench.text.test.ids, bench.tokenizer.bos_token_id
-    seen, count = ids.unique(return_counts=True)
-    if begins_with_bos(bench):
-        seen, count = torch.tensor([[bos], [1]])
-    top = count.argsort(descending=True, stable=True)[:FIRST]
-    tokens = torch.cat([seen[top], torch.tensor([] if bos is None else [bos], dtype=ids.dtype)])
-    with net.at(net.layout.full):
-        norms = residual_norms(net.model, ids[:1, :128])[:, 0]  # (layers - 1, positions)
-        if not len(norms): return None
-        layer = int(norms[:, 0].argmax())
-        if not norms[layer, 0] > MASSIVE * norms[layer, 1:].median(): return None
-        dense = first_norms(net.model, tokens, layer)
-    with net.at(widths, weights):
-        kept = first_norms(net.model, tokens, layer) / dense
-    lost = np.average(~(kept[:len(top)] >= LOST), weights=count[top])  # NaN is lost, too
-    return dict(lost=float(lost), tokens=len(top)) | (
-        {} if bos is None else dict(bos=float(kept[-1])))
+@dataclass(frozen=True)
+class FirstTokens:
+    "Tokens that may begin a text, and what a dense model makes of them; of `trace_first`"
+    tokens: torch.Tensor  # (n,), BOS, if there is one, behind those that count
+    count: torch.Tensor  # (n or n - 1,), how often each is met
+    layer: int  # behind which the first token's norm is largest
+    norms: np.ndarray  # (n,)
 
-
-def begins_with_bos(bench: Bench) -> bool:
-    "Do texts begin with BOS, in this bench or because the tokenizer puts it there?"
-    bos = bench.tokenizer.bos_token_id
-    return bench.text.convention.bos or (
-        bos is not None and bench.tokenizer('a')['input_ids'][:1] == [bos])
+    def left(self, model: PreTrainedModel) -> dict:
+        """What a pruned model keeps of it: the share of the tokens that lose their massive
+        activation (`LOST`), how many were tried (`tokens`), and what BOS keeps (`bos`)"""
+        kept, n = first_norms(model, self.tokens, self.layer) / self.norms, len(self.count)
+        lost = np.average(~(kept[:n] >= LOST), weights=self.count)  # NaN is lost, too
+        return dict(lost=float(lost), tokens=n) | (
+            dict(bos=float(kept[-1])) if len(kept) > n else {})
 
 # %% ../../nbs/pipeline/02_prune.ipynb #d83c170f
-def try_first(bench: Bench, widths, weights: Weights | None) -> dict | None:
-    "`check_first`; None, with a warning, where a device has no room for it"
+def trace_first(model: PreTrainedModel,  # dense
+                tokenizer, ids: torch.Tensor,  # (blocks, t), a text
+                bos: bool = False,  # is every block read behind BOS?
+                ) -> FirstTokens | None:
+    """The massive activations of the text's most frequent tokens, or of BOS, where texts begin
+    with it. None for a model without one"""
+    norms = residual_norms(model, ids[:1, :128])[:, 0]  # (layers - 1, positions)
+    if not len(norms): return None
+    layer = int(norms[:, 0].argmax())
+    if not norms[layer, 0] > MASSIVE * norms[layer, 1:].median(): return None
+    seen, count = ids.unique(return_counts=True)
+    own = torch.tensor([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id],
+                       dtype=ids.dtype)
+    if begins_with_bos(tokenizer, bos):
+        seen, count = own, torch.tensor([1])
+    top = count.argsort(descending=True, stable=True)[:FIRST]
+    tokens = torch.cat([seen[top], own])
+    return FirstTokens(tokens, count[top], layer, first_norms(model, tokens, layer))
+
+
+def begins_with_bos(tokenizer, bos: bool = False) -> bool:
+    "Do texts begin with BOS, as a bench has it (`bos`) or because the tokenizer puts it there?"
+    own = tokenizer.bos_token_id
+    return bos or (own is not None and tokenizer('a')['input_ids'][:1] == [own])
+
+# %% ../../nbs/pipeline/02_prune.ipynb #ff32d809
+def check_first(bench: Bench, widths,  # (n_layers, 2)
+                weights: Weights | None) -> dict | None:
+    "`FirstTokens.left` of a policy on the test split. None without a massive activation"
+    net, text = bench.elastic, bench.text
+    with net.at(net.layout.full):
+        dense = trace_first(net.model, bench.tokenizer, text.test.ids, text.convention.bos)
+    if dense is None: return None
+    with net.at(widths, weights):
+        return dense.left(net.model)
+
+
+def try_first(check: Callable[[], dict | None]) -> dict | None:
+    "What a check of the first token finds; None, with a warning, where a device has no room for it"
     try:
-        return check_first(bench, widths, weights)
+        return check()
     except torch.OutOfMemoryError:
         warnings.warn('the first token is not checked: the device has no room', stacklevel=2)
         return None
 
-
-def say_first(bench: Bench, found: dict | None) -> str:  # of `check_first`
+# %% ../../nbs/pipeline/02_prune.ipynb #80a7fad3
+def say_first(tokenizer, bos: bool,  # as for `trace_first`
+              found: dict | None) -> str:  # of `FirstTokens.left`
     "What a user should know and do about it; empty if nothing"
     if not found or found['lost'] <= RARE: return ''
-    bos, kept = bench.tokenizer.bos_token, min(1, np.nan_to_num(found.get('bos', 0)))
-    if begins_with_bos(bench):
-        return (f'Behind {bos} the model keeps {kept:.0%} of the massive activation at the first '
+    own, kept = tokenizer.bos_token, min(1, np.nan_to_num(found.get('bos', 0)))
+    if begins_with_bos(tokenizer, bos):
+        return (f'Behind {own} the model keeps {kept:.0%} of the massive activation at the first '
                 'token, and may break down. Prune less.')
     remedy = 'Prune less.' if kept < LOST else (
-        f'Put {bos} in front of every text, as chat templates may do: with it, {kept:.0%} is left.')
+        f'Put {own} in front of every text, as chat templates may do: with it, {kept:.0%} is left.')
     return (f'As the first of a text, {found["lost"]:.1%} of the test text\'s tokens lose the '
             f'massive activation, and the model may break down on what follows. {remedy}')
 
 
-def warn_first(bench: Bench, found: dict | None) -> None:
+def warn_first(said: str) -> None:  # of `say_first`
     "A warning, if there is something to know"
-    if said := say_first(bench, found):
+    if said:
         warnings.warn(said, stacklevel=3)
+
+
+def _first(bench, found) -> str:
+    "`say_first` of a bench"
+    return say_first(bench.tokenizer, bench.text.convention.bos, found)
 
 # %% ../../nbs/pipeline/02_prune.ipynb #8af04f15
 def measure(bench: Bench, widths,  # (n_layers, 2)
@@ -258,7 +290,7 @@ def measure(bench: Bench, widths,  # (n_layers, 2)
 
 # %% ../../nbs/pipeline/02_prune.ipynb #f6463b70
 def write_outputs(bench, widths, result, table, out, wall_s,
-                  **more) -> Path:  # further entries of the record's result
+                  **more) -> Path:  # entries of the result that are not empty
     "Table, pictures and record of a finished run with widths (n_layers, 2); the record's path"
     c, full = bench.config, bench.elastic.layout.full
     atomic_write(out / 'table.csv', table.to_csv(index=False))
@@ -275,7 +307,8 @@ def write_outputs(bench, widths, result, table, out, wall_s,
                      episodes=len(result.log), broken=result.broken, updates=result.updates)
     return save_record(out, dict(name='prune')
                        | run_config(c, bench.corpus.sha256, bench.text.convention.bos),
-                       dict(widths=widths, table=table.to_dict('records'), **found, **more),
+                       dict(widths=widths, table=table.to_dict('records'), **found,
+                            **{k: v for k, v in more.items() if v}),
                        forward_tokens=result.forward_tokens if result else 0,
                        wall_s=round(wall_s, 1))
 
@@ -296,7 +329,7 @@ def card_files(bench, widths, table, out, record,
            f'folder has the calibration "{c.calibration}".')
     if c.budget != Budget():
         how += f' Budget: {c.goal}.' + f' Checked on this folder: {wish}.' * bool(wish)
-    if said := say_first(bench, read_json(record)['result'].get('first_token')):
+    if said := _first(bench, read_json(record)['result'].get('first_token')):
         how += f' {said}'
     family = bench.elastic.layout.family
     parallel = [] if family in UNSERVED else shared_by(family, np.maximum(widths, 1))

@@ -29,6 +29,7 @@ from ..export.hf import (
     check_folder, find_license, load_pruned, model_card, put_right, read_config)
 from ..export.vllm import parallel_sizes
 from .config import PROFILES, Profile
+from .prune import say_first, trace_first, try_first, warn_first
 from ..recover.distill import Distillation, check_teacher, distill_student, mix_blocks
 from ..recover.train import LR, Recovered, save_recovered, student_from
 
@@ -179,12 +180,24 @@ def recover_folder(config: RecoverConfig,
                                   run, progress=progress)
         found |= measure(trained.model, config.method)
         table = _table(found)
-        record = _write(config, out, key, trained, table, time.perf_counter() - start)
+        first = _try_first(teacher, trained.model, tokenizer, text)
+        record = _write(config, out, key, trained, table, time.perf_counter() - start, first)
+        said = say_first(tokenizer, text.bos, first)
         save_recovered(trained, tokenizer, out / 'model', overwrite,
-                       _card_files(config, out, table, record, sizes, trained), config.model)
+                       _card_files(config, out, table, record, sizes, trained, said), config.model)
+        warn_first(said)
         run.close()
     shutil.rmtree(out / 'train')  # the model is complete
     return table
+
+# %% ../../nbs/pipeline/05_recover.ipynb #9f60d968
+def _try_first(teacher, model, tokenizer, text) -> dict | None:
+    "What the first token keeps of the massive activation that the teacher has, if there is one"
+    def check():
+        ids = torch.cat([b.ids for b in text.test.values()])
+        dense = trace_first(teacher, tokenizer, ids, text.bos)
+        return None if dense is None else dense.left(model)
+    return None if teacher is None else try_first(check)
 
 # %% ../../nbs/pipeline/05_recover.ipynb #76ebff84
 def _table(found) -> pd.DataFrame:
@@ -215,18 +228,18 @@ def plot_recovery(found: Recovered, title: str = ''):
     return fig
 
 # %% ../../nbs/pipeline/05_recover.ipynb #74025bab
-def _write(config, out, key, found, table, wall_s) -> Path:
+def _write(config, out, key, found, table, wall_s, first) -> Path:
     "Table, picture and record of a finished training"
     atomic_write(out / 'table.csv', table.to_csv(index=False))
     save_figure(plot_recovery(found, f'{Path(config.model).name}, {config.method}'),
                 out / 'recover.png')
-    return save_record(out, key, dict(
-        table=table.to_dict('records'), losses=np.round(found.losses, 4), watched=found.watched,
-        widths=found.widths, trained=found.trained, tokens=found.tokens), found.tokens,
-        round(wall_s, 1))
+    result = dict(table=table.to_dict('records'), losses=np.round(found.losses, 4),
+                  watched=found.watched, widths=found.widths, trained=found.trained,
+                  tokens=found.tokens) | (dict(first_token=first) if first else {})
+    return save_record(out, key, result, found.tokens, round(wall_s, 1))
 
 
-def _card_files(config, out, table, record, sizes, found) -> dict[str, str | bytes]:
+def _card_files(config, out, table, record, sizes, found, said) -> dict[str, str | bytes]:
     "Model card and picture"
     c, source = config, read_config(Path(config.model).expanduser()).get('pruned_from')
     source = source or config.teacher or Path(config.model).name
@@ -238,7 +251,7 @@ def _card_files(config, out, table, record, sizes, found) -> dict[str, str | byt
     how = (f'After pruning, the model was {what}: {found.tokens:,} tokens of {mixed}, '
            f'{found.trained:,} trained parameters, the weights after step {best} of '
            f'{len(found.losses)}, by the selection text. Test splits, blocks of '
-           f'{c.profile.block_len} tokens without overlap.')
+           f'{c.profile.block_len} tokens without overlap.' + f' {said}' * bool(said))
     sparsity, *params = sizes
     card = model_card(source, sparsity, tuple(params), table, how, record.stem,
                       find_license(source), 'recover.png',
