@@ -76,8 +76,9 @@ DONE: dict[str, list[tuple[tuple[str, ...], tuple[float, ...], int]]] = {
                   'sensitivity', 'FLAP', 'OWL', 'AlphaPruning', EVEN, 'even FFN cut', 'even cut'),
                  SIGMAS, 3), (("default, Wanda's order", LONG[0]), (0.5,), 3)],
     GEMMA3: [((PAPER, 'CMA-ES', 'sensitivity', 'FLAP', 'OWL', 'AlphaPruning', EVEN, 'even FFN cut',
-               'even cut'), (0.3, 0.5), 1), (('default',), (0.3,), 1), (('default',), (0.5,), 2),
-             (('default, attention may go', 'EAS', 'EvoPress'), (0.5,), 1)],
+               'even cut', 'EAS', 'EvoPress'), SIGMAS, 1), (('default',), (0.2, 0.3), 1),
+             (('default',), (0.5,), 2), (("default, Wanda's order",), (0.2,), 1),
+             (('default, attention may go',), (0.5,), 1)],
     'mistral-deep': [(_SEARCHED, (0.3,), 1), (_SEARCHED, (0.5,), 3),
                      (tuple(m for m in METHODS if m in _DIRECT), (0.3, 0.5), 1)],
     'opt-deep': [(_SEARCHED, SIGMAS, 3), (tuple(m for m in METHODS if m in _DIRECT), SIGMAS, 1)]}
