@@ -77,7 +77,7 @@ DONE: dict[str, list[tuple[tuple[str, ...], tuple[float, ...], int]]] = {
                  SIGMAS, 3), (("default, Wanda's order", LONG[0]), (0.5,), 3)],
     GEMMA3: [((PAPER, 'CMA-ES', 'sensitivity', 'FLAP', 'OWL', 'AlphaPruning', EVEN, 'even FFN cut',
                'even cut', 'EAS', 'EvoPress'), SIGMAS, 1), (('default',), (0.2, 0.3), 1),
-             (('default',), (0.5,), 2), (("default, Wanda's order",), (0.2,), 1),
+             (('default',), (0.5,), 2), (("default, Wanda's order",), (0.2, 0.5), 1),
              (('default, attention may go',), (0.5,), 1)],
     'mistral-deep': [(_SEARCHED, (0.3,), 1), (_SEARCHED, (0.5,), 3),
                      (tuple(m for m in METHODS if m in _DIRECT), (0.3, 0.5), 1)],
@@ -603,15 +603,16 @@ def findings(table: pd.DataFrame, tasks: list[dict], trained: pd.DataFrame) -> l
             + _attention(table) + _taught(trained) + _elsewhere(table) + _broken(table)
             + _accuracy(tasks))
 
-
+# %% ../../nbs/studies/21_methods.ipynb #10301f8c
 def _told(t, part, what) -> str:
     "In how many models and targets is a difference shown, and how large is it?"
     read = lambda k: [
         (f'{MODELS[r["model"]]} at {r["sparsity"]:g}', np.mean(r[k]), half_width(r[k]))
         for r in t.to_dict('records') if r[k] is not None]
     if not (found := read(part)): return ''
-    rest = lambda of: [f'{where} ({plus_minus(d, w)})' for where, d, w in of if not d > w]
-    says = lambda of: f'; not shown for {", ".join(rest(of))}' if rest(of) else ''
+    rest = lambda of: [f for f in of if not f[1] > f[2]]
+    says = lambda of: _apart([f for f in rest(of) if f[1] < -f[2]], 'the other way round') + (
+        _apart([f for f in rest(of) if not f[1] < -f[2]], 'not shown'))
     low, high = min(found, key=lambda f: f[1]), max(found, key=lambda f: f[1])
     line = (f'- {what} in {len(found) - len(rest(found))} of {len(found)} pairs of model and '
             f'target (single intervals over test blocks), by {low[1]:z.3f} ({low[0]}) to '
@@ -621,6 +622,12 @@ def _told(t, part, what) -> str:
                  f'{len(several)} pairs with several{says(several)}')
     return line + '.'
 
+
+
+def _apart(found, how) -> str:
+    "The pairs for which a difference is not as it is said to be"
+    parts = [f'{where} ({plus_minus(d, w)})' for where, d, w in found]
+    return f'; {how} for {", ".join(parts)}' if parts else ''
 
 # %% ../../nbs/studies/21_methods.ipynb #f03777c1
 def _taught(trained) -> list[str]:
