@@ -218,7 +218,7 @@ def begins_with_bos(tokenizer, bos: bool = False) -> bool:
 # %% ../../nbs/pipeline/02_prune.ipynb #ff32d809
 def check_first(bench: Bench, widths,  # (n_layers, 2)
                 weights: Weights | None) -> dict | None:
-    "`FirstTokens.left` of a policy on the test split. None without a massive activation"
+    "What a policy keeps of the test split's `FirstTokens`. None without a massive activation"
     net, text = bench.elastic, bench.text
     with net.at(net.layout.full):
         dense = trace_first(net.model, bench.tokenizer, text.test.ids, text.convention.bos)
@@ -237,7 +237,7 @@ def try_first(check: Callable[[], dict | None]) -> dict | None:
 
 # %% ../../nbs/pipeline/02_prune.ipynb #80a7fad3
 def say_first(tokenizer, bos: bool,  # as for `trace_first`
-              found: dict | None) -> str:  # of `FirstTokens.left`
+              found: dict | None) -> str:  # of `check_first`
     "What a user should know and do about it; empty if nothing"
     if not found or found['lost'] <= RARE: return ''
     own, kept = tokenizer.bos_token, min(1, np.nan_to_num(found.get('bos', 0)))
