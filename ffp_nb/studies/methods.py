@@ -623,7 +623,6 @@ def _told(t, part, what) -> str:
     return line + '.'
 
 
-
 def _apart(found, how) -> str:
     "The pairs for which a difference is not as it is said to be"
     parts = [f'{where} ({plus_minus(d, w)})' for where, d, w in found]
