@@ -236,18 +236,44 @@ def test_what_reads_more_is_a_rival_and_is_named(made):
     assert 'has 80 episodes (the paper: 5,000) and ends -0.100 (σ = 0.5)' in held
     assert agent.startswith('- *agent, 320 episodes*, 400 forward tokens, is above the default by '
                             '0.267 ± ')
-    shown = methods.headline(table, pd.DataFrame(columns=['method', 'sparsity', 'nll']))
+    shown = methods.headline(table, pd.DataFrame(columns=['method', 'sparsity', 'nll', 'before']))
     of = lambda v: f'{np.exp(4.5 + v):.1f}'
     assert f'{of(0.6)} ({of(0.4)})' in shown and f'**{of(0)}**' in shown
-    costs = methods.costs(table)
-    assert any("paper's recipe (80 episodes): 99 forward tokens and 10 s" in x for x in costs)
+    taught = pd.DataFrame([dict(method='default', forward_tokens=5000, seconds=x) for x in (7, 9)])
+    costs = methods.costs(table, taught)
+    assert any("paper's recipe (80 episodes): 99 forward tokens and 10 s a search; it ends -0.100 "
+               '(σ = 0.5) nats from an even cut' in x for x in costs)
+    assert '- Distilling the default: 5,000 forward tokens and 7 to 9 s.' in costs
     assert any('default: 100 forward tokens and 10 to 12 s' in x for x in costs)
 
 
 def test_a_lead_that_is_not_shown_is_not_bold(made):
     made.add('EAS', [0.01], noise=0.5)
-    shown = methods.headline(made.table(), pd.DataFrame(columns=['method', 'sparsity', 'nll']))
+    none = pd.DataFrame(columns=['method', 'sparsity', 'nll', 'before'])
+    shown = methods.headline(made.table(), none)
     assert '(EAS)' in shown and '**' not in shown
+    made.rows[-1]['blocks'] = made.rows[-1]['blocks'] + 2  # over the blocks, but of a single seed
+    made.rows[-1]['nll'] += 2
+    assert '**' not in methods.headline(made.table(), none)
+    made.add('EAS', [2.0, 2.3, 1.7])
+    del made.rows[-4]
+    assert '**' in methods.headline(made.table(), none)
+
+
+def test_what_distillation_changes_is_told_of_the_same_seeds(made):
+    made.add('EAS', [2.0])
+    taught = pd.DataFrame([dict(method='default', sparsity=0.5, seed=k, nll=4.0, before=b)
+                           for k, b in enumerate((4.1, 4.3))])
+    assert f'| {np.expm1(-0.2):+.0%} ' in methods.headline(made.table(), taught)
+
+
+def test_two_repairs_of_a_policy_are_compared_on_the_same_blocks(made):
+    before = [r['blocks'].mean() + d for r, d in zip(made.rows[1:], (0.001, -0.004, 0.002))]
+    made.rows[1]['blocks'] = np.append(made.rows[1]['blocks'], [99, 99])  # not judged there
+    taught = pd.DataFrame([dict(method='default', sparsity=0.5, seed=k, before=b)
+                           for k, b in enumerate(before)])
+    (line,) = methods._again(made.table(), taught)
+    assert 'differ by up to 0.004 nats (3 policies' in line
 
 
 def test_a_policy_that_breaks_on_single_blocks_is_named(made):
@@ -270,3 +296,90 @@ def test_methods_with_one_policy_are_named(made):
     assert methods._alike(made.table()) == [
         '- One policy with several names, as they found the same widths: EAS and EvoPress '
         '(SmolLM2-135M at 0.5, seed 0).']
+
+
+def _judged(name, shift=0.0, limit=400, model='smollm2', sparsity=0.3, nats=0.0, seed=0):
+    "A made-up record of tasks: `shift` of the documents more are right than are for the default"
+    from ffp_nb.pipeline.tasks import TASKS
+    rng, scores = np.random.default_rng(7), {}
+    for task in TASKS:
+        luck = rng.random(limit)
+        own = np.random.default_rng(seed).random(limit) < 0.02  # answers that differ at random
+        right = np.where(own, ~(luck < 0.4), luck < 0.4 + shift).astype(float).tolist()
+        scores[task] = dict(acc=right) | (
+            dict(loglikelihood=(-9 * luck + nats + own).tolist()) if task == 'lambada_openai'
+            else dict(acc_norm=right))
+    about = dict(data=dict.fromkeys(TASKS, f'{limit}'), chance=dict.fromkeys(TASKS, 0.25))
+    return dict(about=(model, name, sparsity), result=dict(scores=scores, about=about),
+                config=dict(limit=limit, calibration='sequential'), forward_tokens=1, wall_s=1.0)
+
+
+def test_tasks_tell_what_differs_and_nothing_else():
+    tasks = [_judged('default'), _judged("paper's recipe", shift=0.1, nats=-0.5, seed=1),
+             _judged('CMA-ES', seed=2), _judged('dense', 0.2, sparsity=0.0)]
+    gaps = methods.task_gaps(tasks).set_index(['method', 'measure'])
+    assert {*gaps.index.get_level_values(0)} == {"paper's recipe", 'CMA-ES'}  # dense: no target
+    told = gaps.loc["paper's recipe"]
+    assert 0.07 < told.difference['accuracy'] < 0.13
+    assert -0.55 < told.difference['LAMBADA'] < -0.45
+    assert told.holm['accuracy'] < 1e-6 and (gaps.loc['CMA-ES'].holm > 0.05).all()
+    line, by_task, ranked = methods._accuracy(tasks)
+    assert line == (
+        '- Zero-shot, SmolLM2-135M, policies of seed 0, 400 documents of each task (Holm over the '
+        "2 differences of each measure): accuracy on the seven tasks tells 1 (paper's recipe at "
+        "0.3) of 2 other policies as better than the default and 0 as worse; LAMBADA's "
+        "log-likelihood tells 0 of 2 other policies as better than the default and 1 (paper's "
+        'recipe at 0.3) as worse.')
+    assert "CMA-ES, SmolLM2-135M at 0.3: none; mean of the other 7: " in by_task
+    assert "paper's recipe, SmolLM2-135M at 0.3: boolq +0." in by_task
+    assert '(SmolLM2-135M at 0.3, 400 documents of each task: 2 of 2 others above it, de' in ranked
+    table = methods.by_task_table([*tasks, _judged('EAS', limit=50)])
+    assert set(table.method) == {'default', "paper's recipe", 'CMA-ES', 'dense'}
+    default = methods._scores(tasks[:1])[400, 'smollm2', 'default', 0.3]
+    assert [*table.columns[-2:]] == ['average of seven', 'LAMBADA']
+    assert (table['average of seven'][table.method == 'default'].item()
+            == f'{default.value.iloc[-1]:.3f}')
+
+
+def test_tasks_are_compared_with_the_same_documents_of_the_same_model():
+    "A record of fifty documents has its own default, and so has another model"
+    tasks = [_judged('default'), _judged('EAS', limit=50, seed=1),
+             _judged('EAS', model='gemma3-270m')]
+    assert methods.task_gaps(tasks).empty and not methods._accuracy(tasks[1:])
+    assert (methods.zero_shot_table(tasks)['to the default'] == '').all()
+    tasks.append(_judged('default', shift=0.2, limit=50))
+    own = methods.task_gaps(tasks)
+    assert [*own.documents] == [50, 50] and own.difference.iloc[0] < -0.1
+    assert [*methods.zero_shot_table(tasks).documents] == [400, 400, 50, 50]
+
+
+def test_holm_counts_the_policies_of_a_model():
+    one = [_judged('default'), _judged('EAS', shift=0.01, seed=5)]
+    rest = [_judged(m, seed=k) for k, m in enumerate(('CMA-ES', 'FLAP', 'OWL'), 1)]
+    p = lambda tasks: methods.task_gaps(tasks).set_index(['method', 'measure']).holm[
+        'EAS', 'accuracy']
+    assert np.isclose(p(one + rest), min(1, 4 * p(one)))
+
+
+def test_tasks_are_asked_of_the_dense_model_and_of_policies(toy, tmp_path, monkeypatch):
+    "With as many documents as the study asks for of each; the records are read back by policy"
+    monkeypatch.setattr(methods, 'DONE', {'mistral-deep': [(('even FFN cut', 'OWL'), (0.3,), 1)]})
+    monkeypatch.setattr(methods, 'LEARNED', {})
+    monkeypatch.setattr(methods, 'TASKS_OF', {
+        3: {'mistral-deep': {'even FFN cut': (0.3,)}},
+        5: {'mistral-deep': {'dense': (0.0,), 'even FFN cut': (0.3,), 'OWL': (0.5,)}}})
+    asked = []
+
+    def answer(lab, widths, key, model, order):
+        asked.append((key['limit'], widths is None, model))
+        return _judged('', limit=key['limit'])['result'] | dict(forward_tokens=1)
+    monkeypatch.setattr(methods.allocation, 'measure_zero_shot', answer)
+    lab = Lab(tmp_path, 'smoke', runs=tmp_path, work=tmp_path)
+    assert count_records(STUDY, lab) == (1, 4)  # a training, which needs none of the others
+    run_study(STUDY, lab)
+    assert asked == [(5, True, 'mistral-deep'), (3, False, 'mistral-deep'),
+                     (5, False, 'mistral-deep')]
+    tasks = STUDY.read(tmp_path)[1]
+    assert {(r['config']['limit'], *r['about']) for r in tasks} == {
+        (5, 'mistral-deep', 'dense', 0.0), (3, 'mistral-deep', 'even FFN cut', 0.3),
+        (5, 'mistral-deep', 'even FFN cut', 0.3)}

@@ -23,7 +23,7 @@ TOY = dict(text='pydoc', tokens=20_000, batch=8, lr=6e-3, vocab=400, hidden=48, 
 def lab(tmp_path, monkeypatch):
     monkeypatch.setitem(SETUPS, 'smoke', Setup(TOY, Profile(32, 50, 8, 8, 4, 1, 2, 8, 2), (1, 8)))
     monkeypatch.setattr(texts, 'MODEL', 'llama')
-    monkeypatch.setitem(texts.SAME, 'llama', 6)
+    monkeypatch.setattr(texts, 'FIRST', 6)
     monkeypatch.setattr(texts, 'SEEDS', {'even FFN cut': (1, 1)})
     monkeypatch.setattr(texts, 'EVEN', 'even FFN cut')
     monkeypatch.setattr(texts, 'HERE', 0)  # searches at another target

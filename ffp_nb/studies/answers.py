@@ -232,14 +232,15 @@ def _quantise(table, policies):
 def _distillation(table, points):
     t = table[(table.budget == distillation.TOKENS) & (table.texts == 'own')
               & (table.start == 'searched')]
-    lead = distillation.leads(table).groupby(['sparsity', 'loss']).own.mean()
+    lead = distillation.leads(table).groupby(['sparsity', 'loss']).own.agg(mean_interval)
     top = max(distillation.SIGMAS)
     gain = lambda loss, k: mean_interval(t[(t.sparsity == top) & (t.loss == loss)][f'{k}_gain'])
     return (f'At half size distilling gains {gain("distil", "own")} nats on its own text and '
             f'{gain("distil", "other")} on another, training on the text alone '
             f'{gain("text", "own")} and {gain("text", "other")}; the lead of the '
-            f'search over an even cut is {lead[top, "before"]:.2f} nats before and '
-            f'{lead[top, "distil"]:.2f} after distilling.')
+            f'search over an even cut is {lead[top, "before"]} nats before, '
+            f'{lead[top, "distil"]} after distilling and {lead[top, "text"]} after training on the '
+            'text (intervals over seeds).')
 
 
 @answers('elastic')
@@ -256,10 +257,12 @@ def _methods(table, tasks, trained):
     t['more'] = np.expm1(t.lead.map(np.mean))
     parts = [f'{d.more.min():+.1%} to {d.more.max():+.1%} on {methods.MODELS[model]}'
              for model, d in t.groupby('model', sort=False)]
-    ahead = sum(d.mean() > half_width(d) for d in t.lead)
+    shown = lambda v: [d.mean() > half_width(d) for d in v if d is not None]
+    seeds = shown(t['lead by seed'])
     return (f'The default has less perplexity than every other method (its variants aside) in '
             f'{(t.more > 0).sum()} of {len(t)} pairs of model and target, shown over test blocks '
-            f'in {ahead}. That of the best other method, chosen with hindsight: '
+            f'in {sum(shown(t.lead))} and over seeds in {sum(seeds)} of the {len(seeds)} with '
+            'several. That of the best other method, chosen with hindsight: '
             + ', '.join(parts) + '. ' + _over_models(table) + _another_text(table))
 
 
@@ -310,21 +313,23 @@ def _protocol(table, dense):
 @answers('texts')
 def _texts(table, pilot, dense, more, first, starts):
     t = texts.gaps(table)
-    t = t[t.better == texts.DAMPED].set_index(['worse', 'calibrated', 'judged'])['mean']
+    t = t[t.better == texts.DAMPED].set_index(['worse', 'calibrated', 'judged']).gap
     on = {c: [c, *(j for j in texts.TEXTS if j != c)] for c in texts.TEXTS}  # its own one first
     said = lambda worse: '; '.join(
-        f'calibrated on {texts.TEXTS[c]}, ' + ' and '.join(f'{t[worse, c, j]:+.2f}' for j in on[c])
-        for c in on)
+        f'calibrated on {texts.TEXTS[c]}, ' + ' and '.join(
+            mean_interval(t[worse, c, j]) for j in on[c]) for c in on)
     far = texts.gaps(more[more.sparsity == texts.SIGMA])
     far = far[(far.worse == texts.PAPER) & (far.better == texts.DAMPED)]
-    unseen = [f'{d:+.2f} ({texts.UNSEEN[j]})' for d, j in zip(far['mean'], far.judged)]
-    b = texts.by_block(first)
+    unseen = [f'{mean_interval(d)} ({texts.UNSEEN[j]})' for d, j in zip(far.gap, far.judged)]
+    b, count = texts.by_block(first), lambda t: t.groupby(['method', 'seed']).ngroups
     return (f'Nats by which the default is ahead if its order has the penalty {texts.ALPHA:g}, on '
-            f'the text of the calibration and on the other one. Of itself with '
+            'the text of the calibration and on the other one (intervals over seeds; a single seed '
+            'has none). Of itself with '
             f'{PruneConfig.alpha:g}: {said("default")}. Of the paper\'s recipe: '
             f'{said(texts.PAPER)}; on texts that chose nothing {" and ".join(unseen)}. '
             f'{(b.breaks & (b.kept < texts.LOST)).sum()} of {b.breaks.sum()} blocks that break a '
-            'policy begin with a token that has lost its massive activation.')
+            'policy begin with a token that has lost its massive activation; they are of '
+            f'{count(b[b.breaks])} of the {count(first)} policies that were examined.')
 
 # %% ../../nbs/studies/24_answers.ipynb #c45557dc
 PICTURES: dict[str, Callable] = {}  # study -> (its tables) -> a matplotlib figure

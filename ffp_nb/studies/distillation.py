@@ -332,9 +332,12 @@ def leads(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def lead_table(table: pd.DataFrame) -> pd.DataFrame:
-    "Nats (and points of accuracy) by which the search is ahead, with 95 % intervals over seeds"
+    """Nats (and points of accuracy) by which the search is ahead, with 95 % intervals over seeds;
+    accuracies count documents, and where all seeds have equally many there is no interval"""
     found = leads(table).groupby(['sparsity', 'loss'])[['own', 'other', 'accuracy']]
-    return found.agg(lambda v: mean_interval(v, 3)).rename(
+    alike = lambda v: v.name == 'accuracy' and v.nunique() == 1 < len(v)
+    return found.agg(lambda v: f'{v.mean():.3f} (all seeds)' if alike(v) else
+                     mean_interval(v, 3)).rename(
         columns=dict(own='WikiText-2', other='help topics', accuracy='accuracy, points'))
 
 

@@ -156,8 +156,7 @@ def summary(speed: pd.DataFrame) -> pd.DataFrame:  # a row per figure, a column 
 # %% ../../nbs/studies/05_speed.ipynb #fe1cf447
 def headline(speed: pd.DataFrame) -> str:
     "Markdown table: how many times faster or smaller than dense, by target sparsity"
-    t = speed[speed.part.isin(list('abc')) & speed.what.isin(['prefill', 'decode', 'file'])
-              & speed.engine.isin(['PyTorch bf16', 'llama.cpp F16'])]
+    t = speed[speed.part.isin(list('abc')) & speed.what.isin(['prefill', 'decode', 'file'])]
     t = t.pivot_table(index=['what', 'engine'], columns='target', values='ratio', sort=False)
     head = ['| | engine | ' + ' | '.join(f'σ = {c:g}' for c in t.columns) + ' |',
             '| --- ' * (2 + t.shape[1]) + '|']
