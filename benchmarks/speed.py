@@ -415,28 +415,34 @@ def part_d(size, out, work):
 # --------------------------------------------------------------------------------------------------
 # e: where the time goes
 
-def spent(make) -> dict[str, float]:  # seconds by group
-    """Wall time of a call, and of its parts in another call; the rest is all but projections and
-    attention"""
-    wall, fn = make()(), make()  # a call uses its cache up
+def spent(fn) -> dict[str, float]:  # seconds by group
+    "What the profiler says of a call"
     with profile(activities=[ProfilerActivity.CPU]) as p:
         fn()
-    time_of = lambda *names: sum(e.self_cpu_time_total for e in p.key_averages()
-                                 if e.key.startswith(names)) / 1e6
-    parts = dict(projections=time_of('aten::mm', 'aten::addmm', 'mkldnn::'),
-                 attention=time_of('aten::_scaled_dot_product'))
-    return parts | dict(rest=wall - sum(parts.values()), all=wall)
+    found = [(e.key, e.self_cpu_time_total / 1e6) for e in p.key_averages()]
+    time_of = lambda *names: sum(t for key, t in found if key.startswith(names))
+    return dict(projections=time_of('aten::mm', 'aten::addmm', 'mkldnn::'),
+                attention=time_of('aten::_scaled_dot_product'))
 
 
 def part_e(size, out, work):
-    info = work.info['models']
+    """Wall time of a call, and of its parts in a call with the profiler; the rest is all but
+    projections and attention. All walls are taken first: the events of a profile stay in memory,
+    and Python was slower after each, so what came later in a turn seemed to have more of the rest
+    """
+    info, models = work.info['models'], work.loaded()
     phases = dict(prefill=(size.prompt, lambda m: lambda: m.prefill(prompt_ids(size.prompt))),
                   decode=(size.decoded,
                           lambda m: partial(m.write, m.read(prompt_ids(size.context)),
                                             size.decoded)))
-    for phase, (tokens, make) in phases.items():
-        t = take_turns({name: lambda m=m: spent(lambda: make(m))
-                        for name, m in work.loaded().items()}, size.profile_turns)
+    every = lambda measure: {
+        phase: take_turns({name: partial(measure, make, m) for name, m in models.items()},
+                          size.profile_turns) for phase, (_, make) in phases.items()}
+    walls = every(lambda make, m: dict(all=make(m)()))
+    parts = every(lambda make, m: spent(make(m)))  # a call uses its cache up: made for each
+    for phase, (tokens, _) in phases.items():
+        t = parts[phase]
+        t |= dict(rest=walls[phase]['all'] - sum(t.values()), all=walls[phase]['all'])
         for group, s in t.items():
             for name in s.columns.drop('dense'):
                 macs = (promise(info, name, phase, group) if group in info[name]['macs'][phase]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from inspect import signature
 
 import numpy as np
@@ -20,6 +21,8 @@ from ffp_nb.core.runs import lock_folder
 from ffp_nb.export.vllm import parallel_sizes
 from ffp_nb.pipeline import cli
 from ffp_nb.pipeline.config import PruneConfig
+from ffp_nb.search.agent import PUBLISHED
+from ffp_nb.studies.cells import VARIANTS
 
 MAIN = 'from ffp_nb.pipeline.cli import app; app()'
 QUICK = '--text', 'text.txt', '--block-len', 32, '--max-blocks', 3
@@ -129,7 +132,11 @@ def test_wide_tables_are_not_cut_off(capsys):
         ('--max-blocks', 3), ('--bos',))),
     (('report', 'x', '--points', 8), ('without --measure', '--points')),
     (('report', 'x', '--blocks', 4, '--device', 'cpu'), ('without --measure', '--blocks, --dev')),
-    (('report', 'x', '--measure', '--points', -1), ('points -1',))])
+    (('report', 'x', '--measure', '--points', -1), ('points -1',)),
+    *(((c, *o), words) for c in ('prune', 'search') for o, words in (
+        (('--published',), ('--published with --method gradient', 'Add --method ffp.')),
+        (('--method', 'eas', '--published'), ('--published with --method eas',)),
+        (('--method', 'uniform', '--workers', 2), ('with --method uniform', '--workers'))))])
 def test_options_without_effect(ffp, monkeypatch, args, words):
     "Refused before anything is loaded, even where the value is the default"
     monkeypatch.setattr('ffp_nb.export.hf.open_model', lambda *a: pytest.fail('loaded'))
@@ -137,6 +144,21 @@ def test_options_without_effect(ffp, monkeypatch, args, words):
     assert result.exit_code == 1 and result.stderr.count('\n') == 1, result.output
     for word in words:
         assert word in result.stderr
+
+
+def test_the_recipe_of_the_paper_is_a_command(monkeypatch):
+    "As the studies ask for it, and nothing else"
+    asked = []
+
+    def note(config, *a, **kw):
+        asked.append(config)
+        raise ValueError('enough')
+
+    monkeypatch.setattr('ffp_nb.pipeline.prune.prune', note)
+    for more in (['--published'], []):
+        CliRunner().invoke(cli.app, ['prune', '--method', 'ffp', '--criterion', 'wanda', *more])
+    assert asked[0].search == VARIANTS['published'] == {'agent': PUBLISHED}
+    assert asked[1].search == {} and replace(asked[0], search={}) == asked[1]
 
 
 def raising(monkeypatch, error, name='evaluate'):

@@ -227,6 +227,8 @@ def test_a_mixture_and_a_picture(tmp_path):
     (['--batch', '0'], 'batch 0'), (['--device', 'auto'], 'training is not split over devices'),
     (['--method', 'lora', '--temperature', '2'], 'no effect with --method lora: --temperature'),
     (['--method', 'finetune', '--teacher', 'smollm2'], 'no effect with --method finetune'),
+    (['--method', 'finetune', '--rank', '8'], 'no effect where all weights are trained: --rank'),
+    (['--rank', '16'], 'no effect where all weights are trained: --rank'),
     (['--tokens', '100'], '100 tokens; one step of 4 blocks of 64 takes 256'),
     (['--teacher', 'nowhere'], 'nowhere'),
     ([], 'does not name the dense model that it is from. Give it by --teacher')])

@@ -242,7 +242,7 @@ def test_what_reads_more_is_a_rival_and_is_named(made):
     taught = pd.DataFrame([dict(method='default', forward_tokens=5000, seconds=x) for x in (7, 9)])
     costs = methods.costs(table, taught)
     assert any("paper's recipe (80 episodes): 99 forward tokens and 10 s a search; it ends -0.100 "
-               '(σ = 0.5) nats from an even cut' in x for x in costs)
+               '(σ = 0.5) nats above an even cut' in x for x in costs)
     assert '- Distilling the default: 5,000 forward tokens and 7 to 9 s.' in costs
     assert any('default: 100 forward tokens and 10 to 12 s' in x for x in costs)
 
@@ -286,6 +286,17 @@ def test_a_policy_that_breaks_on_single_blocks_is_named(made):
     made.rows[2]['model'] = 'opt-deep'  # its text is another one
     (line,) = methods._broken(made.table())
     assert 'seed 1, deep OPT at 0.5 (1 of 24, the text of the twins);' in line
+
+
+def test_blocks_that_follow_each_other_count_for_less(made):
+    assert methods._neighbours(methods.leads(made.table())) == []  # no rival yet
+    made.add('EAS', [0.01, 0.31, -0.29])  # apart by a constant: nothing to correlate
+    assert methods._neighbours(methods.leads(made.table())) == []
+    for row in made.rows[-3:]:
+        row['blocks'] = row['blocks'] + 0.04 + 0.1 * np.sin(2 * np.pi * np.arange(24) / 24)
+    (line,) = methods._neighbours(methods.leads(made.table()))
+    assert 'correlate by 0.97 to 0.97' in line
+    assert line.endswith('0 of the 1 differences are shown; with single blocks 1.')
 
 
 def test_methods_with_one_policy_are_named(made):

@@ -240,7 +240,8 @@ def _wikitext2():
         missing = [n for n in names if not (folder / n).exists()]
         if missing:
             raise FileNotFoundError(f'FFP_DATA_DIR has no wikitext-2-raw/{missing[0]}. Correct '
-                                    'the variable, or unset it to read the hub.')
+                                    'the variable, unset it to read the hub, or name another '
+                                    "text, such as 'pydoc'.")
         train, valid, test = ((folder / n).read_bytes().decode(errors='ignore') for n in names)
     else:
         give = "Set FFP_DATA_DIR to the folder that holds wikitext-2-raw, or use 'pydoc'."
@@ -387,6 +388,7 @@ class Blocks:
 def token_blocks(text: str, tokenizer,
                  convention: Convention = Convention(),
                  n: int | None = None,  # the first n blocks; an error if there are fewer
+                 what: str = 'the text',  # as an error calls it
                  ) -> Blocks:
     "Tokenise a text and cut it into blocks; a last part that is too short is dropped"
     c, prefix = convention, []
@@ -400,7 +402,7 @@ def token_blocks(text: str, tokenizer,
     starts = range(0, len(ids) - body + 1, min(c.stride, body))
     limit = n if n is not None else c.max_blocks
     if not starts or (n is not None and len(starts) < n):
-        raise ValueError(f'the text has {len(ids)} tokens, {len(starts)} blocks of '
+        raise ValueError(f'{what} has {len(ids)} tokens, {len(starts)} blocks of '
                          f'{c.block_len}; {n or 1} blocks are needed. Give more text, ask for '
                          'fewer blocks, or use a smaller block_len (--block-len, --profile).')
     rows = [prefix + ids[s:s + body] for s in starts[:limit]]
@@ -439,7 +441,8 @@ class Splits:
         convention = replace(self.convention, max_blocks=limit)
         if split == 'test' and self.test_len != convention.block_len:
             convention = replace(convention, block_len=self.test_len, stride=self.test_len)
-        blocks = token_blocks(self.corpus[split], self.tokenizer, convention, n)
+        blocks = token_blocks(self.corpus[split], self.tokenizer, convention, n,
+                              f'the {split} split of {self.corpus.name}')
         check_blocks(blocks, self.model)
         return blocks
 

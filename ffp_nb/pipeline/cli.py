@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'Methods', 'Profiles', 'Criteria', 'Budgets', 'Calibrations', 'Kinds', 'Quants', 'Model', 'Text',
-           'EvalText', 'EvalLength', 'Sparsity', 'Method', 'ProfileOpt', 'Seed', 'Out', 'Resume', 'Criterion', 'Dtype',
-           'Remove', 'FfnStep', 'Parallel', 'Device', 'Workers', 'Debug', 'Nbs', 'BudgetOpt', 'Params', 'Macs',
-           'Memory', 'Speedup', 'Context', 'Sequences', 'Repair', 'Alpha', 'OrderAlpha', 'Overwrite', 'Split',
-           'BlockLen', 'Stride', 'Bos', 'MaxBlocks', 'Tasks', 'Limit', 'Part', 'Metric', 'Data', 'Csv', 'Batch',
-           'Recoveries', 'Trained', 'Mix', 'How', 'Teacher', 'Tokens', 'Train', 'Lr', 'Rank', 'Heat', 'Truth', 'Hidden',
-           'Patience', 'Thrifty', 'StepBatch', 'Pruned', 'Runs', 'ReportOut', 'Measure', 'Points', 'GainBlocks',
-           'Folder', 'Gguf', 'Quant', 'StudyName', 'Pages', 'Missing', 'TableName', 'Records', 'Only', 'Shares',
-           'Weights', 'Rehearse', 'Layers', 'Shrink', 'Force', 'Markdown', 'Low', 'High', 'ServedStep', 'CutSparsity',
-           'CutMemory', 'CutContext', 'CutOut', 'studies', 'print_table', 'prune', 'search', 'evaluate', 'recover',
-           'report', 'elastic', 'export', 'study_list', 'study_run', 'study_report', 'study_protocol']
+           'EvalText', 'EvalLength', 'Sparsity', 'Method', 'Published', 'ProfileOpt', 'Seed', 'Out', 'Resume',
+           'Criterion', 'Dtype', 'Remove', 'FfnStep', 'Parallel', 'Workers', 'Debug', 'Nbs', 'Device', 'ToMeasure',
+           'ByBackward', 'ToTrain', 'BudgetOpt', 'Params', 'Macs', 'Memory', 'Speedup', 'Context', 'Sequences',
+           'Repair', 'Alpha', 'OrderAlpha', 'Overwrite', 'Split', 'BlockLen', 'Stride', 'Bos', 'MaxBlocks', 'Tasks',
+           'Limit', 'Part', 'Metric', 'Data', 'Csv', 'Batch', 'Recoveries', 'Trained', 'Mix', 'How', 'Teacher',
+           'Tokens', 'Train', 'Lr', 'Rank', 'OfTraining', 'Trains', 'Blocks', 'Heat', 'Truth', 'Hidden', 'Patience',
+           'Thrifty', 'StepBatch', 'Pruned', 'Runs', 'ReportOut', 'Measure', 'Points', 'GainBlocks', 'Folder', 'Gguf',
+           'Quant', 'StudyName', 'Pages', 'Missing', 'TableName', 'Records', 'Only', 'Shares', 'Weights', 'Rehearse',
+           'Layers', 'Shrink', 'Force', 'Markdown', 'Low', 'High', 'ServedStep', 'CutSparsity', 'CutMemory',
+           'CutContext', 'CutOut', 'studies', 'print_table', 'prune', 'search', 'evaluate', 'recover', 'report',
+           'elastic', 'export', 'study_list', 'study_run', 'study_report', 'study_protocol']
 
 # %% ../../nbs/pipeline/06_cli.ipynb #b968ed25
 import io
@@ -42,6 +43,7 @@ from ..export.gguf import QUANTS
 from ..export.vllm import parallel_sizes
 from .config import METHODS, PROFILES, PruneConfig, parallel_step
 from ..recover.train import LR
+from ..search.agent import PUBLISHED
 from ..search.rivals import SEARCHERS
 
 # %% ../../nbs/pipeline/06_cli.ipynb #72f10b84
@@ -63,11 +65,12 @@ Quants = Enum('Quants', {q: q for q in QUANTS})
 
 # %% ../../nbs/pipeline/06_cli.ipynb #276e6a98
 Model = Annotated[str, typer.Option(
-    help="'smollm2' (needs no hub), 'smollm2-mistral', 'gemma3-270m' (its terms accepted), a local "
-         "folder, or a hub id")]
+    help="'smollm2' (needs no hub), 'smollm2-mistral' (the same as a Mistral), 'gemma3-270m' (its "
+         "terms accepted), a local folder, or a hub id")]
 Text = Annotated[str, typer.Option(
-    help="'wikitext2', 'wikitext2-full', 'fineweb-edu', 'pydoc', 'auto', a text file, a file or "
-         "folder of rows (parquet, jsonl, csv), or a hub data set")]
+    help="'wikitext2', 'wikitext2-full', 'fineweb-edu', 'pydoc', 'auto' (wikitext2 where "
+         "FFP_DATA_DIR is set, else pydoc), a text file, a file or folder of rows (parquet, jsonl, "
+         "csv), or a hub data set")]
 EvalText = Annotated[Optional[str], typer.Option(
     help='measure the figures on the test split of this text; default: on that of --text')]
 EvalLength = Annotated[Optional[int], typer.Option(
@@ -76,6 +79,8 @@ Sparsity = Annotated[float, typer.Option(
     help='share of the decoder-block parameters to remove, or of what --budget names')]
 Method = Annotated[Methods, typer.Option(
     help="how the widths are chosen: 'gradient' follows slopes, 'ffp' is the paper's agent")]
+Published = Annotated[bool, typer.Option(
+    '--published', help="with --method ffp: the agent has the paper's settings, not our own")]
 ProfileOpt = Annotated[Profiles, typer.Option(help='how much text and how many episodes')]
 Seed = Annotated[int, typer.Option(help='seed of the search')]
 Out = Annotated[Path, typer.Option(help='folder for everything that is made')]
@@ -91,15 +96,25 @@ FfnStep = Annotated[Optional[int], typer.Option(
     min=1, help='FFN widths are multiples of this; default: 32, or 128 for a latency on a GPU')]
 Parallel = Annotated[int, typer.Option(
     min=1, help='devices that shall share every layer equally (tensor parallelism)')]
-Device = Annotated[Optional[str], typer.Option(
-    help="default: a GPU where there is one; 'auto' splits a large model over GPUs, memory and "
-         "disk (slopes need all of it on GPUs: else --method ffp)")]
 Workers = Annotated[int, typer.Option(
     min=0, help='processes that measure policies, each with a replica of the model (needs '
                 'ffp_nb[ray]); 0: none')]
 Debug = Annotated[bool, typer.Option(help='show the traceback of an error')]
 Nbs = Annotated[Optional[Path], typer.Option(
     help='folder of the notebooks; default: that of the checkout')]
+
+# %% ../../nbs/pipeline/06_cli.ipynb #e8920167
+Device = Annotated[Optional[str], typer.Option(
+    help="default: a GPU where there is one; 'auto' splits a large model over GPUs, memory and "
+         "disk (slopes need all of it on GPUs: else --method ffp)")]
+ToMeasure = Annotated[Optional[str], typer.Option(
+    '--device', help="default: a GPU where there is one; 'auto' splits a large model over GPUs, "
+                     "memory and disk")]
+ByBackward = Annotated[Optional[str], typer.Option(
+    '--device', help="default: a GPU where there is one; 'auto' splits a large model over GPUs, "
+                     "which need to hold all of it")]
+ToTrain = Annotated[Optional[str], typer.Option(
+    '--device', help='default: a GPU where there is one; training is not split over several')]
 
 # %% ../../nbs/pipeline/06_cli.ipynb #f43b6993
 BudgetOpt = Annotated[Optional[Budgets], typer.Option(
@@ -123,7 +138,7 @@ Repair = Annotated[Calibrations, typer.Option(help='repair of the saved model')]
 Alpha = Annotated[float, typer.Option(help='ridge penalty of the static calibration')]
 OrderAlpha = Annotated[Optional[float], typer.Option(
     help='ridge penalty of an order by elimination (greedy, fisher, forward): the larger, the less '
-         'it trusts the calibration text; default: that of --alpha')]
+         'it trusts the calibration text; default: the ridge penalty of the static calibration')]
 Overwrite = Annotated[bool, typer.Option(help='replace what is there')]
 Split = Annotated[str, typer.Option(help='calibration, search, selection or test')]
 BlockLen = Annotated[int, typer.Option(help='tokens of a block')]
@@ -159,6 +174,12 @@ Train = Annotated[Trained, typer.Option(
     help="what a distillation trains: 'finetune' is all weights, 'lora' needs far less memory")]
 Lr = Annotated[Optional[float], typer.Option(help='highest learning rate; default: as tested')]
 Rank = Annotated[int, typer.Option(help='of LoRA and adapters')]
+OfTraining = Annotated[int, typer.Option(
+    '--seed', help='seed of the training: the order of the text, and what is added')]
+Trains = Annotated[bool, typer.Option(
+    '--resume/--no-resume', help='go on with the training in --out, or start over')]
+Blocks = Annotated[Profiles, typer.Option(
+    '--profile', help='length of the blocks, and how many of them are measured')]
 Heat = Annotated[float, typer.Option(help='of the distillation')]
 Truth = Annotated[float, typer.Option(help="share of the text's own loss in a distillation")]
 Hidden = Annotated[float, typer.Option(help='weight of the distance between hidden states')]
@@ -212,14 +233,15 @@ Markdown = Annotated[Optional[Path], typer.Option(
 Low = Annotated[float, typer.Option(help='the lowest sparsity that it shall serve')]
 High = Annotated[float, typer.Option(help='the highest')]
 ServedStep = Annotated[Optional[int], typer.Option(
-    min=1, help='FFN widths are multiples of this; default: such that the repairs take no more '
-                'disk than the model')]
+    min=1, help='FFN widths are multiples of this; default: such that the repairs take at most '
+                'twice the disk of the model')]
 CutSparsity = Annotated[Optional[float], typer.Option(
     help='of an elastic folder: cut the model with this share of the parameters removed')]
 CutMemory = Annotated[Optional[str], typer.Option(
     help='of an elastic folder: cut the largest model that takes so much, such as 3GiB, weights '
          'and the cache of --context tokens')]
-CutContext = Annotated[int, typer.Option(min=0, help='with --memory: tokens in the cache')]
+CutContext = Annotated[int, typer.Option(
+    min=0, help='with --memory: tokens in the cache; default: the weights alone count')]
 CutOut = Annotated[Optional[Path], typer.Option(
     help='folder for the model that is cut, as `ffp prune` would save it')]
 
@@ -336,7 +358,7 @@ def _budget(ctx: typer.Context) -> Budget:
     found = kind or next(iter(wishes), 'params')
     return Budget(found, wishes.get(found), get('context'), get('batch'))
 
-
+# %% ../../nbs/pipeline/06_cli.ipynb #aac79723
 def _config(ctx: typer.Context, **kw) -> PruneConfig:
     "The configuration that the options of `ffp prune` and `ffp search` describe"
     given = {k: v.value if isinstance(v, Enum) else v for k, v in ctx.params.items()}
@@ -349,6 +371,13 @@ def _config(ctx: typer.Context, **kw) -> PruneConfig:
     liked = likely_step(given['device']) if budget.kind == 'latency' else 32
     same = {k: given[k] for k in ('model', 'text', 'sparsity', 'method', 'seed', 'criterion',
                                   'dtype', 'order_alpha')}
+    if given['published']:
+        if given['method'] != 'ffp':
+            raise ValueError(f'--published with --method {given["method"]}: only the agent of the '
+                             'paper has published settings. Add --method ffp.')
+        kw['search'] = dict(agent=PUBLISHED)
+    if given['method'] not in SEARCHERS:
+        _refuse(ctx, f'with --method {given["method"]}, which searches nothing', 'workers')
     return PruneConfig(**same, budget=budget, profile=PROFILES[given['profile']],
                        step=parallel_step(given['ffn_step'] or liked, tp), **kw)
 
@@ -359,7 +388,7 @@ def prune(model: Model = 'smollm2', text: Text = 'auto', eval_text: EvalText = N
           budget: BudgetOpt = None, params: Params = None, macs: Macs = None,
           memory: Memory = None, speedup: Speedup = None, context: Context = None,
           batch: Sequences = None, method: Method = Methods.gradient,
-          profile: ProfileOpt = Profiles.cpu, seed: Seed = 0,
+          published: Published = False, profile: ProfileOpt = Profiles.cpu, seed: Seed = 0,
           out: Out = Path('runs/pruned'), resume: Resume = True,
           criterion: Criterion = Criteria.greedy, dtype: Dtype = 'auto', device: Device = None,
           remove: Remove = None, ffn_step: FfnStep = None, tp: Parallel = 1, workers: Workers = 0,
@@ -386,7 +415,7 @@ def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0
            budget: BudgetOpt = None, params: Params = None, macs: Macs = None,
            memory: Memory = None, speedup: Speedup = None, context: Context = None,
            batch: Sequences = None, method: Method = Methods.gradient,
-           profile: ProfileOpt = Profiles.cpu, seed: Seed = 0,
+           published: Published = False, profile: ProfileOpt = Profiles.cpu, seed: Seed = 0,
            out: Out = Path('runs/search'), resume: Resume = True,
            criterion: Criterion = Criteria.greedy, dtype: Dtype = 'auto', device: Device = None,
            remove: Remove = None, ffn_step: FfnStep = None, tp: Parallel = 1, workers: Workers = 0,
@@ -445,7 +474,7 @@ def _refuse(ctx: typer.Context, when: str, *names: str) -> None:
 # %% ../../nbs/pipeline/06_cli.ipynb #d94e92be
 @app.command('eval')
 def evaluate(model: Model = 'smollm2', text: Text = 'auto', dtype: Dtype = 'auto',
-             device: Device = None, split: Split = 'test', block_len: BlockLen = 512,
+             device: ToMeasure = None, split: Split = 'test', block_len: BlockLen = 512,
              stride: Stride = None, bos: Bos = None, max_blocks: MaxBlocks = None,
              tasks: Tasks = None, limit: Limit = None, part: Part = None, metric: Metric = None,
              data: Data = None, csv: Csv = None, batch: Batch = 1, debug: Debug = False, *,
@@ -512,10 +541,10 @@ def _zero_shot(load, tasks, limit, part, metric, data, batch):
 @app.command()
 def recover(model: Pruned, text: Mix = None, method: How = Recoveries.distill,
             tokens: Tokens = '1M', teacher: Teacher = None, out: Out = Path('runs/recovered'),
-            profile: ProfileOpt = Profiles.cpu, train: Train = Trained.finetune, lr: Lr = None,
+            profile: Blocks = Profiles.cpu, train: Train = Trained.finetune, lr: Lr = None,
             batch: StepBatch = 4, rank: Rank = 16, temperature: Heat = 1.0, truth: Truth = 0.0,
             hidden: Hidden = 0.0, patience: Patience = 3, checkpointing: Thrifty = False,
-            seed: Seed = 0, device: Device = None, resume: Resume = True,
+            seed: OfTraining = 0, device: ToTrain = None, resume: Trains = True,
             overwrite: Overwrite = False, debug: Debug = False, *, ctx: typer.Context):
     "Train a pruned folder on text, or let the dense model teach it; save it as another folder."
     with _told(debug, 'recover'):
@@ -524,6 +553,8 @@ def recover(model: Pruned, text: Mix = None, method: How = Recoveries.distill,
         if method.value != 'distill':
             _refuse(ctx, f'with --method {method.value}', 'teacher', 'train', 'temperature',
                     'truth', 'hidden')
+        if (train if method.value == 'distill' else method).value == 'finetune':
+            _refuse(ctx, 'where all weights are trained', 'rank')
         if device == 'auto':
             raise ValueError('device auto: training is not split over devices. Give one of them.')
         config = RecoverConfig(
@@ -537,7 +568,7 @@ def recover(model: Pruned, text: Mix = None, method: How = Recoveries.distill,
 # %% ../../nbs/pipeline/06_cli.ipynb #4e9c9da1
 @app.command()
 def report(runs: Runs, out: ReportOut = None, measure: Measure = False, points: Points = 8,
-           blocks: GainBlocks = 4, device: Device = None, debug: Debug = False, *,
+           blocks: GainBlocks = 4, device: ToMeasure = None, debug: Debug = False, *,
            ctx: typer.Context):
     """Did the reward rise, did exploration collapse, was the budget met, do seeds agree? Pictures
     and plain sentences."""
@@ -562,7 +593,7 @@ def report(runs: Runs, out: ReportOut = None, measure: Measure = False, points: 
 def elastic(model: Model = 'smollm2', text: Text = 'auto', low: Low = 0.1, high: High = 0.5,
             profile: ProfileOpt = Profiles.cpu, seed: Seed = 0, out: Out = Path('runs/elastic'),
             resume: Resume = True, criterion: Criterion = Criteria.greedy, dtype: Dtype = 'auto',
-            device: Device = None, ffn_step: ServedStep = None, alpha: Alpha = 0.1,
+            device: ByBackward = None, ffn_step: ServedStep = None, alpha: Alpha = 0.1,
             order_alpha: OrderAlpha = None, overwrite: Overwrite = False, debug: Debug = False):
     "Make one folder that serves every budget in a range: sorted weights, policies, repairs."
     with _told(debug, 'elastic'):

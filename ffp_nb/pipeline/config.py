@@ -106,7 +106,8 @@ def _check_penalties(self: PruneConfig):
     check_alpha(self.order_alpha, 'order_alpha')
     if self.criterion not in ORDERS:
         raise ValueError(f'order_alpha {self.order_alpha} and criterion {self.criterion!r}: only '
-                         f'{", ".join(ORDERS)} have a penalty. Leave order_alpha out.')
+                         f'{", ".join(ORDERS)} have a penalty. Leave order_alpha out '
+                         '(--order-alpha).')
 
 
 @patch

@@ -19,6 +19,7 @@ from . import (
     ablation, allocation, criteria, distillation, dynamic, elastic, methods, prediction, quantise,
     ranking, rewards, scaling, schedules, slopes, texts)
 from .cells import against
+from .searchers import say_times, times_over
 from .study import (
     LEVEL, MARGIN, colours, half_width,
     mean_interval, paired_differences, plus_minus, signed, told)
@@ -46,6 +47,12 @@ def _mean(t, by, value='nll'):
 
 def _holds(whole, some=True) -> str:
     return 'Yes' if whole else 'In part' if some else 'No'
+
+
+def _cheaper(times) -> str:
+    "Is a search cheaper by the whole interval over models?"
+    shown = 'shown' if times_over(times)[1] > 1 else 'not shown'
+    return f'By models, that it is cheaper is {shown}: {say_times(times)}.'
 
 # %% ../../nbs/studies/24_answers.ipynb #1a3ec480
 @answers('spine')
@@ -100,18 +107,22 @@ def _allocation(table):
 @answers('searchers')
 def _searchers(mine, traces):
     c = against(traces, 'eas', 'none')
-    x = {p: c[(c.policy == p) & (c.variant == 'default')].times for p in ('ffp', 'cma')}
+    x = {p: c[(c.policy == p) & (c.variant == 'default')].set_index(['model', 'seed']).times
+         for p in ('ffp', 'cma')}
     return (f'The agent reaches the best of an evolutionary search with {x["ffp"].median():.1f} '
             f'times fewer tokens in the median, CMA-ES with {x["cma"].median():.1f} times fewer '
-            '(six-layer models).')
+            f'(six-layer models). {_cheaper(x["ffp"])}')
 
 
 @answers('schedules')
 def _schedules(mine, traces):
-    t = schedules.savings(traces[traces.sparsity == 0.5]).set_index('variant').loc['default']
+    half = traces[traces.sparsity == 0.5]
+    t = schedules.savings(half).set_index('variant').loc['default']
+    runs = against(half, 'ffp', 'none')
+    times = runs[runs.variant == 'default'].set_index(['model', 'seed']).times
     return (f'Growing the target and the text together reaches the quality of an unscheduled '
             f'search with {t.times_cheaper:.1f} times fewer tokens in the median, and in '
-            f'{t.reached:.0f} of {t.runs:.0f} runs at all.')
+            f'{t.reached:.0f} of {t.runs:.0f} runs at all. {_cheaper(times)}')
 
 # %% ../../nbs/studies/24_answers.ipynb #c540a29c
 @answers('ablation')
@@ -141,12 +152,11 @@ def _prediction(judged, timing, searches):
 
 @answers('dynamic')
 def _dynamic(table, heuristics):
-    d = dynamic.differences(table)
-    x = d[d.agent == 'range'].difference
+    x = dynamic.by_seed(table, 'range')
     tokens = table.groupby(['agent', 'seed']).tokens
     one, total = tokens.first()['range'].mean(), tokens.sum()['fixed'].mean()
-    return (f'One agent for all targets is {x.mean():+.4f} nats from agents trained for one '
-            f'target each, for {total / one:.0f} times fewer tokens.')
+    return (f'One agent for all targets is {signed(x)} nats from agents trained for one target '
+            f'each (interval over {len(x)} seeds), for {total / one:.0f} times fewer tokens.')
 
 # %% ../../nbs/studies/24_answers.ipynb #dd1a4274
 @answers('criteria')

@@ -272,7 +272,8 @@ COLOURS = {'default': '#0173b2', "paper's recipe": '#de8f05', 'CMA-ES': '#029e73
            'random': '#bdbdbd', 'sensitivity': '#ca9161', 'FLAP': '#fb9ac9', 'OWL': '#9467bd',
            'AlphaPruning': '#b5a900', 'gate': '#17becf', 'even FFN cut': '#56b4e9',
            'even FFN cut, greedy': '#1f4e79', 'even cut': '#595959', 'distilled': '#003f5c',
-           'dense': '#000000', 'agent, 320 episodes': '#8c2d04'}
+           'dense': '#000000', 'agent, 320 episodes': '#8c2d04',
+           'agent, 80 episodes': '#8c2d04'}
 _OTHER_NAMES = {'gradient': 'default', 'search': 'default', 'ffp': "paper's recipe",
                 'agent': "paper's recipe",
                 'published': "paper's recipe", 'cma': 'CMA-ES', 'eas': 'EAS',
