@@ -288,6 +288,26 @@ def test_a_policy_that_breaks_on_single_blocks_is_named(made):
     assert 'seed 1, deep OPT at 0.5 (1 of 24, the text of the twins);' in line
 
 
+def test_the_better_repair_is_told(made):
+    made.add('EAS', [0.5, 0.8, 0.2])
+    assert methods._repairs(made.table()) == []  # sequential alone
+    for row in made.rows[1:]:  # the default's own are 0.1 nats better, of one seed worse
+        by = {'default': (-0.1, -0.1, 0.3)}.get(row['method'], (-0.4,) * 3)[row['seed']]
+        made.rows.append(row | dict(calibration='static', nll=row['nll'] + by,
+                                    blocks=row['blocks'] + by))
+    first, lead = methods._repairs(made.table())
+    assert first.endswith('in 2 of 3 policies of the default; in all seeds of no pair of model and '
+                          'target.')
+    assert 'is above the default in 1 of 1 pairs' in lead and 'by 0.067 (SmolLM2' in lead
+    made.add('GRASPrune', [1.0])
+    made.rows.append(made.rows[-1] | dict(calibration='scales', nll=made.rows[-1]['nll'] - 0.25))
+    assert methods._repairs(made.table())[-1].endswith(
+        'by 0.750 and 1.000 (SmolLM2-135M at 0.5) nats.')
+    made.rows[:] = [r for r in made.rows if r['seed'] < 2]
+    assert 'in 2 of 2 policies of the default; in all seeds of SmolLM2-135M at 0.5 (+0.100).' in (
+        methods._repairs(made.table())[0])
+
+
 def test_blocks_that_follow_each_other_count_for_less(made):
     assert methods._neighbours(methods.leads(made.table())) == []  # no rival yet
     made.add('EAS', [0.01, 0.31, -0.29])  # apart by a constant: nothing to correlate

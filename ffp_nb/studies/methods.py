@@ -85,7 +85,8 @@ DONE: dict[str, list[tuple[tuple[str, ...], tuple[float, ...], int]]] = {
                      (tuple(m for m in METHODS if m in _DIRECT), (0.3, 0.5), 1)],
     'opt-deep': [(_SEARCHED, SIGMAS, 3), (tuple(m for m in METHODS if m in _DIRECT), SIGMAS, 1)]}
 # targets and seeds of GRASPrune
-LEARNED = {'smollm2': ((0.5,), 1), 'mistral-deep': ((0.3, 0.5), 1), 'opt-deep': (SIGMAS, 1)}
+LEARNED = {'smollm2': (SIGMAS, 1), GEMMA3: ((0.5,), 1),
+           'mistral-deep': ((0.3, 0.5), 1), 'opt-deep': (SIGMAS, 1)}
 
 # %% ../../nbs/studies/21_methods.ipynb #e39ea306
 # SmolLM2's policies that are taught by the dense model, beside the default's; see `distillation`
@@ -686,10 +687,9 @@ def findings(table: pd.DataFrame, tasks: list[dict], trained: pd.DataFrame) -> l
     lines += [_told(t, 'even', 'An even cut of the FFNs in the same order is above the default'),
               _told(t, 'search', "In Wanda's order, the paper's search is above the default's"),
               _told(t, 'order', "Under the default's search, Wanda's order is above the greedy")]
-    return ([x for x in lines if x] + _held(table) + _alike(table) + _neighbours(t)
-            + _pooled(table) + _attention(table) + _again(table, trained) + _taught(trained)
-            + _elsewhere(table) + _broken(table)
-            + _accuracy(tasks))
+    return ([x for x in lines if x] + _repairs(table) + _held(table) + _alike(table)
+            + _neighbours(t) + _pooled(table) + _attention(table) + _again(table, trained)
+            + _taught(trained) + _elsewhere(table) + _broken(table) + _accuracy(tasks))
 
 # %% ../../nbs/studies/21_methods.ipynb #10301f8c
 def _told(t, part, what) -> str:
@@ -808,6 +808,36 @@ def _neighbours(t, of: int = 4) -> list[str]:
             f'of {of} neighbours as the values, their intervals are {min(wider):.2f} to '
             f'{max(wider):.2f} times as wide, and {shown[1]} of the {len(found)} differences are '
             f'shown; with single blocks {shown[0]}.']
+
+# %% ../../nbs/studies/21_methods.ipynb #96cdcb78
+def _repairs(table) -> list[str]:
+    "Is sequential repair the better one for the default, and does its lead need it?"
+    t = table[(table.method == 'default') & table.calibration.isin(['static', 'sequential'])]
+    wide = t.pivot_table(index=['model', 'sparsity', 'seed'], columns='calibration', values='nll')
+    if not {'static', 'sequential'} <= {*wide}: return []
+    d = (wide.sequential - wide.static).dropna()
+    worse = [f'{MODELS[model]} at {s:g} ({x.mean():+.3f})'
+             for (model, s), x in d.groupby(['model', 'sparsity']) if (x > 0).all()]
+    lead = _told(leads(table, 'static'), 'lead', 'With static repair for all, the best other '
+                 'method, again chosen with hindsight, is above the default')
+    return ['- Sequential repair, with which the rest of this is told, leaves more loss than '
+            f'static repair in {(d > 0).sum()} of {len(d)} policies of the default; in all seeds '
+            f'of {", ".join(worse) or "no pair of model and target"}.', *filter(None, [lead]),
+            *_scaled(table)]
+
+
+def _scaled(table) -> list[str]:
+    "GRASPrune with the scales that it learns: is that better than our repair of it?"
+    of = lambda **kw: table[np.logical_and.reduce([table[k] == v for k, v in kw.items()])].groupby(
+        ['model', 'sparsity']).nll.mean()
+    found = pd.concat([of(method='GRASPrune', calibration=c) for c in ('scales', 'sequential')]
+                      + [of(method='default', calibration='sequential')], axis=1,
+                      keys=['scales', 'repaired', 'ours']).dropna()
+    if found.empty: return []
+    said = ', '.join(f'{r.scales - r.ours:.3f} and {r.repaired - r.ours:.3f} ({MODELS[model]} at '
+                     f'{s:g})' for (model, s), r in found.iterrows())
+    return ['- GRASPrune with its own repair, learned scales, and with the sequential one is above '
+            f'the default, sequential, by {said} nats.']
 
 # %% ../../nbs/studies/21_methods.ipynb #288c18cd
 def on_other_text(table: pd.DataFrame) -> pd.DataFrame:
