@@ -176,8 +176,8 @@ class InfeasibleBudget(ValueError):
         self.words = words
         asked, one, other = words or (f"sparsity {sparsity:g} ({name})", f"{lo:.4f}", f"{hi:.4f}")
         super().__init__(f"{asked} is infeasible: these bounds on the widths allow {one} to "
-                         f"{other}; change the target, or the bounds (--remove lets whole modules "
-                         "go; p_min in Python)")
+                         f"{other}; change the target, or the bounds (p_min; --remove lets whole "
+                         "modules go)")
 
     def __reduce__(self):
         return type(self), (self.sparsity, self.lo, self.hi, self.name, self.words)
