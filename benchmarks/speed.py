@@ -427,9 +427,8 @@ def spent(fn) -> dict[str, float]:  # seconds by group
 
 def part_e(size, out, work):
     """Wall time of a call, and of its parts in a call with the profiler; the rest is all but
-    projections and attention. All walls are taken first: the events of a profile stay in memory,
-    and Python was slower after each, so what came later in a turn seemed to have more of the rest
-    """
+    projections and attention. All walls are taken first: between profiles, the rest was the larger
+    the later a model came in a turn"""
     info, models = work.info['models'], work.loaded()
     phases = dict(prefill=(size.prompt, lambda m: lambda: m.prefill(prompt_ids(size.prompt))),
                   decode=(size.decoded,
