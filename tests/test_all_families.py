@@ -111,6 +111,16 @@ def test_the_table_says_whether_a_layer_is_a_sum(family):
         h.remove()
     total = seen['h'] + seen['attn'].view_as(seen['h']) + seen['ffn'].view_as(seen['h'])
     assert torch.allclose(total, seen['out'], atol=1e-4) == FAMILIES[family].sums
+    assert bool(layout.norms) == bool(FAMILIES[family].norms)
+    if layout.norms:  # with those, it is a sum, and they are RMS norms: a factor and a size
+        attn, ffn = (layout.norms[1, kind](seen[kind].view_as(seen['h'])) for kind in KINDS)
+        torch.testing.assert_close(seen['h'] + attn + ffn, seen['out'], atol=1e-5, rtol=1e-5)
+        y = seen['ffn'].view_as(seen['h'])
+        size = y.square().mean(-1, keepdim=True).sqrt()
+        factors = layout.norms[1, 'ffn'](torch.ones(y.shape[-1]))
+        torch.testing.assert_close(ffn, factors * y / size, atol=1e-3, rtol=1e-3)
+    else:  # Granite has a factor instead
+        assert FAMILIES[family].sums == (family != 'granite')
 
 
 @every
@@ -122,16 +132,21 @@ def test_repair(family):
                for k, m in em.layout.modules.items())
     want, static = logits(em.model), Calibrator(em, stats)
     widths = np.array([[em.layout.full[0, 0], 60]] * 3)
-    goals = dense_goals(em, TEXT, 'residual')
-    found = dict(none=None, static=static,
-                 sequential=sequential_calibrate(em, widths, TEXT, 0.1, static, 'residual', goals,
-                                                 progress=False))
+    fit = lambda target: sequential_calibrate(em, widths, TEXT, 0.1, static, target,
+                                              dense_goals(em, TEXT, target), progress=False)
+    found = dict(none=None, static=static, sequential=fit('residual'), normed=fit('normed'))
     error = {name: float((logits(em.set(widths, weights).model) - want).pow(2).mean())
              for name, weights in found.items()}
     assert error['static'] < error['none'] and error['sequential'] < error['none'], error
-    same = sequential_calibrate(em, em.layout.full, TEXT, 0.1, target='residual', progress=False)
-    torch.testing.assert_close(logits(em.set(em.layout.full, same).model), want, rtol=1e-2,
-                               atol=1e-2)
+    if FAMILIES[family].norms:
+        assert error['normed'] < error['none'], error
+    else:  # nothing stands there: the same weights, bit for bit
+        assert all(torch.equal(found['normed'](i, k, w)[0], found['sequential'](i, k, w)[0])
+                   for i in range(3) for k, w in zip(KINDS, widths[i]))
+    for target in ('residual', 'normed'):
+        same = sequential_calibrate(em, em.layout.full, TEXT, 0.1, target=target, progress=False)
+        torch.testing.assert_close(logits(em.set(em.layout.full, same).model), want, rtol=1e-2,
+                                   atol=1e-2)
 
 
 @every

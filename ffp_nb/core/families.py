@@ -189,6 +189,9 @@ class Layout:
         self.windows = _windows(cfg, len(self.layers))
         self.modules = {m.key: m for i, layer in enumerate(self.layers)
                         for m in (_attention(self, i, layer, names), _ffn(i, layer, names))}
+        # what a layer adds to its input are the outputs of these, where there are any
+        self.norms = {(i, kind): layer.get_submodule(name) for i, layer in enumerate(self.layers)
+                      for kind, name in zip(KINDS, names.norms)}
         grid = lambda f: np.array([[f(self.modules[i, k]) for k in KINDS]
                                    for i in range(self.n_layers)], dtype=np.int64)
         self.full = grid(lambda m: m.units)

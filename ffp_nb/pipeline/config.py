@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..core.criteria import CRITERION_NAMES
 from ..core.families import DTYPES, find_dtype
 from ..core.orders import ORDERS
-from ..core.ridge import check_alpha
+from ..core.ridge import TARGETS, check_alpha
 from ..core.text import Convention
 from ..core.wishes import Budget
 from ..search.heuristics import BASELINES, HEURISTICS
@@ -69,7 +69,7 @@ class PruneConfig:
     order_alpha: float | None = None  # penalty of an order by elimination; None: alpha
     calibration: str = 'sequential'  # of the saved model: 'none', 'static', 'sequential'
     sequential_alpha: float = 1.0  # penalty of the sequential calibration
-    # 'module' or 'residual'; the first study chose it on the selection split, at this penalty
+    # one of `TARGETS`; the first study chose it on the selection split, at this penalty
     sequential_target: str = 'residual'
     dtype: str = 'auto'  # bfloat16 where the device has it, else float32; records name the type
     step: tuple[int, int] = (1, 32)
@@ -88,7 +88,7 @@ class PruneConfig:
     def __post_init__(self):
         for name, allowed in (('method', methods()), ('criterion', CRITERION_NAMES),
                               ('calibration', ('none', 'static', 'sequential')),
-                              ('sequential_target', ('module', 'residual')), ('dtype', DTYPES)):
+                              ('sequential_target', TARGETS), ('dtype', DTYPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} {getattr(self, name)!r}; expected one of '
                                  f'{", ".join(allowed)}')
