@@ -133,6 +133,8 @@ def test_wide_tables_are_not_cut_off(capsys):
     (('report', 'x', '--points', 8), ('without --measure', '--points')),
     (('report', 'x', '--blocks', 4, '--device', 'cpu'), ('without --measure', '--blocks, --dev')),
     (('report', 'x', '--measure', '--points', -1), ('points -1',)),
+    (('prune', '--calibration', 'static', '--sequential-target', 'normed'),
+     ('with --calibration static: --sequential-target',)),
     *(((c, *o), words) for c in ('prune', 'search') for o, words in (
         (('--published',), ('--published with --method gradient', 'Add --method ffp.')),
         (('--method', 'eas', '--published'), ('--published with --method eas',)),
@@ -159,6 +161,8 @@ def test_the_recipe_of_the_paper_is_a_command(monkeypatch):
         CliRunner().invoke(cli.app, ['prune', '--method', 'ffp', '--criterion', 'wanda', *more])
     assert asked[0].search == VARIANTS['published'] == {'agent': PUBLISHED}
     assert asked[1].search == {} and replace(asked[0], search={}) == asked[1]
+    CliRunner().invoke(cli.app, ['prune', '--sequential-target', 'normed'])
+    assert asked[2] == replace(PruneConfig(), sequential_target='normed')
 
 
 def raising(monkeypatch, error, name='evaluate'):

@@ -414,3 +414,30 @@ def test_tasks_are_asked_of_the_dense_model_and_of_policies(toy, tmp_path, monke
     assert {(r['config']['limit'], *r['about']) for r in tasks} == {
         (5, 'mistral-deep', 'dense', 0.0), (3, 'mistral-deep', 'even FFN cut', 0.3),
         (5, 'mistral-deep', 'even FFN cut', 0.3)}
+
+
+def test_a_policy_is_repaired_behind_its_norms(toy, tmp_path, monkeypatch):
+    "Mistral has none there, so that this is sequential repair to the last digit"
+    monkeypatch.setattr(methods, 'DONE', {'mistral-deep': [(('even FFN cut',), (0.3, 0.5), 1)]})
+    monkeypatch.setattr(methods, 'LEARNED', {})
+    monkeypatch.setattr(methods, 'BEHIND', {'mistral-deep': {'even FFN cut': (0.3,)}})
+    lab = Lab(tmp_path, 'smoke', runs=tmp_path, work=tmp_path)
+    run_study(STUDY, lab)
+    (record,) = read_records(tmp_path / 'methods', 'normed-')  # not of the other target
+    assert record['config']['target'] == 'normed' and record['forward_tokens'] > 0
+    t = STUDY.read(tmp_path)[0].set_index(['sparsity', 'calibration']).nll
+    assert t[0.3, 'normed'] == t[0.3, 'sequential'] != t[0.3, 'static']
+    assert (0.5, 'normed') not in t
+
+
+def test_what_a_fit_behind_norms_gains_is_told(made):
+    made.add('even FFN cut, greedy', [1.0])
+    assert methods._normed(made.table()) == []  # not measured
+    for row in made.rows[1:]:
+        own = row['method'] == 'default'
+        for repair, by in (('static', 0.05), ('normed', (-0.1, -0.2, 0.06)[row['seed']] * own)):
+            made.rows.append(row | dict(calibration=repair, nll=row['nll'] + by))
+    (line,) = methods._normed(made.table())
+    assert 'in 2 of 7 policies, by 0.080 (default at 0.5), 0.000 (default, Wanda' in line
+    assert 'than static repair in 6.' in line
+    assert line.endswith('above the default by +1.080 ± 0.424 at 0.5, over seeds.')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REAL', 'MODELS', 'SIGMAS', 'LIMIT', 'AGENT', 'METHODS', 'NAMED', 'EVEN', 'OURS', 'PAPER', 'LONG', 'DONE', 'LEARNED',
-           'DISTILLED', 'TAUGHT', 'ELSEWHERE', 'TASKS_OF', 'STUDY', 'wanted', 'method_cell', 'policies',
-           'find_policies', 'plan', 'twin_table', 'on_second_text', 'tidy', 'best_rival', 'headline',
+           'DISTILLED', 'TAUGHT', 'ELSEWHERE', 'BEHIND', 'TASKS_OF', 'STUDY', 'wanted', 'method_cell', 'policies',
+           'find_policies', 'plan', 'twin_table', 'on_second_text', 'behind_norms', 'tidy', 'best_rival', 'headline',
            'perplexity_table', 'draw', 'task_gaps', 'zero_shot_table', 'by_task_table', 'cost_of', 'distilled_table',
            'cost_table', 'costs', 'leads', 'lead_table', 'part_table', 'findings', 'on_other_text', 'other_table',
            'draw_other', 'against_default']
@@ -95,6 +95,8 @@ _START = {name: METHODS[name][1] for name in DISTILLED}  # as a record of traini
 TAUGHT = 'lora', 3e-3  # what the study of distillation chose
 # targets at which all policies are judged on a second text, too
 ELSEWHERE = {'smollm2': (0.5,)}
+# model → method → targets, of all seeds, with sequential repair fitted behind the model's norms
+BEHIND: dict[str, dict[str, tuple[float, ...]]] = {GEMMA3: dict.fromkeys(('default', EVEN), SIGMAS)}
 # documents of each task → model → method → targets, of seed 0; some others have theirs already
 TASKS_OF: dict[int, dict[str, dict[str, tuple[float, ...]]]] = {
     50: {'smollm2': dict.fromkeys(('default', 'CMA-ES', 'EAS', 'EvoPress', PAPER, EVEN),
@@ -167,6 +169,8 @@ def plan(lab: Lab) -> Plan:
                 yield _unrepaired(bench, r)
             if r and cell.sparsity in ELSEWHERE.get(model, ()):
                 yield on_second_text(bench, r)
+            if r and cell.sparsity in BEHIND.get(model, {}).get(name, ()):
+                yield behind_norms(bench, r)
             if r and model == 'smollm2' and cell.sparsity in DISTILLED.get(name, ()):
                 given[cell.sparsity, _START[name], cell.seed] = np.array(r['result']['widths'])
             for limit in _documents(model, name, cell.sparsity) if r and cell.seed == 0 else ():
@@ -276,10 +280,24 @@ def _measure_other(bench, widths, blocks) -> dict:
     p = bench.perplexity(widths, text, bench.sequential(widths, progress=False))
     return dict(nll=dict(sequential=p.nll.round(5)), forward_tokens=p.tokens)
 
+# %% ../../nbs/studies/21_methods.ipynb #a917c1b9
+def behind_norms(bench: Callable[[], Bench], record) -> Measurement:
+    "A policy, repaired one module after another with the target that knows the norms behind them"
+    key = dict(name=f"normed-{record['config']['name']}", study='methods', of=record['config_id'],
+               calibration='sequential', target='normed')
+    return Measurement(key, lambda _: _measure_normed(
+        bench(), np.array(record['result']['widths'])))
+
+
+def _measure_normed(bench, widths) -> dict:
+    repaired = bench.sequential(widths, progress=False, target='normed')
+    p = bench.perplexity(widths, bench.text.test, repaired)
+    return dict(nll=dict(normed=p.nll.round(5)), forward_tokens=p.tokens)
+
 # %% ../../nbs/studies/21_methods.ipynb #57112993
 _COLUMNS = ['model', 'method', 'sparsity', 'seed', 'calibration', 'ppl', 'nll', 'forward_tokens',
             'seconds', 'gone', 'blocks', 'other', 'other_blocks', 'episodes']
-_REPAIRS = (*MODES, 'scales')  # the last is GRASPrune's own
+_REPAIRS = (*MODES, 'scales', 'normed')  # GRASPrune's own, and sequential behind norms
 
 
 def _rows(name, model, record, more=(), other=()) -> list[dict]:
@@ -308,7 +326,7 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, list[dict], pd.DataFrame]:
     own, known = read_records(runs / 'methods'), find_policies(runs)
     more = lambda what: {r['config']['of']: r['result']['nll'] for r in own
                          if r['config']['name'].startswith(what)}
-    bare, other = more('none-'), more('other-')
+    bare, other, normed = more('none-'), more('other-'), more('normed-')
     rows, by_id = [], {'dense': ('smollm2', 'dense', 0.0)}  # as the first study calls it
     for model in DONE:
         by_id |= {r['config_id']: (model, 'dense', 0.0) for r in _dense_of(runs, model)}
@@ -316,7 +334,8 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, list[dict], pd.DataFrame]:
             if (r := known(order, cell)) is None: continue
             key = r['config_id']
             by_id[key] = model, name, cell.sparsity
-            rows += _rows(name, model, r, bare.get(key, ()), other.get(key, ()))
+            rows += _rows(name, model, r, bare.get(key, {}) | normed.get(key, {}),
+                          other.get(key, ()))
         for r in read_records(runs / 'methods', f'{model}-grasprune-'):
             rows += _rows('GRASPrune', model, r)
     rows += [_dense_row(runs, m, r) for m in DONE for r in _dense_of(runs, m)]
@@ -823,7 +842,7 @@ def _repairs(table) -> list[str]:
     return ['- Sequential repair, with which the rest of this is told, leaves more loss than '
             f'static repair in {(d > 0).sum()} of {len(d)} policies of the default; in all seeds '
             f'of {", ".join(worse) or "no pair of model and target"}.', *filter(None, [lead]),
-            *_scaled(table)]
+            *_scaled(table), *_normed(table)]
 
 
 def _scaled(table) -> list[str]:
@@ -838,6 +857,34 @@ def _scaled(table) -> list[str]:
                      f'{s:g})' for (model, s), r in found.iterrows())
     return ['- GRASPrune with its own repair, learned scales, and with the sequential one is above '
             f'the default, sequential, by {said} nats.']
+
+# %% ../../nbs/studies/21_methods.ipynb #0b83c7bc
+def _normed(table) -> list[str]:
+    "What does sequential repair gain where it knows the norms behind the modules?"
+    kinds = ['static', 'sequential', 'normed']
+    t = table[table.calibration.isin(kinds)].pivot_table(
+        index=['model', 'method', 'sparsity', 'seed'], columns='calibration', values='nll')
+    if not {*kinds} <= {*t}: return []
+    t, lines = t.dropna(), []
+    for model, d in t.groupby('model'):
+        gain, left = d.sequential - d.normed, d.static - d.normed
+        said = ', '.join(f'{v:z.3f} ({method} at {s:g})' for (method, s), v in gain.groupby(
+            ['method', 'sparsity'], sort=False).mean().items())
+        lines.append(
+            f'- {MODELS[model]} has a norm behind each module, which the sequential repair of this '
+            'page does not see. Fitted behind it (`--sequential-target normed`), it leaves less '
+            f'loss in {(gain > 0).sum()} of {len(gain)} policies, by {said} nats, and less than '
+            f'static repair in {(left > 0).sum()}.{_over_even(d.normed.droplevel("model"))}')
+    return lines
+
+
+def _over_even(nll) -> str:  # a series over method, sparsity and seed
+    "How far is the even cut of the FFNs above the default, if both are known?"
+    if not {'default', EVEN} <= {*nll.index.unique('method')}: return ''
+    far = nll[EVEN].groupby('sparsity').mean() - nll['default'].unstack('seed').T
+    said = ', '.join(f'{plus_minus(v.mean(), half_width(v.dropna()))} at {s:g}'
+                     for s, v in far.items())
+    return f' With it, the even cut of the FFNs is above the default by {said}, over seeds.'
 
 # %% ../../nbs/studies/21_methods.ipynb #288c18cd
 def on_other_text(table: pd.DataFrame) -> pd.DataFrame:
