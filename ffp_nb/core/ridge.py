@@ -500,7 +500,7 @@ class _Behind:
     def scale(self, kind):
         "The factor of each channel (D,)"
         assert (norm := self.norms[kind]) is not None
-        return norm(torch.ones_like(norm.weight)).float()
+        return norm(torch.ones_like(norm.weight, dtype=torch.float32)).float()
 
     def divided(self, kind, x, goal, guess):
         """Inputs, and what is missing at the output; behind a norm, both divided by the root mean
