@@ -427,6 +427,8 @@ def test_a_policy_is_repaired_behind_its_norms(toy, tmp_path, monkeypatch):
     assert record['config']['target'] == 'normed' and record['forward_tokens'] > 0
     t = STUDY.read(tmp_path)[0].set_index(['sparsity', 'calibration']).nll
     assert t[0.3, 'normed'] == t[0.3, 'sequential'] != t[0.3, 'static']
+    spent = STUDY.read(tmp_path)[0].set_index(['sparsity', 'calibration']).repair_s.dropna()
+    assert spent.to_dict() == {(0.3, 'normed'): record['wall_s']}
     assert (0.5, 'normed') not in t
 
 
@@ -436,8 +438,10 @@ def test_what_a_fit_behind_norms_gains_is_told(made):
     for row in made.rows[1:]:
         own = row['method'] == 'default'
         for repair, by in (('static', 0.05), ('normed', (-0.1, -0.2, 0.06)[row['seed']] * own)):
-            made.rows.append(row | dict(calibration=repair, nll=row['nll'] + by))
+            made.rows.append(row | dict(calibration=repair, nll=row['nll'] + by,
+                                        repair_s=90.0 + row['seed']))
     (line,) = methods._normed(made.table())
     assert 'in 2 of 7 policies, by 0.080 (default at 0.5), 0.000 (default, Wanda' in line
     assert 'than static repair in 6.' in line
-    assert line.endswith('above the default by +1.080 ± 0.424 at 0.5, over seeds.')
+    assert 'above the default by +1.080 ± 0.424 at 0.5, over seeds.' in line
+    assert line.endswith('a repair took 90 to 92 s, beside other runs.')

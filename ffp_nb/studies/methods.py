@@ -295,13 +295,13 @@ def _measure_normed(bench, widths) -> dict:
 
 # %% ../../nbs/studies/21_methods.ipynb #57112993
 _COLUMNS = ['model', 'method', 'sparsity', 'seed', 'calibration', 'ppl', 'nll', 'forward_tokens',
-            'seconds', 'gone', 'blocks', 'other', 'other_blocks', 'episodes']
+            'seconds', 'gone', 'blocks', 'other', 'other_blocks', 'episodes', 'repair_s']
 _REPAIRS = (*MODES, 'scales', 'normed')  # GRASPrune's own, and sequential behind norms
 
 
-def _rows(name, model, record, more=(), other=()) -> list[dict]:
+def _rows(name, model, record, more=(), other=(), normed_s=np.nan) -> list[dict]:
     """A row for each repair of a policy; `more` has nats by repair that its record lacks, `other`
-    those on a second text"""
+    those on a second text; a repair behind norms took `normed_s`, with its measurement"""
     c, found = record['config'], record['result']
     seconds = (found.get('search') or {}).get('wall_s', found.get('search_s'))
     gone = int((np.array(found['widths']) == 0).sum())
@@ -314,7 +314,8 @@ def _rows(name, model, record, more=(), other=()) -> list[dict]:
                          forward_tokens=found.get('forward_tokens', record['forward_tokens'] or 0),
                          seconds=seconds, gone=gone, blocks=v, other_blocks=far,
                          other=float(far.mean()) if far.size else np.nan,
-                         episodes=c['profile']['episodes']))
+                         episodes=c['profile']['episodes'],
+                         repair_s=normed_s if m == 'normed' else np.nan))
     return rows
 
 # %% ../../nbs/studies/21_methods.ipynb #7babf0fa
@@ -326,6 +327,7 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, list[dict], pd.DataFrame]:
     more = lambda what: {r['config']['of']: r['result']['nll'] for r in own
                          if r['config']['name'].startswith(what)}
     bare, other, normed = more('none-'), more('other-'), more('normed-')
+    spent = {r['config']['of']: r['wall_s'] for r in own if r['config'].get('target') == 'normed'}
     rows, by_id = [], {'dense': ('smollm2', 'dense', 0.0)}  # as the first study calls it
     for model in DONE:
         by_id |= {r['config_id']: (model, 'dense', 0.0) for r in _dense_of(runs, model)}
@@ -334,7 +336,7 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, list[dict], pd.DataFrame]:
             key = r['config_id']
             by_id[key] = model, name, cell.sparsity
             rows += _rows(name, model, r, bare.get(key, {}) | normed.get(key, {}),
-                          other.get(key, ()))
+                          other.get(key, ()), spent.get(key, np.nan))
         for r in read_records(runs / 'methods', f'{model}-grasprune-'):
             rows += _rows('GRASPrune', model, r)
     rows += [_dense_row(runs, m, r) for m in DONE for r in _dense_of(runs, m)]
@@ -865,6 +867,7 @@ def _normed(table) -> list[str]:
         index=['model', 'method', 'sparsity', 'seed'], columns='calibration', values='nll')
     if not {*kinds} <= {*t}: return []
     t, lines = t.dropna(), []
+    took = table[table.calibration == 'normed'].repair_s
     for model, d in t.groupby('model'):
         gain, left = d.sequential - d.normed, d.static - d.normed
         said = ', '.join(f'{v:z.3f} ({method} at {s:g})' for (method, s), v in gain.groupby(
@@ -873,7 +876,9 @@ def _normed(table) -> list[str]:
             f'- {MODELS[model]} has a norm behind each module, which the sequential repair of this '
             'page does not see. Fitted behind it (`--sequential-target normed`), it leaves less '
             f'loss in {(gain > 0).sum()} of {len(gain)} policies, by {said} nats, and less than '
-            f'static repair in {(left > 0).sum()}.{_over_even(d.normed.droplevel("model"))}')
+            f'static repair in {(left > 0).sum()}.{_over_even(d.normed.droplevel("model"))} It '
+            'reads the tokens that the other one reads; with its measurement a repair took '
+            f'{took.min():.0f} to {took.max():.0f} s, beside other runs.')
     return lines
 
 
