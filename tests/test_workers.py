@@ -65,6 +65,13 @@ def calls(folder):
 def dying(make, folder, at):
     """What `make` gives, in a process that ends itself in the measurement number `at` of all
     workers, after it and before it answers"""
+    def first():  # two may ask at once
+        try:
+            os.close(os.open(f'{folder}/died', os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
     def remake():
         evaluator = make()
         class Mortal(type(evaluator)):
@@ -72,10 +79,7 @@ def dying(make, folder, at):
                 with open(f'{folder}/calls', 'a') as f:
                     f.write(f'{np.asarray(widths).tolist()} {idx}\n')
                 nats = super().__call__(widths, idx)
-                if len(Path(folder,
-                            'calls').read_text().splitlines()) >= at and not os.path.exists(
-                    f'{folder}/died'):
-                    open(f'{folder}/died', 'w').close()
+                if len(Path(folder, 'calls').read_text().splitlines()) >= at and first():
                     os._exit(1)
                 return nats
         evaluator.__class__ = Mortal
