@@ -118,6 +118,18 @@ def test_scaling_counts_the_work():
     assert work('factors', s, 10) == 8**3 + 24**3 + 8 * (8**2 + 24**2)
 
 
+def test_head_measures_three_ways(tmp_path):
+    done = subprocess.run([sys.executable, FOLDER / 'head.py', '--quick', '--threads', '1',
+                           '--out', tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = load_records(tmp_path)['result.rows'][0]
+    assert [(r['batch'], r['what']) for r in rows] == [
+        (b, w) for b in (1, 4) for w in ('sliced', 'one matrix', 'all')]
+    for r in rows:  # of the same logits
+        assert len(r['seconds']) == 2 and min(r['seconds']) > 0 and r['furthest_logit'] < 0.1
+    assert 'mean nothing' in done.stdout and 'record:' in done.stdout
+
+
 def test_slopes_measures_its_jobs(tmp_path):
     done = subprocess.run([sys.executable, FOLDER / 'slopes.py', '--quick', '--threads', '1',
                            '--out', tmp_path], capture_output=True, text=True)

@@ -229,6 +229,12 @@ def test_head_sees_answers_only(data, batch):
     padding = 0 if batch == 1 else max(n for _, n in pairs) - min(n for _, n in pairs)
     assert (answer <= max(seen) <= answer + padding
             and min(seen) < min(context for context, _ in pairs))
+    # lm-eval's batches, longest first: logits from the first answer of a batch on
+    rows = sorted((-whole, tiny_tokenizer()(o.args[0] + o.args[1]).input_ids, whole - context + 1)
+                  for o, (context, whole) in zip(loaded.tasks['piqa'].instances, pairs))
+    chunks = [rows[i:i + batch] for i in range(0, len(rows), batch)]
+    assert seen == [-c[0][0] - min(-n - answer for n, _, answer in c) for c in chunks]
+
 
 
 @pytest.mark.parametrize('short', [True, False])

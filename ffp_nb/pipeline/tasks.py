@@ -33,6 +33,7 @@ from scipy.stats import sem
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.perplexity import sliced_head
 from ..core.runs import CorruptFile
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #42d7ac66
@@ -244,6 +245,12 @@ def load_tasks(tasks: str | list | tuple = SEVEN,  # see `find_tasks`
             _select(name, loaded[name], part, limit, seed)
     return TaskSet(loaded, 'local' if data else 'hub', part, limit, seed)
 
+# %% ../../nbs/pipeline/03_tasks.ipynb #100a74b9
+def _unpadded(ids: list[int]) -> tuple[int, ...]:
+    "Without zeros at the end, as which lm-eval pads a batch"
+    n = next((n for n in range(len(ids), 0, -1) if ids[n - 1]), 0)
+    return tuple(ids[:n])
+
 # %% ../../nbs/pipeline/03_tasks.ipynb #3ea01545
 class TaskLM(HFLM):
     "lm-eval's wrapper of a model in memory"
@@ -266,18 +273,19 @@ class TaskLM(HFLM):
                              'embeddings: it belongs to another model. Pass the right one, or '
                              'copy its files to the folder.')
         self.bar.reset(total=len(requests))
-        lengths = [len(context) + len(answer) - 1 for _, context, answer in requests]
-        self.answer = max(len(answer) for _, _, answer in requests)
-        self.shortest = min(*lengths, self.max_length)
-        self.cut += sum(n > self.max_length for n in lengths)
+        self.first = {}  # of each input, the position whose logits are the first that count
+        for _, context, answer in requests:
+            ids = (context + answer)[-self.max_length - 1:-1]  # as lm-eval cuts them
+            key, first = _unpadded(ids), len(ids) - len(answer)
+            self.first[key] = min(first, self.first.get(key, first))
+            self.cut += len(context) + len(answer) - 1 > self.max_length
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, **kw)
 
     def _model_call(self, inps, **kw):
         self.tokens += inps.numel()
         # lm-eval counts positions from the end, where a batch may have padding
-        padding = inps.shape[1] - self.shortest if len(inps) > 1 else 0
-        keep = self.answer + padding
-        with torch.no_grad():
+        keep = inps.shape[1] - min(self.first[_unpadded(ids)] for ids in inps.tolist())
+        with torch.no_grad(), sliced_head(self.model):
             return self.model(inps, use_cache=False, logits_to_keep=keep).logits
 
 # %% ../../nbs/pipeline/03_tasks.ipynb #795b574d

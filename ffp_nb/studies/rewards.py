@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from ..core.budget import Cost, random_scores, solve, uniform
 from ..core.elastic import ElasticModel, Weights
+from ..core.perplexity import sliced_head
 from ..core.runs import RunDir, config_id
 from ..core.text import Blocks, Convention, load_corpus, token_blocks
 from ..pipeline.bench import Bench
@@ -88,7 +89,8 @@ def answer_scores(lm: TaskLM, requests: list) -> np.ndarray:  # (requests,) log-
     answers = torch.zeros(n, longest, dtype=torch.long, device=lm.device)
     for row, (_, a) in zip(answers, pairs):
         row[:len(a)] = torch.tensor(a)
-    out = lm.model(torch.tensor([context], device=lm.device), use_cache=True, logits_to_keep=1)
+    with sliced_head(lm.model):
+        out = lm.model(torch.tensor([context], device=lm.device), use_cache=True, logits_to_keep=1)
     logits = out.logits.expand(n, -1, -1)
     if longest > 1:  # padding comes last, so no answer attends to it
         name = 'cache' if 'cache' in out else 'past_key_values'  # renamed in transformers 5.24
