@@ -361,10 +361,13 @@ def test_tasks_tell_what_differs_and_nothing_else():
         "0.3) of 2 other policies as better than the default and 0 as worse; LAMBADA's "
         "log-likelihood tells 0 of 2 other policies as better than the default and 1 (paper's "
         'recipe at 0.3) as worse.')
-    assert "CMA-ES, SmolLM2-135M at 0.3: none; mean of the other 7: " in by_task
-    assert "paper's recipe, SmolLM2-135M at 0.3: boolq +0." in by_task
+    assert 'CMA-ES, SmolLM2-135M at 0.3, 400 documents of each: none; mean of the other' in by_task
+    assert "paper's recipe, SmolLM2-135M at 0.3, 400 documents of each: boolq +0." in by_task
     assert '(SmolLM2-135M at 0.3, 400 documents of each task: 2 of 2 others above it, de' in ranked
-    table = methods.by_task_table([*tasks, _judged('EAS', limit=50)])
+    other = _judged('default', limit=50, model='gemma3-270m')
+    table = methods.by_task_table([*tasks, _judged('EAS', limit=50), other])
+    assert [*table[table.documents == 50].model] == ['Gemma 3 270M']  # has no more
+    table = table[table.documents == 400]
     assert set(table.method) == {'default', "paper's recipe", 'CMA-ES', 'dense'}
     default = methods._scores(tasks[:1])[400, 'smollm2', 'default', 0.3]
     assert [*table.columns[-2:]] == ['average of seven', 'LAMBADA']

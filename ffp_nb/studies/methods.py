@@ -534,15 +534,23 @@ def zero_shot_table(tasks: list[dict]) -> pd.DataFrame:
                      'LAMBADA, nats a document': said('LAMBADA')})
     return pd.DataFrame(rows)
 
+# %% ../../nbs/studies/21_methods.ipynb #2112c18c
+def _most(found: dict) -> dict:
+    "Of each model, what is judged on the most documents of a task"
+    most = {}
+    for n, model, *_ in found:
+        most[model] = max(n, most.get(model, 0))
+    return {k: t for k, t in found.items() if k[0] == most[k[1]]}
+
 
 def by_task_table(tasks: list[dict]) -> pd.DataFrame:
-    "Accuracy by task, of the policies that are judged on the most documents; LAMBADA comes last"
-    found, rows = _scores(tasks), []
-    most = max((n for n, *_ in found), default=0)
-    for (_, model, name, s), t in [(k, t) for k, t in found.items() if k[0] == most]:
+    """Accuracy by task, of the policies of each model that are judged on the most documents;
+    LAMBADA comes last"""
+    rows = []
+    for (n, model, name, s), t in _most(_scores(tasks)).items():
         t = t[t.metric != 'perplexity'].set_index('task').value
         seven = [k for k in t.index if k not in ('average', 'lambada_openai')]
-        rows.append({'model': MODELS[model], 'σ': f'{s:g}', 'method': name}
+        rows.append({'documents': n, 'model': MODELS[model], 'σ': f'{s:g}', 'method': name}
                     | {k.replace('_', ' '): f'{t[k]:.3f}' for k in seven}
                     | {'average of seven': f'{t["average"]:.3f}',
                        'LAMBADA': f'{t["lambada_openai"]:.3f}'})
@@ -1046,23 +1054,23 @@ def _accuracy(tasks: list[dict]) -> list[str]:
 def _by_task(tasks: list[dict]) -> list[str]:
     "Which of the seven tell a policy with the most documents from the default; the others' mean"
     from ffp_nb.pipeline.tasks import SEVEN, paired
-    found, parts = _scores(tasks), []
-    most = max((n for n, *_ in found), default=0)
+    found, parts = _most(_scores(tasks)), []
     for (n, model, name, s), t in found.items():
         base = found.get((n, model, 'default', s))
-        if n != most or base is None or name == 'default': continue
+        if base is None or name == 'default': continue
         d = paired(base, t).set_index('task').loc[[*SEVEN]]
         p = holm(2 * stats.norm.sf(d.difference.abs() / d.stderr.where(d.stderr > 0)))
         shown, rest = d[p < LEVEL], d[~(p < LEVEL)]
         told = [f'{k} {plus_minus(v, w)}' for k, v, w in zip(
             shown.index, shown.difference, shown.interval)]
-        parts.append(f'{name}, {MODELS[model]} at {s:g}: {", ".join(told) or "none"}')
+        parts.append(f'{name}, {MODELS[model]} at {s:g}, {n} documents of each: '
+                     f'{", ".join(told) or "none"}')
         if rest.empty: continue
         half = np.sqrt((rest.interval**2).sum()) / len(rest)
         parts[-1] += (f'; mean of the other {len(rest)}: '
                       f'{plus_minus(rest.difference.mean(), half)}')
-    return [f'- Task by task ({most} documents of each), against the default, what is shown with '
-            f'Holm over the seven: {". ".join(parts)}.'] if parts else []
+    return ['- Task by task, against the default, what is shown with Holm over the seven: '
+            f'{". ".join(parts)}.'] if parts else []
 
 # %% ../../nbs/studies/21_methods.ipynb #981e438b
 def _ranked(tasks) -> list[str]:
