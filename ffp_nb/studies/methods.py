@@ -76,8 +76,10 @@ DONE: dict[str, list[tuple[tuple[str, ...], tuple[float, ...], int]]] = {
                   'sensitivity', 'FLAP', 'OWL', 'AlphaPruning', EVEN, 'even FFN cut', 'even cut'),
                  SIGMAS, 3), (("default, Wanda's order", LONG[0]), (0.5,), 3),
                 ((AGENT,), (0.2, 0.3), 1), ((AGENT,), (0.5,), 3)],
-    GEMMA3: [(('CMA-ES', 'sensitivity', 'FLAP', 'OWL', 'AlphaPruning', EVEN, 'even FFN cut',
-               'even cut', 'EAS', 'EvoPress'), SIGMAS, 1), (('default', PAPER), SIGMAS, 3),
+    GEMMA3: [(('default', PAPER, 'sensitivity', 'FLAP', 'OWL', 'AlphaPruning', EVEN,
+               'even FFN cut', 'even cut'), SIGMAS, 3),
+             (('CMA-ES', 'EAS', 'EvoPress'), (0.2, 0.3), 1),
+             (('CMA-ES', 'EAS', 'EvoPress'), (0.5,), 3),
              (("default, Wanda's order",), (0.2, 0.5), 1),
              (('default, attention may go',), (0.5,), 1)],
     'mistral-deep': [(_SEARCHED, (0.3,), 1), (_SEARCHED, (0.5,), 3),
@@ -100,6 +102,7 @@ BEHIND: dict[str, dict[str, tuple[float, ...]]] = {GEMMA3: dict.fromkeys(('defau
 TASKS_OF: dict[int, dict[str, dict[str, tuple[float, ...]]]] = {
     50: {'smollm2': dict.fromkeys(('default', 'CMA-ES', 'EAS', 'EvoPress', PAPER, EVEN),
                                   (0.3, 0.5))},
+    100: {GEMMA3: {'dense': (0.0,)} | dict.fromkeys(('default', PAPER, EVEN), (0.3, 0.5))},
     400: {'smollm2': {'dense': (0.0,)} | dict.fromkeys(('default', PAPER), (0.3, 0.5))}}
 
 
