@@ -17,7 +17,7 @@ from ffp_nb.core.families import (
     tiny_model, tiny_tokenizer)
 from ffp_nb.core.modeling import Family
 from ffp_nb.core.orders import obs_order
-from ffp_nb.core.perplexity import first_norms, head_of, residual_norms
+from ffp_nb.core.perplexity import first_norms, head_of, residual_norms, sliced_head
 from ffp_nb.core.ridge import Calibrator, dense_goals, sequential_calibrate
 from ffp_nb.core.slopes import measure_slopes
 from ffp_nb.core.stats import collect_stats
@@ -201,6 +201,19 @@ def test_fused_projections_go_back_into_one(family):
     as_stock(model)
     assert {n: p.shape for n, p in model.named_parameters()} == names
     assert torch.equal(logits(model), want)
+
+
+@every
+def test_last_logits_from_one_matrix(family):
+    model, seen = tiny_model(family, layers=1), []
+    with torch.no_grad(), sliced_head(model):
+        watch = model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: seen.append(args[0].stride()))
+        alone = model(IDS, use_cache=False, logits_to_keep=5).logits
+        watch.remove()
+        torch.testing.assert_close(alone, model(IDS, use_cache=False).logits[:, -5:])
+    d = model.get_output_embeddings().in_features
+    assert seen == [(5 * d, d, 1)]
 
 
 def test_an_attention_that_is_one_unit():
