@@ -361,7 +361,8 @@ def test_tasks_tell_what_differs_and_nothing_else():
         "0.3) of 2 other policies as better than the default and 0 as worse; LAMBADA's "
         "log-likelihood tells 0 of 2 other policies as better than the default and 1 (paper's "
         'recipe at 0.3) as worse.')
-    assert 'CMA-ES, SmolLM2-135M at 0.3, 400 documents of each: none; mean of the other' in by_task
+    assert ('CMA-ES, SmolLM2-135M at 0.3, 400 documents of each: none; mean of the other 7: '
+            in by_task)
     assert "paper's recipe, SmolLM2-135M at 0.3, 400 documents of each: boolq +0." in by_task
     assert '(SmolLM2-135M at 0.3, 400 documents of each task: 2 of 2 others above it, de' in ranked
     other = _judged('default', limit=50, model='gemma3-270m')
