@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,15 @@ from safetensors.torch import load_file, save_file
 from test_bad_input import cut, edited_config, no_tokenizer, refused
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ffp_nb.core import families
+from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.families import (
     Layout, UnsupportedModel, check_device, load_model, load_tokenizer, tiny_model, tiny_tokenizer)
 from ffp_nb.core.runs import CorruptFile
 from ffp_nb.export.gguf import export_gguf
-from ffp_nb.export.hf import load_pruned, open_model
+from ffp_nb.export.hf import load_pruned, open_model, save_pruned
 
 IDS = torch.arange(3, 23)[None]
 LAYER = 'model.layers.1.'
@@ -242,19 +244,38 @@ def test_every_refusal_but_that_of_names_comes_before_the_weights(dense, monkeyp
         shutil.rmtree(copy)
 
 
-def test_the_table_of_transformers_is_not_printed(dense):
-    NAMES['a layer left out'][0](dense)
-    log, seen = logging.getLogger('transformers.modeling_utils'), []
+@contextmanager
+def heard(logger):
+    "What a logger says inside a with block"
+    log, seen = logging.getLogger(logger), []
     handler = logging.Handler()
     handler.emit = lambda record: seen.append(record.getMessage())
     log.addHandler(handler)
     try:
-        with pytest.raises(CorruptFile, match='9 missing'):
-            load_model(str(dense), 'float32')
+        yield seen
     finally:
         log.removeHandler(handler)
-    assert not [text for text in seen if 'LOAD REPORT' in text]
     assert not log.filters  # and a caller's own loading is reported as ever
+
+
+def test_the_table_of_transformers_is_not_printed(dense):
+    NAMES['a layer left out'][0](dense)
+    with heard('transformers.modeling_utils') as seen:
+        with pytest.raises(CorruptFile, match='9 missing'):
+            load_model(str(dense), 'float32')
+    assert not [text for text in seen if 'LOAD REPORT' in text]
+
+
+def test_the_dense_sizes_of_a_pruned_model_are_no_warning(tmp_path):
+    em = ElasticModel(tiny_model('llama')).set([[1, 37], [4, 96], [2, 40]])
+    folder, once = save_pruned(em, None, tmp_path / 'model'), logging.Logger.warning_once
+    said = []
+    for load in (load_pruned, AutoConfig.from_pretrained):
+        once.cache_clear()
+        with heard('transformers.integrations.heterogeneity.configuration_utils') as seen:
+            load(folder)
+        said.append(any('global config value' in text for text in seen))
+    assert said == [False, True]  # transformers alone does warn
 
 
 def test_the_remedy_for_compiled_names_works(world, dense):

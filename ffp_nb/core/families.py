@@ -603,20 +603,30 @@ def _remedy(lost, extra):
 
 # %% ../../nbs/core/01_families.ipynb #f7aa2bbc
 @contextmanager
-def reading(name: str | Path, remedy: str, error: type[Exception] = OSError):
-    "Whatever transformers and the libraries under it raise becomes one error that names the model"
-    log = logging.getLogger('transformers.modeling_utils')
-    # `check_tensors` says in a line what its table says
-    no_table = lambda record: 'LOAD REPORT' not in record.getMessage()
-    log.addFilter(no_table)
+def _without(logger: str, text: str):
+    "Inside a with block a logger leaves out what has this text in it"
+    log, rest = logging.getLogger(logger), lambda record: text not in record.getMessage()
+    log.addFilter(rest)
     try:
         yield
-    except Exception as e:
-        full = isinstance(e, torch.OutOfMemoryError) or getattr(e, 'errno', 0) == errno.ENOSPC
-        if full: raise  # no fault of the folder
-        raise error(f'{name} could not be loaded ({_why(e)}). {remedy}') from e
     finally:
-        log.removeFilter(no_table)
+        log.removeFilter(rest)
+
+
+@contextmanager
+def reading(name: str | Path, remedy: str, error: type[Exception] = OSError):
+    "Whatever transformers and the libraries under it raise becomes one error that names the model"
+    # `check_tensors` says in a line what the table says; a pruned model is built with the dense
+    # sizes, the global ones of its configuration, and cut afterwards
+    with (_without('transformers.modeling_utils', 'LOAD REPORT'),
+          _without('transformers.integrations.heterogeneity.configuration_utils',
+                   'Reading global config value')):
+        try:
+            yield
+        except Exception as e:
+            full = isinstance(e, torch.OutOfMemoryError) or getattr(e, 'errno', 0) == errno.ENOSPC
+            if full: raise  # no fault of the folder
+            raise error(f'{name} could not be loaded ({_why(e)}). {remedy}') from e
 
 
 def _why(e):
