@@ -148,7 +148,9 @@ def test_records_of_another_training_are_not_continued(toy, tmp_path, monkeypatc
 
 def test_rivals_are_taught_from_their_own_widths(monkeypatch):
     "Each seed starts from its own policy; a start without widths is no even cut"
-    monkeypatch.setattr(methods, 'DISTILLED', {'CMA-ES': (0.5,)})
+    monkeypatch.setattr(methods, 'DISTILLED', {
+        'smollm2': ({'CMA-ES': (0.5,)}, 3),
+        'gemma3-270m': (dict.fromkeys(('default', 'CMA-ES'), (0.5,)), 1)})
     lab, asked = Lab(ROOT / 'nbs', dry=True), []
     walk(STUDY.plan(lab), lambda m: asked.append(m.config) or find_measured(
         lab.runs / 'methods', m.config))
@@ -158,7 +160,15 @@ def test_rivals_are_taught_from_their_own_widths(monkeypatch):
     before, after = taught[:3], taught[3:]
     assert len({str(c['widths']) for c in before}) == 3
     assert [str(c['widths']) for c in before] == [str(c['widths']) for c in after]
-    desk = distillation.Desk(lab, 'wanda', 0, {(0.5, 'cma', 0): before[0]['widths']})
+    other = {c['name']: c for c in asked if c['name'].startswith('distillation-gemma3-270m-')}
+    assert {(name, c['model'], c['criterion']) for name, c in other.items()} == {
+        (f'distillation-gemma3-270m-{start}-0.5-{end}', 'gemma3-270m', order)
+        for start, order in (('gradient', 'greedy'), ('cma', 'wanda'))
+        for end in ('0', 'distil-own-0')}  # of one seed
+    (own,) = read_records(lab.runs / 'methods', 'gemma3-270m-cma-0.5-0')
+    assert np.array_equal(other['distillation-gemma3-270m-cma-0.5-0']['widths'],
+                          own['result']['widths'])
+    desk = distillation.Desk(lab, 'wanda', 0, {(0.5, 'cma', 0): before[0]['widths']}, 'smollm2')
     with pytest.raises(KeyError, match='no widths are given for eas, sparsity 0.5, seed 0'):
         desk.widths(0.5, 'eas', 0)
 
@@ -214,7 +224,8 @@ def made():
 
 def test_a_lead_is_told_over_blocks_and_over_seeds(made):
     made.add('CMA-ES', [0.5, 0.8, 0.2])
-    line = next(x for x in methods.findings(made.table(), [], pd.DataFrame(columns=['sparsity']))
+    none = pd.DataFrame(columns=['model', 'sparsity'])
+    line = next(x for x in methods.findings(made.table(), [], none)
                 if "Wanda's order is above the greedy" in x)
     assert 'in 1 of 1 pairs' in line and 'By intervals over seeds, in 0 of the 1 pairs' in line
     assert 'not shown for SmolLM2-135M at 0.5 (+0.100 ± 1.291)' in line
@@ -236,20 +247,22 @@ def test_what_reads_more_is_a_rival_and_is_named(made):
     assert 'has 80 episodes (the paper: 5,000) and ends -0.100 (σ = 0.5)' in held
     assert agent.startswith('- *agent, 320 episodes*, 400 forward tokens, is above the default by '
                             '0.267 ± ')
-    shown = methods.headline(table, pd.DataFrame(columns=['method', 'sparsity', 'nll', 'before']))
+    shown = methods.headline(table, pd.DataFrame(
+        columns=['model', 'method', 'sparsity', 'nll', 'before']))
     of = lambda v: f'{np.exp(4.5 + v):.1f}'
     assert f'{of(0.6)} ({of(0.4)})' in shown and f'**{of(0)}**' in shown
-    taught = pd.DataFrame([dict(method='default', forward_tokens=5000, seconds=x) for x in (7, 9)])
+    taught = pd.DataFrame([dict(model='smollm2', method='default', forward_tokens=5000, seconds=x)
+                           for x in (7, 9)])
     costs = methods.costs(table, taught)
     assert any("paper's recipe (80 episodes): 99 forward tokens and 10 s a search; it ends -0.100 "
                '(σ = 0.5) nats above an even cut' in x for x in costs)
-    assert '- Distilling the default: 5,000 forward tokens and 7 to 9 s.' in costs
+    assert '- SmolLM2-135M, distilling the default: 5,000 forward tokens and 7 to 9 s.' in costs
     assert any('default: 100 forward tokens and 10 to 12 s' in x for x in costs)
 
 
 def test_a_lead_that_is_not_shown_is_not_bold(made):
     made.add('EAS', [0.01], noise=0.5)
-    none = pd.DataFrame(columns=['method', 'sparsity', 'nll', 'before'])
+    none = pd.DataFrame(columns=['model', 'method', 'sparsity', 'nll', 'before'])
     shown = methods.headline(made.table(), none)
     assert '(EAS)' in shown and '**' not in shown
     made.rows[-1]['blocks'] = made.rows[-1]['blocks'] + 2  # over the blocks, but of a single seed
@@ -262,7 +275,8 @@ def test_a_lead_that_is_not_shown_is_not_bold(made):
 
 def test_what_distillation_changes_is_told_of_the_same_seeds(made):
     made.add('EAS', [2.0])
-    taught = pd.DataFrame([dict(method='default', sparsity=0.5, seed=k, nll=4.0, before=b)
+    taught = pd.DataFrame([dict(model='smollm2', method='default', sparsity=0.5, seed=k,
+                                nll=4.0, before=b)
                            for k, b in enumerate((4.1, 4.3))])
     assert f'| {np.expm1(-0.2):+.0%} ' in methods.headline(made.table(), taught)
 
@@ -270,7 +284,7 @@ def test_what_distillation_changes_is_told_of_the_same_seeds(made):
 def test_two_repairs_of_a_policy_are_compared_on_the_same_blocks(made):
     before = [r['blocks'].mean() + d for r, d in zip(made.rows[1:], (0.001, -0.004, 0.002))]
     made.rows[1]['blocks'] = np.append(made.rows[1]['blocks'], [99, 99])  # not judged there
-    taught = pd.DataFrame([dict(method='default', sparsity=0.5, seed=k, before=b)
+    taught = pd.DataFrame([dict(model='smollm2', method='default', sparsity=0.5, seed=k, before=b)
                            for k, b in enumerate(before)])
     (line,) = methods._again(made.table(), taught)
     assert 'differ by up to 0.004 nats (3 policies' in line

@@ -56,13 +56,16 @@ CELLS = [*((s, start, loss, 'own', seed, TOKENS) for s in SIGMAS for seed in SEE
 def plan(lab: Lab, cells=tuple(CELLS), rates=RATES, criterion: str = 'greedy',
          documents: int = DOCUMENTS,
          # widths (n_layers, 2) of other starts, by (sparsity, start, seed)
-         given: dict[tuple[float, str, int], np.ndarray] | None = None) -> Plan:
+         given: dict[tuple[float, str, int], np.ndarray] | None = None,
+         model: str = 'smollm2') -> Plan:
     "The settings of each loss; the dense model; each policy before training; every training"
-    facts, desk = lab.facts('smollm2', criterion), Desk(lab, criterion, documents, given or {})
+    facts = lab.facts(model, criterion)
+    desk = Desk(lab, criterion, documents, given or {}, model)
+    stem = 'distillation' if model == 'smollm2' else f'distillation-{model}'
     base = run_config(facts.config, facts.text_sha256, facts.bos)
     names = 'model', 'dtype', 'criterion', 'profile', 'text_sha256'
     own = lambda name, **kw: {k: base[k] for k in names} | dict(
-        name=f'distillation-{name}', study='distillation', weights=facts.fingerprint) | kw
+        name=f'{stem}-{name}', study='distillation', weights=facts.fingerprint) | kw
     best = yield from _plan_rates(desk, rates, own)
     if not given:  # else it is known
         yield Measurement(own('dense', documents=documents), lambda _: desk.dense())
@@ -120,9 +123,9 @@ class Desk:
     before: Callable[..., dict]
 
     def __init__(self, lab: Lab, criterion: str, documents: int,
-                 given: dict[tuple[float, str, int], np.ndarray]):  # as for `plan`
+                 given: dict[tuple[float, str, int], np.ndarray], model: str):  # as for `plan`
         self.lab, self.criterion, self.documents = lab, criterion, documents
-        self.given = given
+        self.given, self.model = given, model
 
     def differ(self, sparsity: float, start: str) -> bool:
         "Are there widths for each seed?"
@@ -130,7 +133,7 @@ class Desk:
 
     @property
     def bench(self) -> Bench:
-        return self.lab.bench('smollm2', self.criterion)
+        return self.lab.bench(self.model, self.criterion)
 
     @cached_property
     def text(self) -> dict[str, Splits]:
@@ -152,7 +155,7 @@ def widths(self: Desk, sparsity: float, start: str, seed: int) -> np.ndarray:
         return np.array(policy['result']['widths'])
     if start != 'even':
         raise KeyError(f'no widths are given for {start}, sparsity {sparsity:g}, seed {seed}')
-    facts = self.lab.facts('smollm2', self.criterion)
+    facts = self.lab.facts(self.model, self.criterion)
     return uniform(facts.cost(), sparsity, ('ffn',), facts.config.step, facts.config.p_min)
 
 # %% ../../nbs/studies/18_distillation.ipynb #c0bdec27

@@ -78,8 +78,8 @@ DONE: dict[str, list[tuple[tuple[str, ...], tuple[float, ...], int]]] = {
                 ((AGENT,), (0.2, 0.3), 1), ((AGENT,), (0.5,), 3)],
     GEMMA3: [(('default', PAPER, 'sensitivity', 'FLAP', 'OWL', 'AlphaPruning', EVEN,
                'even FFN cut', 'even cut'), SIGMAS, 3),
-             (('CMA-ES', 'EAS', 'EvoPress'), (0.2, 0.3), 1),
-             (('CMA-ES', 'EAS', 'EvoPress'), (0.5,), 3),
+             (('CMA-ES', 'EAS', 'EvoPress'), (0.2,), 1),
+             (('CMA-ES', 'EAS', 'EvoPress'), (0.3, 0.5), 3),
              (("default, Wanda's order",), (0.2, 0.5), 1),
              (('default, attention may go',), (0.5,), 1)],
     'mistral-deep': [(_SEARCHED, (0.3,), 1), (_SEARCHED, (0.5,), 3),
@@ -90,10 +90,13 @@ LEARNED = {'smollm2': (SIGMAS, 1), GEMMA3: ((0.5,), 1),
            'mistral-deep': ((0.3, 0.5), 1), 'opt-deep': (SIGMAS, 1)}
 
 # %% ../../nbs/studies/21_methods.ipynb #e39ea306
-# SmolLM2's policies that are taught by the dense model, beside the default's; see `distillation`
-DISTILLED: dict[str, tuple[float, ...]] = {'CMA-ES': (0.3, 0.5), PAPER: (0.3, 0.5)}
-_START = {name: METHODS[name][1] for name in DISTILLED}  # as a record of training calls it
-TAUGHT = 'lora', 3e-3  # what the study of distillation chose
+# model → method → targets of the policies that are taught by the dense model, and seeds of these
+# trainings; SmolLM2's default and even cut are taught in the study of distillation
+DISTILLED: dict[str, tuple[dict[str, tuple[float, ...]], int]] = {
+    'smollm2': (dict.fromkeys(('CMA-ES', PAPER), (0.3, 0.5)), 3),
+    GEMMA3: (dict.fromkeys(('default', EVEN, 'CMA-ES', PAPER), (0.3, 0.5)), 1)}
+# what the study of distillation chose on SmolLM2, for all
+TAUGHT = 'lora', 3e-3
 # targets at which all policies are judged on a second text, too
 ELSEWHERE = {'smollm2': (0.5,)}
 # model → method → targets, of all seeds, with sequential repair fitted behind the model's norms
@@ -159,8 +162,9 @@ def find_policies(runs: Path) -> Callable[[str, Cell], dict | None]:
 def plan(lab: Lab) -> Plan:
     """Of each model the dense one (of a deep twin its training, too), every policy, those of other
     studies as they are, and tasks of some"""
-    known, given = policies(lab.runs), {}
+    known = policies(lab.runs)
     for model in [m for m in DONE if lab.dry or _is_offered(m)]:
+        given: dict[str, dict[tuple, np.ndarray]] = {}  # widths to be taught, by order
         yield from _dense_plan(lab, model)
         for name, order, cell in sorted(wanted(model), key=lambda w: w[1]):
             bench, facts = (lambda: lab.bench(model, order)), lab.facts(model, order)
@@ -173,13 +177,15 @@ def plan(lab: Lab) -> Plan:
                 yield on_second_text(bench, r)
             if r and cell.sparsity in BEHIND.get(model, {}).get(name, ()):
                 yield behind_norms(bench, r)
-            if r and model == 'smollm2' and cell.sparsity in DISTILLED.get(name, ()):
-                given[cell.sparsity, _START[name], cell.seed] = np.array(r['result']['widths'])
+            if r and cell.sparsity in DISTILLED.get(model, ({}, 0))[0].get(name, ()):
+                of = given.setdefault(order, {})
+                of[cell.sparsity, cell.method, cell.seed] = np.array(r['result']['widths'])
             for limit in _documents(model, name, cell.sparsity) if r and cell.seed == 0 else ():
                 yield _zero_shot(lab, model, order, r, limit)
         sigmas, seeds = LEARNED.get(model, ((), 0))
         yield from plan_grasprune(lab, 'methods', model, product(sigmas, range(seeds)))
-    yield from _taught_plan(lab, given)
+        for order, of in given.items():
+            yield from _taught_plan(lab, model, order, of)
 
 # %% ../../nbs/studies/21_methods.ipynb #fc344656
 def _is_offered(model) -> bool:
@@ -208,13 +214,12 @@ def _dense_plan(lab, model) -> Plan:
         yield _zero_shot(lab, model, 'wanda', dense, limit)
 
 
-def _taught_plan(lab, given) -> Plan:
-    "Rivals, taught as the study of distillation teaches; judged on text alone"
-    cells = [(s, _START[name], 'distil', 'own', seed, distillation.TOKENS)
-             for name, sigmas in DISTILLED.items() for s in sigmas for seed in distillation.SEEDS
-             if (s, _START[name], seed) in given]
-    if given:
-        yield from distillation.plan(lab, cells, dict(distil=(TAUGHT,)), 'wanda', 0, given)
+def _taught_plan(lab, model, order, given) -> Plan:
+    """Policies, by target, method and seed, taught as the study of distillation teaches; judged on
+    text alone"""
+    cells = [(*at[:2], 'distil', 'own', at[2], distillation.TOKENS)
+             for at in given if at[2] < DISTILLED[model][1]]
+    yield from distillation.plan(lab, cells, dict(distil=(TAUGHT,)), order, 0, given, model)
 
 
 def _training(lab, model) -> Measurement:
@@ -369,25 +374,29 @@ def _tasks(runs, by_id) -> list[dict]:
 
 def _trained(runs) -> pd.DataFrame:
     """Distilled models (equal tokens, WikiText-2) and their starts: nats on the first test blocks
-    of their own text and of the `other` one"""
-    names = {'searched': 'default', 'even': EVEN} | {k: m for m, k in _START.items()}
+    of their own text and of the `other` one, and the same block by block"""
+    names = {'searched': 'default', 'even': EVEN} | {
+        METHODS[m][1]: m for policies, _ in DISTILLED.values() for m in policies}
     rows = []
     found = [r for f in ('distillation', 'methods') for r in read_records(runs / f, 'distillation-')
              if r['config'].get('start') in names]
-    nats = lambda r: {text: float(np.mean(v)) for text, v in r['result']['nll'].items()}
-    about = lambda c: (c['start'], c['sparsity'], c['seed'])
+    nats = lambda r: {text: np.array(v) for text, v in r['result']['nll'].items()}
+    about = lambda c: (c['model'], c['start'], c['sparsity'], c['seed'])
     before = {about(r['config']): nats(r) for r in found if 'recipe' not in r['config']}
     for r in found:
-        c, (start, s, seed) = r['config'], about(r['config'])
+        c, (model, start, s, seed) = r['config'], about(r['config'])
         if c.get('loss') != 'distil' or c.get('texts') != 'own': continue
         if c['recipe']['tokens'] != distillation.TOKENS or 'nll' not in r['result']: continue
-        first, now = before.get((start, s, seed), before[start, s, 0]), nats(r)
-        rows.append(dict(method=names[start], sparsity=s, seed=seed, nll=now['own'],
-                         before=first['own'], other=now['other'], other_before=first['other'],
+        first, now = before.get((model, start, s, seed), before[model, start, s, 0]), nats(r)
+        blocks = dict(nll=now['own'], before=first['own'], other=now['other'],
+                      other_before=first['other'])
+        rows.append(dict(model=model, method=names[start], sparsity=s, seed=seed, blocks=blocks,
                          forward_tokens=r['result']['forward_tokens'],
-                         seconds=r['result']['train_s']))
-    return pd.DataFrame(rows, columns=['method', 'sparsity', 'seed', 'nll', 'before', 'other',
-                                       'other_before', 'forward_tokens', 'seconds'])
+                         seconds=r['result']['train_s'])
+                    | {k: float(v.mean()) for k, v in blocks.items()})
+    return pd.DataFrame(rows, columns=['model', 'method', 'sparsity', 'seed', 'nll', 'before',
+                                       'other', 'other_before', 'blocks', 'forward_tokens',
+                                       'seconds'])
 
 # %% ../../nbs/studies/21_methods.ipynb #afdc7122
 def _at(table, model, calibration='sequential'):
@@ -414,10 +423,10 @@ def headline(table: pd.DataFrame, trained: pd.DataFrame, calibration: str = 'seq
     t = leads(table, calibration)
     for r, by_seed in zip(t.itertuples(), t['lead by seed']):
         if r.model not in REAL: continue
-        t = _at(table, r.model, calibration)
-        mean = t[t.sparsity == r.sparsity].groupby('method').nll.mean()
-        taught = trained[(trained.method == 'default') & (trained.sparsity == r.sparsity)]
-        less = np.expm1((taught.nll - taught.before).mean()) if r.model == 'smollm2' else np.nan
+        t, taught = (d[(d.model == r.model) & (d.sparsity == r.sparsity)]
+                     for d in (table[table.calibration == calibration], trained))
+        mean, taught = t.groupby('method').nll.mean(), taught[taught.method == 'default']
+        less = np.expm1((taught.nll - taught.before).mean())
         dense = table[(table.model == r.model) & (table.method == 'dense')].nll.mean()
         bold = '**' if above(r.lead) and above(by_seed) else ''
         paper, longer = (shown(mean.get(m, np.nan)) for m in (PAPER, LONG[0]))
@@ -426,7 +435,7 @@ def headline(table: pd.DataFrame, trained: pd.DataFrame, calibration: str = 'seq
                      'distilled': '' if np.isnan(less) else f'{less:+.0%}',
                      PAPER: f'{paper} ({longer})' if longer else paper,
                      'best rival': f'{shown(mean[r.rival])} ({r.rival})' if r.rival else '',
-                     'dense': shown(dense), 'seeds': r.seeds})
+                     'dense': shown(dense), 'seeds': _seeds(t, r.rival, taught)})
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 # %% ../../nbs/studies/21_methods.ipynb #cd2bebbd
@@ -572,9 +581,10 @@ def cost_of(records: list[dict]) -> str:
 def distilled_table(trained: pd.DataFrame) -> pd.DataFrame:
     "Perplexity before and after distillation, the nats gained, and what a training costs"
     rows = []
-    trained = trained.sort_values('sparsity', kind='stable')
-    for (s, name), d in trained.groupby(['sparsity', 'method'], sort=False):
-        rows.append({'σ': f'{s:g}', 'widths of': name, 'seeds': len(d),
+    trained = trained.sort_values('sparsity', kind='stable').sort_values(
+        'model', key=lambda c: c.map([*MODELS].index), kind='stable')
+    for (model, s, name), d in trained.groupby(['model', 'sparsity', 'method'], sort=False):
+        rows.append({'model': MODELS[model], 'σ': f'{s:g}', 'widths of': name, 'seeds': len(d),
                      'before': f'{np.exp(d.before.mean()):.1f}',
                      'distilled': f'{np.exp(d.nll.mean()):.1f}',
                      'nats gained': mean_interval(d.before - d.nll, 3),
@@ -619,8 +629,9 @@ def costs(table: pd.DataFrame, trained: pd.DataFrame) -> list[str]:
                      f'tokens and {low}{f" to {high}" * (low != high)} s a search'
                      + bool(off) * (f'; it ends {off} nats above an even cut of the FFNs in its '
                                     'order, where less than 0 is below it') + '.')
-    for tokens, d in trained[trained.method == 'default'].groupby('forward_tokens'):
-        lines.append(f'- Distilling the default: {tokens:,} forward tokens and '
+    for (model, tokens), d in trained[trained.method == 'default'].groupby(
+            ['model', 'forward_tokens']):
+        lines.append(f'- {MODELS[model]}, distilling the default: {tokens:,} forward tokens and '
                      f'{d.seconds.min():.0f} to {d.seconds.max():.0f} s.')
     return [*lines, '- A backward pass counts as two forward passes. Seconds are of one CPU core '
             'of several machines, some beside other work. On top come the statistics of the '
@@ -635,11 +646,13 @@ def _by_seed(t, a, b) -> np.ndarray | None:
     return d if len(d) > 1 else None
 
 
-def _seeds(t, rival) -> str:
-    "Of how many seeds the default, the paper's recipe and the best rival are means"
+def _seeds(t, rival, taught=()) -> str:
+    """Of how many seeds the default, the paper's recipe, the best rival and the `taught` policies
+    are means"""
     t = t[~t.method.isin(_DIRECT)]
     of = {what: t.seed[t.method == name].nunique() for what, name in
           (('default', 'default'), ('recipe', PAPER), ('rival', rival))}
+    of['distilled'] = len(taught)
     of = {what: n for what, n in of.items() if n}
     few = {what: n for what, n in of.items() if n < of['default']}
     return str(of['default']) + (f' ({", ".join(f"{k}: {n}" for k, n in few.items())})' if few
@@ -750,28 +763,31 @@ def _apart(found, how) -> str:
 # %% ../../nbs/studies/21_methods.ipynb #f03777c1
 def _again(table, trained) -> list[str]:
     "How far apart are two repairs of the same widths, on different days or machines?"
-    t, gaps = _at(table, 'smollm2'), []
-    for r in trained.drop_duplicates(['method', 'sparsity', 'seed']).itertuples():
-        own = t[(t.method == r.method) & (t.sparsity == r.sparsity) & (t.seed == r.seed)].blocks
-        gaps += [abs(v[:distillation.JUDGED].mean() - r.before) for v in own]
-    return [f'- The same widths, repaired again before a training, differ by up to {max(gaps):.3f} '
-            f'nats ({len(gaps)} policies of SmolLM2-135M in bfloat16, other machines or sums in '
-            'another order), which no interval includes.'] if gaps else []
+    keys, parts = ['method', 'sparsity', 'seed'], []
+    for model, d in trained.groupby('model', sort=False):
+        both = _at(table, model).merge(d.drop_duplicates(keys), on=keys, suffixes=('', '_taught'))
+        gaps = [abs(r.blocks[:distillation.JUDGED].mean() - r.before) for r in both.itertuples()]
+        parts += [f'{max(gaps):.3f} nats ({len(gaps)} policies of {MODELS[model]})'] if gaps else []
+    return [f'- The same widths, repaired again before a training, differ by up to '
+            f'{" and ".join(parts)}, in bfloat16, on other machines or with sums in another '
+            'order, which no interval includes.'] if parts else []
 
 
 def _taught(trained) -> list[str]:
-    "Does the lead survive distillation?"
+    "Does the lead survive distillation? Intervals over seeds, or over blocks if there is one seed"
     lines = []
-    for s, d in trained.groupby('sparsity'):
+    for (model, s), d in trained.groupby(['model', 'sparsity'], sort=False):
         by = {m: x.set_index('seed') for m, x in d.groupby('method')}
-        ours = by.pop('default', None)
-        if ours is None or not by: continue
+        if (ours := by.pop('default', None)) is None or not by: continue
+        over = 'seeds' if len(ours) > 1 else 'test blocks, of one seed'
         for before, after, where in (('before', 'nll', 'WikiText-2'),
                                      ('other_before', 'other', 'the help topics')):
-            gap = lambda x, k: mean_interval((x[k] - ours[k]).dropna(), 3)
-            lines.append(f'- Distilled alike (σ = {s:g}), nats above the default on {where}, over '
-                         'seeds: ' + '; '.join(f'{m} {gap(x, before)} before, {gap(x, after)} '
-                                               'after' for m, x in by.items()) + '.')
+            gap = lambda x, k: mean_interval((x[k] - ours[k]).dropna() if len(ours) > 1 else
+                                             x.blocks[0][k] - ours.blocks[0][k], 3)
+            lines.append(f'- {MODELS[model]}, distilled alike (σ = {s:g}), nats above the default '
+                         f'on {where}, over {over}: '
+                         + '; '.join(f'{m} {gap(x, before)} before, {gap(x, after)} after'
+                                     for m, x in by.items()) + '.')
     return lines
 
 # %% ../../nbs/studies/21_methods.ipynb #ef4195aa
