@@ -581,15 +581,14 @@ def cost_of(records: list[dict]) -> str:
 def distilled_table(trained: pd.DataFrame) -> pd.DataFrame:
     "Perplexity before and after distillation, the nats gained, and what a training costs"
     rows = []
-    trained = trained.sort_values('sparsity', kind='stable').sort_values(
-        'model', key=lambda c: c.map([*MODELS].index), kind='stable')
-    for (model, s, name), d in trained.groupby(['model', 'sparsity', 'method'], sort=False):
+    keys, of = ['model', 'sparsity', 'method'], dict(model=[*MODELS].index, method=NAMED.index)
+    trained = trained.sort_values(keys, key=lambda c: c.map(of[c.name]) if c.name in of else c)
+    both = lambda d, *names: ' → '.join(f'{np.exp(d[k].mean()):.1f}' for k in names)
+    for (model, s, name), d in trained.groupby(keys, sort=False):
         rows.append({'model': MODELS[model], 'σ': f'{s:g}', 'widths of': name, 'seeds': len(d),
-                     'before': f'{np.exp(d.before.mean()):.1f}',
-                     'distilled': f'{np.exp(d.nll.mean()):.1f}',
+                     'perplexity': both(d, 'before', 'nll'),
                      'nats gained': mean_interval(d.before - d.nll, 3),
-                     'other text, before': f'{np.exp(d.other_before.mean()):.1f}',
-                     'other text, distilled': f'{np.exp(d.other.mean()):.1f}',
+                     'on the other text': both(d, 'other_before', 'other'),
                      'forward tokens': f'{d.forward_tokens.mean():,.0f}',
                      'seconds': f'{d.seconds.median():.0f}'})
     return pd.DataFrame(rows)
