@@ -9,11 +9,13 @@ import time
 import warnings
 from dataclasses import replace
 from inspect import signature
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import typer
 from conftest import make_folder, worked
 from typer.testing import CliRunner
 
@@ -352,3 +354,13 @@ def test_a_folder_in_use_is_refused_before_anything_is_loaded(place, tmp_path, c
     assert f'error: {tmp_path / "out" / "search"} is being written by process {os.getpid()}' \
         in err.decode(), err
     assert sorted(o.name for o in (tmp_path / 'out' / 'search').iterdir()) == ['.lock', '.writer']
+
+
+def test_every_path_knows_the_home_folder():
+    "A shell leaves the ~ of `--out=~/models` as it is"
+    home = os.path.expanduser('~')
+    assert str(cli.path('~/models')) == f'{home}/models'
+    asked = {name: args for name, v in vars(cli).items() if len(args := get_args(v)) == 2
+             and isinstance(args[1], typer.models.ParameterInfo)}
+    paths = {name: info.parser for name, (kind, info) in asked.items() if 'Path' in str(kind)}
+    assert len(paths) > 10 and {*paths.values()} == {cli.path}

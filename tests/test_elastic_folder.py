@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -526,3 +527,15 @@ def test_the_step_is_the_finest_that_is_small_enough(bench):
             assert bench.cost.total(own) <= bench.cost.total(pick(policies, bench.cost, s)) + 1e-6
             assert bench.cost.sparsity(pick(policies, bench.cost, s)) >= s - 1e-9
     assert choose_step(bench, path, 0.1, 0.5, 0)[0][1] <= 64  # nothing fits: the coarsest
+
+
+def test_what_is_no_save_is_never_replaced(tmp_path):
+    "The function itself asks, not only the command in front of it"
+    out = tmp_path / 'mine'
+    out.mkdir()
+    (out / 'thesis.txt').write_text('years of work')
+    bench = SimpleNamespace(config=SimpleNamespace(model='smollm2', text='pydoc'), elastic=None)
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match='mine'):
+            dynamic.save_elastic(bench, None, out, (0.1, 0.5), overwrite=overwrite)
+    assert (out / 'thesis.txt').read_text() == 'years of work'

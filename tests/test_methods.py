@@ -15,7 +15,8 @@ from ffp_nb.studies import distillation, methods, twins
 from ffp_nb.studies.cells import Lab, base_config, known_models, planned_tokens
 from ffp_nb.studies.distillation import other_text
 from ffp_nb.studies.methods import STUDY, against_default, wanted
-from ffp_nb.studies.study import count_records, find_measured, read_records, run_study, walk
+from ffp_nb.studies.study import (
+    count_records, find_measured, p_value, read_records, run_study, walk)
 from ffp_nb.studies.twins import DEEP, SETUPS, Setup
 
 ROOT = Path(__file__).parent.parent
@@ -243,7 +244,7 @@ def test_what_reads_more_is_a_rival_and_is_named(made):
     assert methods.best_rival(table, 'smollm2', 0.5) == 'agent, 320 episodes'
     held, recipe, agent = methods._held(table)
     assert recipe.endswith('400 forward tokens, is above the default by 0.400 (σ = 0.5) nats '
-                           '(intervals over seeds).')
+                           '(intervals over seeds; one seed has none).')
     assert 'has 80 episodes (the paper: 5,000) and ends -0.100 (σ = 0.5)' in held
     assert agent.startswith('- *agent, 320 episodes*, 400 forward tokens, is above the default by '
                             '0.267 ± ')
@@ -253,11 +254,24 @@ def test_what_reads_more_is_a_rival_and_is_named(made):
     assert f'{of(0.6)} ({of(0.4)})' in shown and f'**{of(0)}**' in shown
     taught = pd.DataFrame([dict(model='smollm2', method='default', forward_tokens=5000, seconds=x)
                            for x in (7, 9)])
-    costs = methods.costs(table, taught)
-    assert any("paper's recipe (80 episodes): 99 forward tokens and 10 s a search; it ends -0.100 "
-               '(σ = 0.5) nats above an even cut' in x for x in costs)
-    assert '- SmolLM2-135M, distilling the default: 5,000 forward tokens and 7 to 9 s.' in costs
-    assert any('default: 100 forward tokens and 10 to 12 s' in x for x in costs)
+    cost, _, said = methods.costs(table, taught).rpartition('\n\n')
+    cells = [[v.strip() for v in line.split('|')[2:-1]] for line in cost.splitlines()[2:]]
+    assert cells == [['default', '100', '10 to 12'],
+                     ["paper's recipe, 80 episodes", '99', '10'],
+                     ["paper's recipe, 320 episodes", '400', '10'],
+                     ['agent, 320 episodes', '400', '10 to 12'],
+                     ['distilling the default', '5,000', '7 to 9']]
+    assert 'same order (below 0: less loss): SmolLM2-135M -0.100 (σ = 0.5).' in said
+
+
+def test_a_family_of_leads_is_corrected():
+    "What a single interval shows need not hold with others beside it"
+    weak = 0.1 + 0.16 * np.array([1, -1, 0.2, -0.2, 0.9, -0.9, 0.1, 0.4])
+    none = np.array([1, -1, 2, -2, 3, -3, 1, -1.1])
+    assert 0.025 < p_value(weak) < 0.05 and methods.ahead([weak]) == [True]
+    assert methods.ahead([weak, none, None]) == [False, False, False]
+    assert methods.ahead([weak, 5 + weak, -5 - weak]) == [True, True, False]
+    assert methods.ahead([np.array([1.0])]) == [False]  # a single seed
 
 
 def test_a_lead_that_is_not_shown_is_not_bold(made):

@@ -3,6 +3,7 @@ the same again"""
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,13 +13,13 @@ from conftest import make_folder, worked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ffp_nb.core import ridge
-from ffp_nb.core.budget import bounds, param_cost
+from ffp_nb.core.budget import bounds, param_cost, solve
 from ffp_nb.core.criteria import taylor_scores, unit_order
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.families import FIVE, Layout, load_model
+from ffp_nb.core.families import FIVE, Layout, load_model, tiny_model
 from ffp_nb.core.perplexity import perplexity
 from ffp_nb.core.stats import collect_stats
-from ffp_nb.core.text import Convention, load_corpus, token_blocks
+from ffp_nb.core.text import Blocks, Convention, load_corpus, token_blocks
 from ffp_nb.export.hf import load_pruned
 from ffp_nb.pipeline import bench as benches, prune
 from ffp_nb.pipeline.config import Profile, PruneConfig
@@ -521,3 +522,50 @@ def test_a_late_layer_does_not_hide_what_is_lost(bench, monkeypatch):
     monkeypatch.setattr(prune, 'FIRST', 8)
     assert prune.check_first(bench, bench.cost.full, None)['lost'] == 1
     assert asked == [1, 1]
+
+
+def test_a_cache_knows_how_text_is_cut_and_what_the_model_computes(tmp_path):
+    model = tiny_model('llama')
+    layout = Layout(model)
+    ids = torch.randint(0, 211, (4, 32), generator=torch.Generator().manual_seed(0))
+    gram = lambda ids: benches.cached_stats(model, layout, Blocks(ids, ids.shape[1] - 1), 1,
+                                            tmp_path, progress=False).gram[1, 'ffn']
+    once = gram(ids)
+    assert torch.equal(gram(ids), once) and len([*tmp_path.iterdir()]) == 1
+    assert not torch.allclose(gram(ids.view(2, 64)), once)  # the same tokens in longer blocks
+    model.config.rms_norm_eps = 1.0
+    gram(ids)
+    assert len([*tmp_path.iterdir()]) == 3
+
+
+def test_a_cache_survives_a_lack_of_memory(tmp_path, monkeypatch):
+    make = lambda: dict(x=torch.ones(3))
+    benches._kept(tmp_path, 'stats', b'key', make)
+    (path,) = tmp_path.iterdir()
+    def fail(*a, **kw):
+        raise MemoryError
+    with monkeypatch.context() as m, pytest.raises(MemoryError):
+        m.setattr(torch, 'load', fail)
+        benches._kept(tmp_path, 'stats', b'key', make)
+    assert path.exists()
+    path.write_bytes(b'cut off')  # what cannot be read is made again
+    assert torch.equal(benches._kept(tmp_path, 'stats', b'key', make)['x'], torch.ones(3))
+
+
+def test_widths_by_the_clock_keep_what_the_search_kept(monkeypatch):
+    "With --remove the search may find that no module should go; the clock does not undo that"
+    cost = param_cost(Layout(tiny_model('llama')))
+    scores = np.zeros(cost.full.shape)
+    scores[1] = -9  # by its scores alone, layer 1 would go
+    config = SimpleNamespace(step=(1, 8), p_min=(0.0, 0.0), sparsity=0.4)
+    chosen = solve(scores, cost, 0.4, (1, 8), (1e-9, 1e-9))
+    gone = solve(scores, cost, 0.4, (1, 8), (0.0, 0.0))
+    assert (chosen > 0).all() and not (gone > 0).all()
+    bench = SimpleNamespace(config=config, cost=cost, elastic=None, price=SimpleNamespace(
+        budget=SimpleNamespace(kind='latency', context=8, batch=1)))
+    monkeypatch.setattr(benches, 'prefill_of', lambda *a: None)
+    monkeypatch.setattr(benches, 'settle', lambda measure, at, full, s, limits: (at(s), []))
+    of = lambda widths: benches.settled(
+        bench, widths, SimpleNamespace(scores=scores, widths=widths))[0]
+    assert (of(chosen) == chosen).all()
+    assert (of(gone) == gone).all()  # what it removed stays removed

@@ -162,6 +162,19 @@ def test_other_searchers_can_learn_on_predictions():
                                    final_blocks=6)).run(progress=False)
 
 
+def test_a_searcher_keeps_its_start():
+    config = SearchConfig(0.4, 'evopress', episodes=12, batch=6, step=(1, 4), final_blocks=6)
+    s = search(config=config)
+    s.run(progress=False)
+    assert s.start != 0 and s.searcher.agent.start == s.start
+
+
+@pytest.mark.parametrize('method', ['gradient', 'pathwise'])
+def test_slopes_are_not_predicted(method):
+    with pytest.raises(ValueError, match=f"method '{method}' follows slopes"):
+        search(config=SearchConfig(0.4, method, episodes=12, batch=6, step=(1, 4), final_blocks=6))
+
+
 DESIGN = dict(targets=[0.2, 0.3, 0.5, 0.6], each=10, head_starts=[0, 2], scale=1.5, seed=0)
 CHOSEN = dict(methods=['ffp'], sparsity=0.5, seeds=[0], each=6, tokens=None)
 SMALLER = dict(MODEL='toy', DESIGN=DESIGN, VISITED=CHOSEN, BLOCKS=4, SEEDS=(0, 1),

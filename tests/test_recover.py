@@ -292,3 +292,20 @@ def test_new_weights_are_drawn_on_the_cpu_for_every_device():
     adapted = model.model.layers[0].mlp.down_proj
     assert {p.device.type for p in adapted.parameters()} == {'meta'}
     assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize('method', ['adapter', 'lora', 'finetune'])
+def test_a_folder_is_what_was_trained_in_bfloat16(method, text, tmp_path):
+    "Rotary frequencies stay in float32, as a loaded folder has them"
+    model = tiny_model('llama')
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    em = ElasticModel(model)
+    widths = np.maximum(em.layout.full // 2, 1)
+    found = recover(em, widths, text, small(method), progress=False)
+    kept = {k: b for k, b in found.model.named_buffers() if 'inv_freq' in k}
+    assert kept and all(b.dtype == torch.float32 for b in kept.values())
+    assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
+    loaded, _ = load_pruned(save_recovered(found, None, tmp_path / 'model'), 'bfloat16', 'cpu')
+    with torch.inference_mode():
+        assert torch.equal(found.model(text.ids).logits, loaded(text.ids).logits)

@@ -10,9 +10,10 @@ from conftest import make_folder, worked
 from test_bad_input import COMMON, changed, files, flip, refused
 from test_tasks import line, write
 
-from ffp_nb.core.runs import read_json
+from ffp_nb.core.runs import config_id, read_json, write_json
 from ffp_nb.pipeline import bench as benches
 from ffp_nb.pipeline.tasks import load_tasks
+from ffp_nb.search.diagnose import tiny_run
 from ffp_nb.search.report import findings, log_cost, read_run, reward_frame
 
 
@@ -231,3 +232,25 @@ def test_eval_bad_part_and_metric(world, ffp, data, monkeypatch, options, words)
     monkeypatch.setattr(hf, 'open_model',
                         lambda *a, **kw: pytest.fail('the model was loaded first'))
     refused(ffp('eval', '--model', world / 'dense', '--data', data, *options), *words)
+
+
+def test_a_result_is_that_of_this_very_search(tmp_path):
+    "Widths that another search left in the folder are not its result, and the test text is no part"
+    tiny_run(tmp_path)
+    result = lambda: read_run(tmp_path).result
+    assert result() is None
+    path = tmp_path / 'widths.json'
+    write_json(path, dict(widths=[[1, 2]], search='another'))
+    assert result() is None
+    write_json(path, dict(widths=[[1, 2]], search=config_id(read_run(tmp_path).config)))
+    assert result()['widths'] == [[1, 2]]
+    write_json(path, dict(widths=[[3, 4]]))  # of an earlier version
+    assert result()['widths'] == [[3, 4]]
+    config = read_run(tmp_path).config
+    run = tmp_path / 'search' / 'config.json'
+    held = read_json(run)
+    part = dict(calibration='1', search='2')
+    write_json(run, held | dict(text_sha256=part))
+    record = dict(config | dict(text_sha256=part | dict(test='3')))
+    write_json(tmp_path / 'prune-x.json', dict(config=record, created='1', result=dict(ppl=5)))
+    assert result() == dict(ppl=5)

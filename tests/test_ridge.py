@@ -400,3 +400,15 @@ def test_a_whole_prune_in_bfloat16(ffp, family_folder, tmp_path):
         nll[method, device] = float(block_nll(model, TEXT).mean()) / TEXT.scored
     assert np.isfinite(nll['ffp', 'cuda'])
     assert nll['uniform', 'cuda'] == pytest.approx(nll['uniform', 'cpu'], rel=0.02)
+
+
+@pytest.mark.parametrize('asked, says', [
+    (dict(target='residual'), 'target module, asked residual'), (dict(batch=2), 'batch 1, asked 2'),
+    (dict(blocks=TEXT[:2]), r'blocks \(8, 32\), asked \(2, 32\)')])
+def test_goals_of_something_else_are_refused(asked, says):
+    em = ElasticModel(tiny_model('llama'))
+    goals = dense_goals(em, TEXT)
+    how = dict(blocks=TEXT, goals=goals, progress=False)
+    sequential_calibrate(em, em.layout.full, **how)
+    with pytest.raises(ValueError, match=f'these goals are of {says}'):
+        sequential_calibrate(em, em.layout.full, **how | asked)

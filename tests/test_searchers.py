@@ -12,7 +12,7 @@ from ffp_nb.core.elastic import ElasticModel
 from ffp_nb.core.families import tiny_model
 from ffp_nb.core.runs import Checkpoints, RunDir
 from ffp_nb.core.text import Blocks
-from ffp_nb.search.agent import Searcher
+from ffp_nb.search.agent import PPOAgent, Searcher
 from ffp_nb.search.loop import Evaluator, Search, SearchConfig
 from ffp_nb.search.rivals import BOUND, SEARCHERS, EvoPress, build_searcher
 
@@ -242,3 +242,13 @@ def test_a_switch_of_evopress_moves_one_level():
     np.testing.assert_allclose(up, up.round(), atol=1e-6)  # in levels; few meet in one module
     share = np.bincount(up.round().astype(int), minlength=4)[1:] / 2000
     np.testing.assert_allclose(share, [5 / 9, 3 / 9, 1 / 9], atol=0.035)
+
+
+def test_epochs_are_steps_that_were_taken():
+    agent = PPOAgent(2, epochs=7, target_kl=1e-9)
+    rng = np.random.default_rng(0)
+    agent.tell(0.5, agent.ask(0.5, 8), rng.uniform(size=8))
+    assert agent.stats()['epochs'] == 1  # then the policy has moved too far
+    free = PPOAgent(2, epochs=7, target_kl=None)
+    free.tell(0.5, free.ask(0.5, 8), rng.uniform(size=8))
+    assert free.stats()['epochs'] == 7

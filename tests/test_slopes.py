@@ -102,6 +102,17 @@ def test_bfloat16_is_close():
     assert np.corrcoef(p.ravel(), q.ravel())[0, 1] > 0.98
 
 
+def test_float16_does_not_vanish():
+    "Its gradients are of a sum: divided by the tokens in float16, the small ones would be 0"
+    (a, x), b = tiny(), tiny(dtype=torch.float16)[0]
+    b.model.load_state_dict(a.model.state_dict())
+    rng = torch.Generator().manual_seed(0)
+    long = Blocks(torch.randint(0, 211, (1, 4096), generator=rng), 4095)
+    span = default_span(a.layout.full)
+    p, q = (slopes(em, x, blocks=long).at(WIDTHS, span) for em in (a, b))
+    np.testing.assert_allclose(q, p, atol=0.05 * np.abs(p).max())
+
+
 @pytest.mark.parametrize('batch', [1, 2, 5])
 def test_divergence_from_the_dense_model(batch):
     "Zero slopes at the dense model; elsewhere those of an explicit KL, also with unequal blocks"

@@ -16,7 +16,7 @@ from ffp_nb.core.families import tiny_model, tiny_tokenizer
 from ffp_nb.core.runs import CorruptFile, cached
 from ffp_nb.export.hf import open_model, save_pruned
 from ffp_nb.pipeline.tasks import (
-    DEV_SHARE, SEVEN, TASKS, load_tasks, paired, part_of, score_table, zero_shot)
+    DEV_SHARE, SEVEN, TASKS, TaskSet, load_tasks, paired, part_of, score_table, zero_shot)
 
 NAMES = dict(openbookqa='openbook_qa')
 
@@ -462,3 +462,11 @@ def test_tokenizer_without_special_tokens(data, model):
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(ValueError, match='neither a BOS nor an EOS'):
         run(model, ['piqa'], tokenizer, data=data)
+
+
+def test_tasks_that_are_loaded_have_their_own_options(tmp_path):
+    given = TaskSet({}, 'local', None, None, 0)
+    model, tokenizer = tiny_model('llama'), tiny_tokenizer()
+    for odd in (dict(limit=3), dict(seed=1), dict(part='dev')):
+        with pytest.raises(ValueError, match='limit, data, part and seed belong to load_tasks'):
+            zero_shot(model, tokenizer, given, **odd)

@@ -152,7 +152,8 @@ def _parts(layer, name, sizes, i):
 
 # %% ../../nbs/core/01_families.ipynb #0df37a00
 def as_stock(model: PreTrainedModel) -> PreTrainedModel:
-    "Undo in place what `Layout` changed: every projection is again of the type that its class has"
+    """Undo in place what `Layout` changed: fused projections are whole again, and those of GPT-2 of
+    the type that its class has. Falcon's are `nn.Linear`, which do the same"""
     for name, module in list(model.named_modules()):
         if isinstance(module, Fused):
             model.set_submodule(name, module.joined())

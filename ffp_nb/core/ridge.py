@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRECISION', 'TARGETS', 'ridge_factors', 'where_it_works', 'check_alpha', 'ridge_matrix', 'Calibrator', 'ridge_gram',
-           'spare_bytes', 'sequential_calibrate', 'dense_goals']
+           'spare_bytes', 'Goals', 'sequential_calibrate', 'dense_goals']
 
 # %% ../../nbs/core/08_ridge.ipynb #782af54d
 import inspect
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -412,6 +412,26 @@ def _solve(XX, XE, alpha, levels):
 _NOT_FINITE = ('the pruned model gives NaN or infinity on the calibration text, or alpha is too '
                'small. Use a lower sparsity or a larger alpha.')
 
+# %% ../../nbs/core/08_ridge.ipynb #e084a7b5
+class Goals(list):
+    "What `dense_goals` gives, a dict for each layer, and what it is of"
+    def __init__(self, layers: Iterable[dict], blocks: Blocks, target: str, batch: int):
+        super().__init__(layers)
+        self.about = self._about(blocks, target, batch)
+
+    @staticmethod
+    def _about(blocks, target, batch):
+        return dict(target=target, batch=batch, blocks=tuple(blocks.ids.shape))
+
+    def check(self, blocks: Blocks, target: str, batch: int) -> 'Goals':  # the same
+        "ValueError unless they are of such blocks, this target and this batch"
+        asked = self._about(blocks, target, batch)
+        if odd := [f'{k} {self.about[k]}, asked {v}' for k, v in asked.items()
+                   if self.about[k] != v]:
+            raise ValueError(f'these goals are of {"; ".join(odd)}. Make them with dense_goals of '
+                             'the same blocks, target and batch')
+        return self
+
 # %% ../../nbs/core/08_ridge.ipynb #76bff626
 @torch.inference_mode()
 def sequential_calibrate(elastic: ElasticModel,
@@ -423,15 +443,14 @@ def sequential_calibrate(elastic: ElasticModel,
                          # one of `TARGETS`; a family with `sums=False` has no 'residual'
                          target: str = 'module',
                          # `dense_goals` of the same blocks and target, for several policies
-                         goals: list | None = None,
+                         goals: Goals | None = None,
                          batch: int = 1, progress: bool = True,
                          ) -> Weights:  # to be given to `ElasticModel.set` with the same widths
     """Refit output projections layer by layer on the pruned model's own inputs, against the dense
     model.
 
     Costs one dense and about two pruned passes over `blocks`; holds two copies of their hidden
-    states. Modules at full width are refitted too: after a pruned prefix their inputs differ.
-    """
+    states. Modules at full width are refitted too: after a pruned prefix their inputs differ."""
     check_alpha(alpha)
     target = _possible(elastic, target)
     widths, done = elastic.check(widths).copy(), {}
@@ -439,7 +458,8 @@ def sequential_calibrate(elastic: ElasticModel,
     pruned, width = first, lambda i, kind: int(widths[i, KINDS.index(kind)])
     # later layers stay dense until their turn
     with elastic.at(elastic.layout.full):
-        todo = iter(goals or _goals_by_layer(elastic, first, calls, target))
+        todo = (iter(goals.check(blocks, target, batch)) if goals
+                else _goals_by_layer(elastic, first, calls, target))
         for i, layer in enumerate(tqdm(elastic.layout.layers, desc='sequential calibration',
                                        disable=not progress)):
             goal = next(todo)
@@ -470,12 +490,13 @@ def _goals_by_layer(elastic, hidden, calls, target):
 
 @torch.inference_mode()
 def dense_goals(elastic: ElasticModel, blocks: Blocks, target: str = 'module',
-                batch: int = 1) -> list:  # by layer; tensors are (batch, tokens, D)
+                batch: int = 1) -> Goals:  # by layer; tensors are (batch, tokens, D)
     """The dense half of `sequential_calibrate`, for many policies on the same blocks: holds two
     hidden states a layer"""
+    target = _possible(elastic, target)
     with elastic.at(elastic.layout.full):
         hidden, calls = _first_inputs(elastic, blocks, batch)
-        return list(_goals_by_layer(elastic, hidden, calls, _possible(elastic, target)))
+        return Goals(_goals_by_layer(elastic, hidden, calls, target), blocks, target, batch)
 
 
 def _possible(elastic, target):

@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -315,7 +315,7 @@ def environment() -> dict:  # `versions`, `hardware`, `commit` and `code`
 # %% ../../nbs/core/11_runs.ipynb #32260a3b
 _MAGIC = b'ffp_nb checkpoint 1 '
 _numpy = (np._core if hasattr(np, '_core') else np.core).multiarray  # moved in NumPy 2
-_ARRAYS = [np.ndarray, np.dtype, _numpy._reconstruct, _numpy.scalar,
+_ARRAYS = [np.ndarray, np.dtype, _numpy._reconstruct, _numpy.scalar, bytes,  # of empty arrays
            *(type(np.dtype(o)) for o in '?bhilqBHILQefdFD')]
 
 def _unpack(payload: bytes, map_location='cpu'):
@@ -323,18 +323,47 @@ def _unpack(payload: bytes, map_location='cpu'):
     with torch.serialization.safe_globals(_ARRAYS):
         return torch.load(io.BytesIO(payload), map_location=map_location, weights_only=True)
 
-def _pack(obj) -> bytes:
-    "The checkpoint file of a state; raises `TypeError` for values that could not be loaded again"
+def _hollow(obj):
+    "The same state with empty tensors and arrays: all of its types, and next to no bytes"
+    if isinstance(obj, torch.Tensor): return obj.detach().new_empty(0)
+    if isinstance(obj, np.ndarray) and obj.ndim: return obj[:0]
+    if isinstance(obj, dict): return {_hollow(k): _hollow(v) for k, v in obj.items()}
+    if type(obj) in (list, tuple): return type(obj)(map(_hollow, obj))
+    return obj
+
+def _check_state(obj) -> None:
+    "`TypeError` for values that could not be loaded again"
     buffer = io.BytesIO()
-    torch.save(obj, buffer)
-    payload = buffer.getvalue()
     try:
-        _unpack(payload)
+        torch.save(_hollow(obj), buffer)
+        _unpack(buffer.getvalue())
     except Exception as e:
         raise TypeError("a checkpoint holds tensors, arrays, numbers, strings, and lists, "
                         "tuples and dicts of them; store the state of an object instead of the "
                         f"object: {e}") from e
-    return _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b'\n' + payload
+
+# %% ../../nbs/core/11_runs.ipynb #e0e7c251
+class _Hashed:
+    "A file whose content is hashed as it is written, so that it is never in memory as a whole"
+    def __init__(self, file):
+        self.file, self.sha = file, hashlib.sha256()
+
+    def write(self, data):
+        self.sha.update(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+def _pack(obj, file) -> None:
+    "Write a state as a checkpoint to a binary file that can seek; `TypeError` as above"
+    _check_state(obj)
+    head = lambda sha: _MAGIC + sha.hexdigest().encode() + b'\n'
+    file.write(head(hashlib.sha256()))  # its place, until the hash is known
+    body: Any = _Hashed(file)
+    torch.save(obj, body)
+    file.seek(0)
+    file.write(head(body.sha))
 
 def _read_checkpoint(path: Path, map_location='cpu'):
     "The state in a checkpoint file; raises `CorruptFile`"
@@ -364,7 +393,7 @@ class Checkpoints:
         """Save a state durably and keep the last one; raises `TypeError` for other objects,
         `OSError`"""
         # first: only this can run out of space
-        temp = atomic_write(self.folder/'.checkpoint.tmp', _pack(obj))
+        temp = atomic_write(self.folder/'.checkpoint.tmp', partial(_pack, obj))
         try:
             if self.new.exists():
                 os.replace(self.new, self.prev)

@@ -6,6 +6,7 @@
 __all__ = ['gates', 'gated_out', 'dense_states', 'Slopes', 'mean_slopes', 'default_span', 'measure_slopes']
 
 # %% ../../nbs/core/10_slopes.ipynb #47d0014a
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,12 +103,17 @@ def _backward(model, ids, counts, wanted, dense=None):
     hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, -n - 1:-1]
     counts = counts.to(hidden.device)
     scored = torch.arange(n, 0, -1, device=hidden.device) <= counts[:, None]  # (k, n)
+    weight = scored / (counts[:, None] * len(ids))
+    # in float16 the gradient of a mean over many tokens would vanish, so it is that of a sum
+    scale = 2.0 ** math.ceil(math.log2(scored.numel())) if hidden.dtype == torch.float16 else 1.0
     nats, grad = _head_grad(head_of(model), hidden.flatten(0, 1),
                             ids[:, -n:].flatten().to(hidden.device),
-                            (scored / (counts[:, None] * len(ids))).flatten(),
+                            (weight * scale).flatten(),
                             None if dense is None
                             else dense[:, -n:].to(hidden.device).flatten(0, 1))
     found = torch.autograd.grad(hidden, wanted, grad.view_as(hidden))
+    if scale != 1:
+        found = [g.float() / scale for g in found]
     return (nats.view(scored.shape).double() * scored).sum(1) / counts, found
 
 # %% ../../nbs/core/10_slopes.ipynb #5a3b2e6c
@@ -212,6 +218,9 @@ def _project(elastic, weights, nats, grads, low, high) -> Slopes:
         raise ValueError('the loss of the pruned model is NaN or infinite on the search text. '
                          'Check the weights, or load the model in another dtype (--dtype '
                          'float32).')
+    if not all(torch.isfinite(g).all() for g in grads):
+        raise ValueError('a gradient is NaN or infinite on the search text. Load the model in '
+                         'another dtype (--dtype bfloat16 or float32).')
     mods, found = elastic.layout.modules, {}
     with_bias = [key for key, m in mods.items() if m.out.bias is not None]
     deltas = dict(zip(with_bias, grads[len(mods):]))

@@ -57,6 +57,8 @@ def _kept(cache, kind, key: bytes, make):
     if path.exists():
         try:
             return torch.load(path, weights_only=True)
+        except MemoryError:
+            raise  # of this process: the file may be sound
         except Exception:
             path.unlink()  # only a cache, made again below
     found = make()
@@ -65,12 +67,20 @@ def _kept(cache, kind, key: bytes, make):
     return found
 
 
+def _read_by(model, blocks) -> bytes:
+    "What statistics depend on: the weights, the rest of the model, the text and how it is cut"
+    keep = {k: v for k, v in model.config.to_dict().items()
+            if k not in ('_name_or_path', 'transformers_version', 'dtype', 'torch_dtype')}
+    about = repr((sorted(keep.items()), str(model.dtype), tuple(blocks.ids.shape), blocks.scored))
+    return b'|'.join([blocks.ids.numpy().tobytes(), fingerprint(model).encode(), about.encode()])
+
+
 def cached_stats(model, layout: Layout, blocks: Blocks,
                  batch: int = 1,  # blocks of one forward pass
                  cache: str | Path | None = None,  # folder; None: nothing is kept
                  progress: bool = True) -> GramStats:
     "`collect_stats`, or its result from the cache folder. An unreadable file is computed again"
-    key = blocks.ids.numpy().tobytes() + fingerprint(model).encode()
+    key = _read_by(model, blocks)
     make = lambda: vars(collect_stats(model, layout, blocks, batch, progress))
     return GramStats(**_kept(cache, 'stats', key, make))
 
@@ -135,8 +145,7 @@ def _order(model, layout, stats, config, calibration, progress, cache=None):
             fisher = output_fisher(model, layout, calibration[:FISHER_BLOCKS], progress)
         return obs_order(layout, stats, alpha, how, fisher, progress)
     if how in ORDERS:
-        key = [calibration.ids.numpy().tobytes(), fingerprint(model).encode(), how.encode(),
-               repr((alpha, FISHER_BLOCKS)).encode()]
+        key = [_read_by(model, calibration), how.encode(), repr((alpha, FISHER_BLOCKS)).encode()]
         return _kept(cache, 'order', b'|'.join(key), eliminate)
     if how == 'taylor':
         scores = taylor_scores(model, layout, calibration[:TAYLOR_BLOCKS], progress)
@@ -312,11 +321,15 @@ def settled(bench: Bench, widths: np.ndarray,  # (n_layers, 2) of `find_widths`
     c, cost, b = bench.config, bench.cost, bench.price.budget
     if b.kind != 'latency': return widths, []
     scores = retention_scores(widths / cost.full, cost, c.step, c.p_min)
-    if result is not None:
+    p_min = c.p_min
+    if result is not None:  # what the search chose to keep stays
         scores = result.scores
+        least = [max(float(p), 1e-9 * kept) for p, kept in zip(
+            np.broadcast_to(c.p_min, 2), ((result.widths > 0) | (cost.full == 0)).all(0))]
+        p_min = least[0], least[1]
     measure = prefill_of(bench.elastic, b.context or 1, b.batch or 1)
-    limits = feasible_range(cost, *bounds(cost, c.step, c.p_min))
-    return settle(measure, lambda s: solve(scores, cost, s, c.step, c.p_min), cost.full,
+    limits = feasible_range(cost, *bounds(cost, c.step, p_min))
+    return settle(measure, lambda s: solve(scores, cost, s, c.step, p_min), cost.full,
                   c.sparsity, limits)
 
 # %% ../../nbs/pipeline/01_bench.ipynb #0c4bb232

@@ -13,7 +13,7 @@ __all__ = ['app', 'console', 'Methods', 'Profiles', 'Criteria', 'Budgets', 'Cali
            'Thrifty', 'StepBatch', 'Pruned', 'Runs', 'ReportOut', 'Measure', 'Points', 'GainBlocks', 'Folder', 'Gguf',
            'Quant', 'StudyName', 'Pages', 'Missing', 'TableName', 'Records', 'Only', 'Shares', 'Weights', 'Rehearse',
            'Layers', 'Shrink', 'Force', 'Markdown', 'Low', 'High', 'ServedStep', 'CutSparsity', 'CutMemory',
-           'CutContext', 'CutOut', 'studies', 'print_table', 'prune', 'search', 'evaluate', 'recover', 'report',
+           'CutContext', 'CutOut', 'studies', 'path', 'print_table', 'prune', 'search', 'evaluate', 'recover', 'report',
            'elastic', 'export', 'study_list', 'study_run', 'study_report', 'study_protocol']
 
 # %% ../../nbs/pipeline/06_cli.ipynb #b968ed25
@@ -56,6 +56,14 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 # a shell's output, in a notebook too
 console = Console(force_jupyter=False, markup=False, emoji=False)
 
+def path(text: str) -> Path:
+    "A path of the command line; a shell leaves the ~ of `--out=~/models` as it is"
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as e:
+        raise typer.BadParameter(f'{text!r}: there is no such home folder') from e
+
+
 Methods = Enum('Methods', {m: m for m in METHODS})
 Profiles = Enum('Profiles', {p: p for p in PROFILES})
 Criteria = Enum('Criteria', {c: c for c in CRITERION_NAMES})
@@ -85,7 +93,7 @@ Published = Annotated[bool, typer.Option(
     '--published', help="with --method ffp: the agent has the paper's settings, not our own")]
 ProfileOpt = Annotated[Profiles, typer.Option(help='how much text and how many episodes')]
 Seed = Annotated[int, typer.Option(help='seed of the search')]
-Out = Annotated[Path, typer.Option(help='folder for everything that is made')]
+Out = Annotated[Path, typer.Option(parser=path, help='folder for everything that is made')]
 Resume = Annotated[bool, typer.Option(help='go on with the search in --out, or start over')]
 Criterion = Annotated[Criteria, typer.Option(
     help="order in which units are removed: 'greedy' minds what the others can make up for, "
@@ -103,7 +111,7 @@ Workers = Annotated[int, typer.Option(
                 'ffp_nb[ray]); 0: none')]
 Debug = Annotated[bool, typer.Option(help='show the traceback of an error')]
 Nbs = Annotated[Optional[Path], typer.Option(
-    help='folder of the notebooks; default: that of the checkout')]
+    parser=path, help='folder of the notebooks; default: that of the checkout')]
 
 # %% ../../nbs/pipeline/06_cli.ipynb #e8920167
 Device = Annotated[Optional[str], typer.Option(
@@ -159,8 +167,8 @@ Part = Annotated[Optional[str], typer.Option(
     help="'dev' or 'test' documents of each task; default: both")]
 Metric = Annotated[Optional[str], typer.Option(help="'acc_norm' (the default), 'acc' or 'all'")]
 Data = Annotated[Optional[Path], typer.Option(
-    help='folder with zero-shot/*.jsonl; default: FFP_DATA_DIR, or the hub')]
-Csv = Annotated[Optional[Path], typer.Option(help='write the table to this file too')]
+    parser=path, help='folder with zero-shot/*.jsonl; default: FFP_DATA_DIR, or the hub')]
+Csv = Annotated[Optional[Path], typer.Option(parser=path, help='write the table to this file too')]
 Batch = Annotated[int, typer.Option(help='blocks or requests of one forward pass')]
 
 # %% ../../nbs/pipeline/06_cli.ipynb #f14a1bc7
@@ -193,14 +201,14 @@ Patience = Annotated[int, typer.Option(
 Thrifty = Annotated[bool, typer.Option(
     '--checkpointing', help='keep one state a layer for the backward pass: less memory, slower')]
 StepBatch = Annotated[int, typer.Option(help='blocks of one step')]
-Pruned = Annotated[Path, typer.Argument(help='a folder that `ffp prune` saved')]
+Pruned = Annotated[Path, typer.Argument(parser=path, help='a folder that `ffp prune` saved')]
 
 # %% ../../nbs/pipeline/06_cli.ipynb #a23c74f0
 Runs = Annotated[list[Path], typer.Argument(
-    help='folders of `ffp search` or `ffp prune`, finished or not; seeds of one target are '
-         'compared')]
+    parser=path, help='folders of `ffp search` or `ffp prune`, finished or not; seeds of one '
+                      'target are compared')]
 ReportOut = Annotated[Optional[Path], typer.Option(
-    help='folder for report.md and its pictures; default: `report` in the first run')]
+    parser=path, help='folder for report.md and its pictures; default: `report` in the first run')]
 Measure = Annotated[bool, typer.Option(
     '--measure', help='load the model again: uniforms, best so far on held-out text, gain of the '
                       'repair')]
@@ -209,30 +217,31 @@ Points = Annotated[int, typer.Option(
 GainBlocks = Annotated[int, typer.Option(
     help='with --measure: blocks on which the gain of the repair is measured')]
 Folder = Annotated[Path, typer.Argument(
-    help='a folder that `ffp prune` or `ffp elastic` saved, or a dense one')]
-Gguf = Annotated[Optional[Path], typer.Option(help='file to write')]
+    parser=path, help='a folder that `ffp prune` or `ffp elastic` saved, or a dense one')]
+Gguf = Annotated[Optional[Path], typer.Option(parser=path, help='file to write')]
 Quant = Annotated[Quants, typer.Option(help='number format of the matrices; q6_k, q5_k_m and '
                                             'q4_k_m need the package xllamacpp')]
 StudyName = Annotated[str, typer.Argument(help='a name that `ffp study list` gives')]
-Pages = Annotated[Path, typer.Option(help='folder for the executed copy of the page')]
+Pages = Annotated[Path, typer.Option(parser=path, help='folder for the executed copy of the page')]
 Missing = Annotated[bool, typer.Option(
     '--records', help='first compute the records that are missing, for hours')]
 TableName = Annotated[str, typer.Argument(
     help='llama-2-7b, llama-3.1-8b, llama-7b or opt-125m')]
 Records = Annotated[Optional[Path], typer.Option(
-    help="folder for records and work; default: the checkout's own")]
+    parser=path, help="folder for records and work; default: the checkout's own")]
 Only = Annotated[Optional[str], typer.Option(
     help="some recipes, with commas: 'default,paper,flap,even,even-ffn'")]
 Shares = Annotated[Optional[list[float]], typer.Option(
     '--sparsity', help="a sparsity, or several; default: those of the table")]
-Weights = Annotated[Optional[Path], typer.Option(help="a folder of the model; default: the hub")]
+Weights = Annotated[Optional[Path], typer.Option(
+    parser=path, help="a folder of the model; default: the hub")]
 Rehearse = Annotated[bool, typer.Option(
     '--rehearse', help='a random model of the same shape, made text and very little work')]
 Layers = Annotated[int, typer.Option(min=1, help='of the random model')]
 Shrink = Annotated[int, typer.Option(min=1, help='its widths are so many times smaller')]
 Force = Annotated[bool, typer.Option('--force', help='also with too little memory')]
 Markdown = Annotated[Optional[Path], typer.Option(
-    help='write the Markdown to this file; default: to the terminal')]
+    parser=path, help='write the Markdown to this file; default: to the terminal')]
 
 # %% ../../nbs/pipeline/06_cli.ipynb #81adbf8f
 Low = Annotated[float, typer.Option(help='the lowest sparsity that it shall serve')]
@@ -248,7 +257,7 @@ CutMemory = Annotated[Optional[str], typer.Option(
 CutContext = Annotated[int, typer.Option(
     min=0, help='with --memory: tokens in the cache; default: the weights alone count')]
 CutOut = Annotated[Optional[Path], typer.Option(
-    help='folder for the model that is cut, as `ffp prune` would save it')]
+    parser=path, help='folder for the model that is cut, as `ffp prune` would save it')]
 
 # %% ../../nbs/pipeline/06_cli.ipynb #b6a6d72c
 _RESUMES = 'the same command without --no-resume goes on from the last finished update'
@@ -444,14 +453,14 @@ def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0
             config = with_fit(config, out / 'search', device, resume)
             bench = Bench.load(config, device=device, tp=tp)
             say_fit(bench)
-            widths, result = find_widths(bench, run=open_run(out / 'search', bench, resume=resume),
-                                         workers=workers)
+            run = open_run(out / 'search', bench, resume=resume)
+            widths, result = find_widths(bench, run=run, workers=workers)
             widths, _ = settled(bench, widths, result)
-            _write_search(out, bench, widths, result)
+            _write_search(out, bench, widths, result, run.id)
         _say_where(f'widths.json and pictures are in {out}')
 
 # %% ../../nbs/pipeline/06_cli.ipynb #c8e25322
-def _write_search(out, bench, widths, result) -> None:
+def _write_search(out, bench, widths, result, search) -> None:
     "widths.json and pictures of a search; says what it found"
     from ffp_nb.core.runs import save_figure, write_json
     from ffp_nb.pipeline.prune import removed
@@ -459,7 +468,7 @@ def _write_search(out, bench, widths, result) -> None:
     found = (dict(reward=result.reward, source=result.source,
                   forward_tokens=result.forward_tokens, broken=result.broken) if result else {})
     shares = removed(bench, widths)
-    write_json(out / 'widths.json', dict(widths=widths, **shares, **found))
+    write_json(out / 'widths.json', dict(widths=widths, search=search, **shares, **found))
     c = bench.config
     title = f'{c.model}, {c.goal}'
     save_figure(plot_retention(widths, bench.cost.full, title), out / 'retention.png')

@@ -182,7 +182,7 @@ def make_elastic(config: PruneConfig,  # sparsity, method and calibration do not
         found: Any = find_widths(bench, run=open_run(state, bench, resume=resume),
                                  progress=progress)[1]
         return save_elastic(bench, ScorePath.of(found), out, (low, high), ffn_step, progress,
-                            start, found)
+                            start, found, overwrite)
 
 # %% ../../nbs/pipeline/04_dynamic.ipynb #5db31903
 def pick(policies: np.ndarray, cost: Cost, sparsity: float) -> np.ndarray:  # (n_layers, 2)
@@ -217,9 +217,12 @@ def measure_range(bench: Bench, policies, low: float, high: float,
 def save_elastic(bench: Bench, path: ScorePath, out: str | Path, ends: tuple[float, float],
                  ffn_step: int | None = None, progress: bool = True,
                  start: float | None = None,  # of `time.perf_counter`, for the record
-                 found: SearchResult | None = None) -> pd.DataFrame:
-    "Choose the step, measure, save the record and then the folder; the table"
+                 found: SearchResult | None = None,
+                 overwrite: bool = False) -> pd.DataFrame:  # of an elastic or pruned folder
+    """Choose the step, measure, save the record and then the folder; the table. Errors as in
+    `check_folder`"""
     c, em = bench.config, bench.elastic
+    check_folder(out, overwrite, (), c.model, c.text)
     step, policies = (choose_step(bench, path, *ends) if ffn_step is None else
                       _at_step(bench, path, ends, (c.step[0], ffn_step)))
     used = used_widths(policies, bench.cost.full)

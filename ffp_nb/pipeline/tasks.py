@@ -365,9 +365,9 @@ def zero_shot(
     of each task, limit, part, tokens read), `attrs['scores']` has the score of every document. NaN
     in a log-likelihood makes the task's value NaN."""
     _check(model, tokenizer, batch, metric)
-    if isinstance(tasks, TaskSet) and (limit, data, part) != (None,) * 3:
-        raise ValueError('limit, data and part belong to load_tasks where the tasks are loaded '
-                         'already')
+    if isinstance(tasks, TaskSet) and (limit, data, part, seed) != (None, None, None, 0):
+        raise ValueError('limit, data, part and seed belong to load_tasks where the tasks are '
+                         'loaded already')
     given = tasks if isinstance(tasks, TaskSet) else load_tasks(tasks, limit, part, seed, data)
     bar = tqdm(disable=not progress, unit='request')
     with quiet():

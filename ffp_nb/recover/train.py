@@ -79,6 +79,14 @@ def steps(self: Recipe, blocks: Blocks) -> int:
                          'smaller batch.')
     return self.tokens // per_step
 
+# %% ../../nbs/recover/00_train.ipynb #65fb43b4
+def _in_type(model, dtype):
+    """The model with its weights in a type. Its buffers stay as they are: `Module.to` would round
+    the rotary frequencies, too, which a loaded folder has in float32"""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
+
 # %% ../../nbs/recover/00_train.ipynb #b9abe3f0
 def _adapter(model, projections, outputs, recipe):
     for name in outputs:
@@ -90,7 +98,7 @@ def _adapter(model, projections, outputs, recipe):
         setattr(model.get_submodule(parent), leaf, path)
     model.config.pruned_adapters = recipe.rank
     dtype = model.dtype
-    return lambda: model.to(dtype)
+    return lambda: _in_type(model, dtype)
 
 
 def _lora(model, projections, outputs, recipe):
@@ -112,7 +120,7 @@ def _lora(model, projections, outputs, recipe):
 def _finetune(model, projections, outputs, recipe):
     dtype = model.dtype
     model.requires_grad_(True)
-    return lambda: model.to(dtype)
+    return lambda: _in_type(model, dtype)
 
 # %% ../../nbs/recover/00_train.ipynb #618dd421
 _PREPARE = dict(adapter=_adapter, lora=_lora, finetune=_finetune)

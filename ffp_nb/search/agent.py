@@ -210,8 +210,8 @@ def tell(self: PPOAgent, sparsity, scores, rewards):
         old = dist.log_prob(a).sum(1)
         adv = ADVANTAGES[self.advantage](r, value)
         before = torch.distributions.Normal(dist.mean, dist.stddev.clone())
-    clipped = [*self.net.parameters(), *[self.log_std] * self.clip_std]
-    for epoch in range(self.epochs):
+    clipped, steps = [*self.net.parameters(), *[self.log_std] * self.clip_std], 0
+    for _ in range(self.epochs):
         dist, value = self._policy(sparsity)
         ratio = (dist.log_prob(a).sum(1) - old).clamp(-20, 20).exp()
         with torch.no_grad():
@@ -223,8 +223,9 @@ def tell(self: PPOAgent, sparsity, scores, rewards):
         loss.backward()
         nn.utils.clip_grad_norm_(clipped, 1.0)
         self.opt.step()
+        steps += 1
     self.last = dict(clipped=float(((ratio - 1).abs() > self.clip).float().mean().detach()),
-                     value=float(value.detach()), kl=kl, epochs=epoch + 1.0)
+                     value=float(value.detach()), kl=kl, epochs=float(steps))
 
 
 @patch

@@ -29,7 +29,8 @@ from ..core.families import KINDS, Layout, tiny_model
 from ..core.perplexity import Perplexity, paired_interval
 from ..core.ridge import Calibrator
 from ..core.runs import (
-    Checkpoints, CorruptFile, PolicyLog, RunDir, _read_checkpoint, read_run_config, read_json)
+    Checkpoints, CorruptFile, PolicyLog, RunDir,
+    _read_checkpoint, config_id, read_json, read_run_config)
 from ..core.stats import collect_stats
 from ..core.text import Blocks
 from ..core.wishes import Budget
@@ -193,13 +194,17 @@ def _find_result(folder, config, log):
     of `ffp search`"""
     episodes, batch = config['profile']['episodes'], config['profile']['batch']
     if log[-1]['update'] + 1 < -(-episodes // batch): return None
-    own = {k: v for k, v in config.items() if k not in ('profile', 'weights')}
+    parts = 'profile', 'text_sha256'  # a record names more of both: what only its end depends on
+    own = {k: v for k, v in config.items() if k not in (*parts, 'weights')}
     records = [r for r in map(read_json, folder.parent.glob('prune-*.json'))
                if own.items() <= r['config'].items()
-               and config['profile'].items() <= r['config']['profile'].items()]
+               and all(config.get(k, {}).items() <= r['config'].get(k, {}).items()
+                       for k in parts)]
     if records: return max(records, key=lambda r: r['created'])['result']
     path = folder.parent / 'widths.json'
-    return read_json(path) if path.exists() else None
+    found = read_json(path) if path.exists() else None
+    # a file of an earlier version does not name its search
+    return found if found and found.get('search') in (None, config_id(config)) else None
 
 # %% ../../nbs/search/09_diagnose.ipynb #f3fad0d5
 def tiny_problem(seed: int = 0, sparsity: float = 0.4,

@@ -239,6 +239,8 @@ class Predicted(Searcher):
                  describe: Callable,  # (scores (n, L, 2), sparsity) -> rows of `features`
                  seed: int = 0):
         self.agent, self.config, self.describe, self.seed = agent, config, describe, seed
+        if hasattr(agent, 'start'):  # the search sets it, for those that think in retentions
+            self.start = agent.start
         # rows, gaps, the update of each
         self.X, self.y, self.text, self.guessed, self.last = [], [], [], None, {}
 
@@ -255,6 +257,8 @@ class Predicted(Searcher):
         return make().fit(X, y - np.array([above[text == t].mean() for t in text]))
 
     def ask(self, sparsity, n):
+        if hasattr(self, 'start'):
+            self.agent.start = self.start  # type: ignore[attr-defined]
         if self.told < self.config.warmup: return self.agent.ask(sparsity, n)
         model = self.fit()
         for _ in range(self.config.inner):
@@ -334,6 +338,9 @@ class PredictedSearch(Search):
                  run: RunDir | None = None,  # where to log; None: in memory
                  # the agent, for batches of any size; None: made from the configuration
                  searcher: Searcher | None = None):
+        if config.by_slopes:
+            raise ValueError(f'method {config.method!r} follows slopes, and predictions are of '
+                             'rewards. Choose a method that is told rewards, such as ffp')
         agent = searcher or build_searcher(config.method, cost, config.seed, config.agent)
         # mypy does not see the methods that @patch gave it
         learner = Predicted(agent, prediction, self.describe,  # type: ignore[abstract]

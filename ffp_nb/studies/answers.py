@@ -84,7 +84,7 @@ def _speed(table, record, rounding):
     of = lambda what: t[(t.what == what)].groupby('target').ratio.mean()
     pre, dec, top = of('prefill'), of('decode'), table.target.max()
     met = table[table.met.notna()].met
-    return (f'At half size a prefill is {pre[top]:.2f} times as fast and decoding '
+    return (f'At σ = {top:g} a prefill is {pre[top]:.2f} times as fast and decoding '
             f'{dec[top]:.2f} times (mean of the engines); only {met.sum():.0f} of {len(met)} '
             'prefills keep 95 % of what the removed operations promise, so ask for a latency '
             'instead.')
@@ -111,7 +111,7 @@ def _searchers(mine, traces):
          for p in ('ffp', 'cma')}
     return (f'The agent reaches the best of an evolutionary search with {x["ffp"].median():.1f} '
             f'times fewer tokens in the median, CMA-ES with {x["cma"].median():.1f} times fewer '
-            f'(six-layer models). {_cheaper(x["ffp"])}')
+            f'(six-layer models, selection text). {_cheaper(x["ffp"])}')
 
 
 @answers('schedules')
@@ -120,9 +120,9 @@ def _schedules(mine, traces):
     t = schedules.savings(half).set_index('variant').loc['default']
     runs = against(half, 'ffp', 'none')
     times = runs[runs.variant == 'default'].set_index(['model', 'seed']).times
-    return (f'Growing the target and the text together reaches the quality of an unscheduled '
-            f'search with {t.times_cheaper:.1f} times fewer tokens in the median, and in '
-            f'{t.reached:.0f} of {t.runs:.0f} runs at all. {_cheaper(times)}')
+    return (f'On the selection text, growing the target and the text together reaches the quality '
+            f'of an unscheduled search with {t.times_cheaper:.1f} times fewer tokens in the '
+            f'median, and in {t.reached:.0f} of {t.runs:.0f} runs at all. {_cheaper(times)}')
 
 # %% ../../nbs/studies/24_answers.ipynb #c540a29c
 @answers('ablation')
@@ -143,11 +143,13 @@ def _prediction(judged, timing, searches):
     times = 1e6 * timing['model_s'] / r.us_alone
     d = searches.pivot_table(index='seed', columns='kind', values='nll')
     d = d['predicted'] - d['model'] if 'predicted' in d else d.iloc[:, 0] - d.iloc[:, 1]
-    return (f'The predictor chosen by cross-validation ({r["name"]}) orders unseen policies of '
-            f'all targets with a Spearman correlation of {r.spearman:.3f}, those that searches '
-            f'visit at their last target with {by.spearman["final"]:.3f}, and one prediction takes '
-            f'{times:,.0f} times less time than the model; a search that learns on predictions '
-            f'ends {plus_minus(d.mean(), half_width(d))} nats from one that does not.')
+    return (f'On a six-layer LLaMA the predictor chosen by cross-validation ({r["name"]}) orders '
+            f'unseen policies of all targets with a Spearman correlation of {r.spearman:.3f}, '
+            f'those that searches visit at their last target with {by.spearman["final"]:.3f}, and '
+            f'one prediction takes {times:,.0f} times less time than the model, without the '
+            'policies that it was trained on; a search that learns on predictions ends '
+            f'{plus_minus(d.mean(), half_width(d))} nats from one that does not, on the selection '
+            'text.')
 
 
 @answers('dynamic')
@@ -155,8 +157,9 @@ def _dynamic(table, heuristics):
     x = dynamic.by_seed(table, 'range')
     tokens = table.groupby(['agent', 'seed']).tokens
     one, total = tokens.first()['range'].mean(), tokens.sum()['fixed'].mean()
-    return (f'One agent for all targets is {signed(x)} nats from agents trained for one target '
-            f'each (interval over {len(x)} seeds), for {total / one:.0f} times fewer tokens.')
+    return (f'On a six-layer LLaMA one agent for all targets is {signed(x)} nats from agents '
+            f'trained for one target each (interval over {len(x)} seeds), for '
+            f'{total / one:.0f} times fewer tokens.')
 
 # %% ../../nbs/studies/24_answers.ipynb #dd1a4274
 @answers('criteria')
@@ -164,10 +167,11 @@ def _criteria(table, swaps):
     t, t0 = criteria.travels(swaps), table[table.calibration == 'static']
     against = paired_differences(t0[t0.policy == 'ffp'], 'wanda', 'criterion', ['seed'])
     apart = (against.holm < LEVEL).sum()
-    return (f'A little: a policy searched under another criterion costs {t["mean"].mean():+.3f} '
-            f'nats on average ({t["mean"].min():+.3f} to {t["mean"].max():+.3f} by pair; shown to '
-            f'cost at most {MARGIN} in {t.no_worse.sum()} of {len(t)}). At their own widths '
-            f'{apart} of {len(against)} criteria are told apart from Wanda.')
+    return (f'A little, on a six-layer LLaMA: a policy searched under another criterion costs '
+            f'{t["mean"].mean():+.3f} nats on average ({t["mean"].min():+.3f} to '
+            f'{t["mean"].max():+.3f} by pair; shown to cost at most {MARGIN} in '
+            f'{t.no_worse.sum()} of {len(t)}). At their own widths {apart} of {len(against)} '
+            'criteria are told apart from Wanda.')
 
 
 @answers('rewards')
@@ -191,9 +195,10 @@ def _recovery(table, *rest):
     even = m[[c for c in m if 'uniform' in c or 'even' in c]].min(axis=1)
     gain = (even - m['search-static']).dropna()
     ridge = gain['static']
-    return (f'The searched widths are below the better even cut by {gain.min():.2f} to '
-            f'{gain.max():.2f} nats, whichever recovery follows; by {ridge:.2f} under the ridge '
-            'that rewarded the search, so what it finds is not made for the ridge alone.'
+    return (f'On a six-layer LLaMA the searched widths are below the better even cut by '
+            f'{gain.min():.2f} to {gain.max():.2f} nats, whichever recovery follows; by '
+            f'{ridge:.2f} under the ridge that rewarded the search, so what it finds is not made '
+            'for the ridge alone.'
             if gain.min() > 0 else
             f'The lead over the better even cut does not survive {gain.idxmin()}.')
 
@@ -204,7 +209,8 @@ def _scaling(rows, record, gpu):
     total = p.device_GB + p.ram_GB
     how = rows.how.map(lambda h: ' (projected)' * (h == 'projected'))
     parts = ', '.join(f'{v:,.0f} GB at {k}{how[k]}' for k, v in total.tail(3).items())
-    return f'A calibrated search needs, all memory together, {parts}; on random weights.'
+    return (f"The agent's search with repair needs, all memory together, {parts}; on random "
+            "weights. The default's needs a backward pass more.")
 
 
 @answers('slopes')
@@ -218,7 +224,7 @@ def _slopes(table, traces, twins, paths):
     won = ours < t[t.method != 'gradient'].groupby(['order', 'method']).ppl.mean().min()
     rivals = slopes.rivals_above(t, 'wanda', 'sequential')
     apart = (rivals.holm < LEVEL).sum()
-    return (f'{_holds(won and apart == len(rivals), won)}: at half size slopes end at a perplexity '
+    return (f'{_holds(won and apart == len(rivals), won)}: at σ = 0.5 slopes end at a perplexity '
             f'of {ours:.1f} in the greedy order and {of("wanda", "gradient"):.1f} in Wanda\'s, '
             f'the agent as shipped at {of("greedy", "ffp"):.1f} and {of("wanda", "ffp"):.1f}, with '
             f"the paper's settings in Wanda's at {of('wanda', 'ffp, published'):.1f}. Over seeds, "
@@ -245,7 +251,7 @@ def _distillation(table, points):
     lead = distillation.leads(table).groupby(['sparsity', 'loss']).own.agg(mean_interval)
     top = max(distillation.SIGMAS)
     gain = lambda loss, k: mean_interval(t[(t.sparsity == top) & (t.loss == loss)][f'{k}_gain'])
-    return (f'At half size distilling gains {gain("distil", "own")} nats on its own text and '
+    return (f'At σ = {top:g} distilling gains {gain("distil", "own")} nats on its own text and '
             f'{gain("distil", "other")} on another, training on the text alone '
             f'{gain("text", "own")} and {gain("text", "other")}; the lead of the '
             f'search over an even cut is {lead[top, "before"]} nats before, '
@@ -264,16 +270,18 @@ def _elastic(table, costs):
 @answers('methods')
 def _methods(table, tasks, trained):
     t = methods.leads(table)
-    t['more'] = np.expm1(t.lead.map(np.mean))
-    parts = [f'{d.more.min():+.1%} to {d.more.max():+.1%} on {methods.MODELS[model]}'
-             for model, d in t.groupby('model', sort=False)]
-    shown = lambda v: [d.mean() > half_width(d) for d in v if d is not None]
-    seeds = shown(t['lead by seed'])
-    return (f'The default has less perplexity than every other method (its variants aside) in '
-            f'{(t.more > 0).sum()} of {len(t)} pairs of model and target, shown over test blocks '
-            f'in {sum(shown(t.lead))} and over seeds in {sum(seeds)} of the {len(seeds)} with '
-            'several. That of the best other method, chosen with hindsight: '
-            + ', '.join(parts) + '. ' + _over_models(table) + _another_text(table))
+    lead = t.lead.map(np.mean)
+    less = [f'{np.expm1(d.min()):+.1%} to {np.expm1(d.max()):+.1%} on {methods.MODELS[model]}'
+            for model, d in lead.groupby(t.model, sort=False)]
+    seeds = [d for d in t['lead by seed'] if d is not None]
+    return (f'By its mean, the default (its variants aside) has the least perplexity in '
+            f'{(lead > 0).sum()} of {len(t)} pairs of model and target. The best other method of '
+            f'each, chosen with hindsight, has {", ".join(less)}: in '
+            f'{(lead.abs() < MARGIN).sum()} pairs a difference below {MARGIN:g} nats. The lead is '
+            f'shown over test blocks in {sum(methods.ahead(t.lead))} pairs and over seeds in '
+            f'{sum(methods.ahead(seeds))} of the {len(seeds)} with several (Holm over the pairs; '
+            f'by single intervals in {sum(d.mean() > half_width(d) for d in seeds)}). '
+            + _over_models(table) + _another_text(table))
 
 
 def _over_models(table):
@@ -516,7 +524,7 @@ def _draw_slopes(ax, table, *rest):
     t = t.assign(method=t.method.map(keep), tokens=t.forward_tokens / 1000)
     sns.scatterplot(t, x='tokens', y='ppl', hue='method', style='order', s=60, ax=ax,
                     palette=colours(t.method))
-    ax.set(xlabel='forward tokens of the search, thousands', ylabel='test perplexity at half size')
+    ax.set(xlabel='forward tokens of the search, thousands', ylabel='test perplexity at σ = 0.5')
     ax.legend(fontsize=8, ncol=2)
 
 

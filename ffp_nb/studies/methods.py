@@ -7,8 +7,8 @@ __all__ = ['REAL', 'MODELS', 'SIGMAS', 'LIMIT', 'AGENT', 'METHODS', 'NAMED', 'EV
            'DISTILLED', 'TAUGHT', 'ELSEWHERE', 'BEHIND', 'TASKS_OF', 'STUDY', 'wanted', 'method_cell', 'policies',
            'find_policies', 'plan', 'twin_table', 'on_second_text', 'behind_norms', 'tidy', 'best_rival', 'headline',
            'perplexity_table', 'draw', 'task_gaps', 'zero_shot_table', 'by_task_table', 'cost_of', 'distilled_table',
-           'cost_table', 'costs', 'leads', 'lead_table', 'part_table', 'findings', 'on_other_text', 'other_table',
-           'draw_other', 'against_default']
+           'cost_table', 'costs', 'leads', 'ahead', 'lead_table', 'part_table', 'findings', 'on_other_text',
+           'other_table', 'draw_other', 'against_default']
 
 # %% ../../nbs/studies/21_methods.ipynb #805ce91f
 import warnings
@@ -49,6 +49,7 @@ METHODS = {'default': ('greedy', 'gradient', 'default'),
            "paper's recipe": ('wanda', 'ffp', 'published'),
            "paper's recipe, 320 episodes": ('wanda', 'ffp', 'published'),
            'agent, 320 episodes': ('wanda', 'ffp', 'default'),
+           'CMA-ES, 320 episodes': ('wanda', 'cma', 'default'),
            AGENT: ('wanda', 'ffp', 'default'),
            "paper's recipe, greedy": ('greedy', 'ffp', 'published'),
            'CMA-ES': ('wanda', 'cma', 'default'),
@@ -64,7 +65,7 @@ EVEN = 'even FFN cut, greedy'
 OURS, PAPER = [m for m in METHODS if m.startswith('default')], "paper's recipe"
 # searches that may read more than the default's, 2.5 times as many tokens; the paper has 5,000
 # episodes, and what is held to the default's tokens has 80 on the real models
-LONG = "paper's recipe, 320 episodes", 'agent, 320 episodes'
+LONG = "paper's recipe, 320 episodes", 'agent, 320 episodes', 'CMA-ES, 320 episodes'
 _DIRECT = {k for k, (_, m, _) in METHODS.items() if m in {*BASELINES, *HEURISTICS}}
 
 # %% ../../nbs/studies/21_methods.ipynb #0dbbc08c
@@ -72,14 +73,12 @@ _SEARCHED = ('default', "default, Wanda's order", "paper's recipe", "paper's rec
              'CMA-ES', 'EAS', 'EvoPress')
 # of each model, what is measured: methods, targets, and for searches the number of seeds
 DONE: dict[str, list[tuple[tuple[str, ...], tuple[float, ...], int]]] = {
-    'smollm2': [(('default', "paper's recipe", LONG[1], 'CMA-ES', 'EAS', 'EvoPress',
+    'smollm2': [(('default', "paper's recipe", *LONG[1:], 'CMA-ES', 'EAS', 'EvoPress',
                   'sensitivity', 'FLAP', 'OWL', 'AlphaPruning', EVEN, 'even FFN cut', 'even cut'),
                  SIGMAS, 3), (("default, Wanda's order", LONG[0]), (0.5,), 3),
                 ((AGENT,), (0.2, 0.3), 1), ((AGENT,), (0.5,), 3)],
-    GEMMA3: [(('default', PAPER, 'sensitivity', 'FLAP', 'OWL', 'AlphaPruning', EVEN,
-               'even FFN cut', 'even cut'), SIGMAS, 3),
-             (('CMA-ES', 'EAS', 'EvoPress'), (0.2,), 1),
-             (('CMA-ES', 'EAS', 'EvoPress'), (0.3, 0.5), 3),
+    GEMMA3: [(('default', PAPER, 'CMA-ES', 'EAS', 'EvoPress', 'sensitivity', 'FLAP', 'OWL',
+               'AlphaPruning', EVEN, 'even FFN cut', 'even cut'), SIGMAS, 3),
              (("default, Wanda's order",), (0.2, 0.5), 1),
              (('default, attention may go',), (0.5,), 1)],
     'mistral-deep': [(_SEARCHED, (0.3,), 1), (_SEARCHED, (0.5,), 3),
@@ -171,8 +170,8 @@ def plan(lab: Lab) -> Plan:
             at = _same(model, cell.sparsity, cell.method, cell.seed, cell.variant, cell.tokens)
             r = yield Measurement(cell_key(cell, facts), lambda to: measure_cell(
                 bench(), cell, to, lab.work / 'work'), known.get((order, at)))
-            if r and 'none' not in r['result']['nll']:
-                yield _unrepaired(bench, r)
+            if r and (lacking := [m for m in MODES if m not in r['result']['nll']]):
+                yield _repaired(bench, r, lacking)
             if r and cell.sparsity in ELSEWHERE.get(model, ()):
                 yield on_second_text(bench, r)
             if r and cell.sparsity in BEHIND.get(model, {}).get(name, ()):
@@ -267,11 +266,12 @@ def _zero_shot(lab, model, order, record, limit) -> Measurement:
         lab, record['result'].get('widths'), key, model, order))
 
 
-def _unrepaired(bench: Callable[[], Bench], record) -> Measurement:
-    "What another study left out of its record: the policy without repair"
-    key = dict(name=f"none-{record['config']['name']}", study='methods', of=record['config_id'])
+def _repaired(bench: Callable[[], Bench], record, modes: list[str]) -> Measurement:
+    "What another study left out of its record: the policy without repair, or with another one"
+    key = dict(name=f"{'-'.join(modes)}-{record['config']['name']}", study='methods',
+               of=record['config_id'])
     widths = np.array(record['result']['widths'])
-    return Measurement(key, lambda _: dict(nll=test_nll(bench(), widths, ('none',))))
+    return Measurement(key, lambda _: dict(nll=test_nll(bench(), widths, modes)))
 
 
 def on_second_text(bench: Callable[[], Bench], record, study: str = 'methods') -> Measurement:
@@ -414,26 +414,33 @@ def best_rival(table: pd.DataFrame, model: str, sparsity: float,
     return None if t.empty else t.groupby('method').nll.mean().idxmin()
 
 
+def _held_to(table) -> str:
+    "How many episodes the paper's recipe has on the real models, if it is one number"
+    n = table[(table.method == PAPER) & table.model.isin(REAL)].episodes.unique()
+    return f', {n[0]:.0f} episodes' if len(n) == 1 else ''
+
+# %% ../../nbs/studies/21_methods.ipynb #253ca291
 def headline(table: pd.DataFrame, trained: pd.DataFrame, calibration: str = 'sequential') -> str:
     """Markdown: perplexity of the paper's recipe (in brackets with more episodes), the best rival
-    and the default, bold where its lead is shown over seeds as well as over test blocks, and what
-    distillation changes of that, where the same seeds are judged before and after"""
+    and the default, bold where its lead is shown over seeds as well as over test blocks, with Holm
+    over the rows, and what distillation changes of that, where the same seeds are judged before and
+    after"""
     rows, shown = [], lambda v: '' if np.isnan(v) else f'{np.exp(v):.1f}'
-    above = lambda d: d is not None and np.mean(d) > half_width(d)
     t = leads(table, calibration)
-    for r, by_seed in zip(t.itertuples(), t['lead by seed']):
-        if r.model not in REAL: continue
+    t = t[t.model.isin(REAL)]
+    paper_s = f'{PAPER}{_held_to(table)}'
+    for r, sure in zip(t.itertuples(), np.all([ahead(t['lead']), ahead(t['lead by seed'])], 0)):
         t, taught = (d[(d.model == r.model) & (d.sparsity == r.sparsity)]
                      for d in (table[table.calibration == calibration], trained))
         mean, taught = t.groupby('method').nll.mean(), taught[taught.method == 'default']
         less = np.expm1((taught.nll - taught.before).mean())
         dense = table[(table.model == r.model) & (table.method == 'dense')].nll.mean()
-        bold = '**' if above(r.lead) and above(by_seed) else ''
+        bold = '**' * int(sure)
         paper, longer = (shown(mean.get(m, np.nan)) for m in (PAPER, LONG[0]))
         rows.append({'model': MODELS[r.model], 'σ': f'{r.sparsity:g}',  # a phone shows five columns
                      'default': f'{bold}{shown(mean["default"])}{bold}',
                      'distilled': '' if np.isnan(less) else f'{less:+.0%}',
-                     PAPER: f'{paper} ({longer})' if longer else paper,
+                     paper_s: f'{paper} ({longer})' if longer else paper,
                      'best rival': f'{shown(mean[r.rival])} ({r.rival})' if r.rival else '',
                      'dense': shown(dense), 'seeds': _seeds(t, r.rival, taught)})
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
@@ -615,26 +622,30 @@ def _from_even(t) -> str:
     return ', '.join(f'{d:+z.3f} (σ = {s:g})' for s, d in (nats[0] - nats[1]).dropna().items())
 
 
-def costs(table: pd.DataFrame, trained: pd.DataFrame) -> list[str]:
-    """What the widths of the default and of the paper's recipe cost on real models, and its
-    distillation: Markdown lines"""
-    all_of, lines = _at(table, REAL), []
-    t = all_of[all_of.seconds.notna() & all_of.method.isin(['default', PAPER, *LONG])]
-    for (model, name), d in t.groupby(['model', 'method']):
-        held = f' ({d.episodes.iloc[0]:.0f} episodes)' * (name == PAPER)
-        low, high = (f'{v:.0f}' for v in (d.seconds.min(), d.seconds.max()))
-        off = _from_even(all_of[all_of.model == model]) if name == PAPER else ''
-        lines.append(f'- {MODELS[model]}, {name}{held}: {d.forward_tokens.mean():,.0f} forward '
-                     f'tokens and {low}{f" to {high}" * (low != high)} s a search'
-                     + bool(off) * (f'; it ends {off} nats above an even cut of the FFNs in its '
-                                    'order, where less than 0 is below it') + '.')
-    for (model, tokens), d in trained[trained.method == 'default'].groupby(
-            ['model', 'forward_tokens']):
-        lines.append(f'- {MODELS[model]}, distilling the default: {tokens:,} forward tokens and '
-                     f'{d.seconds.min():.0f} to {d.seconds.max():.0f} s.')
-    return [*lines, '- A backward pass counts as two forward passes. Seconds are of one CPU core '
-            'of several machines, some beside other work. On top come the statistics of the '
-            "calibration text, and the default's greedy order."] if lines else []
+def costs(table: pd.DataFrame, trained: pd.DataFrame) -> str:
+    """Markdown: a table of what a search of the default and of the paper's recipe costs on real
+    models, and a distillation; what is not counted; what the recipe's search gains"""
+    t, rows = _at(table, REAL), []
+    t = t[t.seconds.notna()]
+    for model in REAL:
+        of = {f'{m}{_held_to(table) * (m == PAPER)}': t[(t.model == model) & (t.method == m)]
+              for m in ('default', PAPER, *LONG)}
+        of['distilling the default'] = trained[(trained.model == model)
+                                               & (trained.method == 'default')]
+        for name, d in ((k, d) for k, d in of.items() if len(d)):
+            low, high = (f'{v:.0f}' for v in (d.seconds.min(), d.seconds.max()))
+            rows.append({'model': MODELS[model], 'what': name,
+                         'forward tokens': f'{d.forward_tokens.mean():,.0f}',
+                         'seconds': low + f' to {high}' * (low != high)})
+    if not rows: return ''
+    gain = '; '.join(f'{MODELS[m]} {v}' for m in REAL if (v := _from_even(_at(table, m))))
+    said = ('A backward pass counts as two forward passes. Seconds are of one CPU core of several '
+            'machines, some beside other work: compare the tokens. On top come the statistics of '
+            "the calibration text, which every method here reads, and the default's greedy order.")
+    if gain:
+        said += (" Nats of the paper's recipe above an even cut of the FFNs in the same order "
+                 f'(below 0: less loss): {gain}.')
+    return '\n\n'.join([pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True), said])
 
 # %% ../../nbs/studies/21_methods.ipynb #793e8afc
 def _by_seed(t, a, b) -> np.ndarray | None:
@@ -690,6 +701,13 @@ def leads(table: pd.DataFrame, calibration: str = 'sequential') -> pd.DataFrame:
     return t.sort_values('sparsity', kind='stable').sort_values(
         'model', key=lambda c: c.map([*MODELS].index), kind='stable', ignore_index=True)
 
+# %% ../../nbs/studies/21_methods.ipynb #519220f1
+def ahead(differences: Iterable) -> list[bool]:
+    """Which of some differences, each (n,) or None, are shown to be above 0 with Holm over all of
+    them"""
+    found = [np.array([np.nan] if d is None else d) for d in differences]
+    p = holm([p_value(d) for d in found])
+    return [bool(d.mean() > 0 and q < LEVEL) for d, q in zip(found, p)]
 
 # %% ../../nbs/studies/21_methods.ipynb #f818b6ab
 def lead_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -746,11 +764,12 @@ def _told(t, part, what) -> str:
         _apart([f for f in rest(of) if not f[1] < -f[2]], 'not shown'))
     low, high = min(found, key=lambda f: f[1]), max(found, key=lambda f: f[1])
     line = (f'- {what} in {len(found) - len(rest(found))} of {len(found)} pairs of model and '
-            f'target (single intervals over test blocks), by {low[1]:z.3f} ({low[0]}) to '
-            f'{high[1]:.3f} nats ({high[0]}){says(found)}')
-    if several := read(f'{part} by seed'):
+            f'target (single intervals over test blocks; {sum(ahead(t[part]))} with Holm over the '
+            f'pairs), by {low[1]:z.3f} ({low[0]}) to {high[1]:.3f} nats ({high[0]}){says(found)}')
+    if several := read(by := f'{part} by seed'):
         line += (f'. By intervals over seeds, in {len(several) - len(rest(several))} of the '
-                 f'{len(several)} pairs with several{says(several)}')
+                 f'{len(several)} pairs with several, {sum(ahead(t[by]))} with Holm'
+                 f'{says(several)}')
     return line + '.'
 
 
@@ -810,7 +829,7 @@ def _held(table) -> list[str]:
                 gaps.append(f'{mean_interval(alone if d is None else d, 3)} (σ = {s:g})')
             lines.append(
                 f'- *{name}*, {per[name].forward_tokens.mean():,.0f} forward tokens, is above the '
-                f'default by {", ".join(gaps)} nats (intervals over seeds).')
+                f'default by {", ".join(gaps)} nats (intervals over seeds; one seed has none).')
     return lines
 
 
@@ -1048,7 +1067,8 @@ def _pooled(table) -> list[str]:
     return [f'- With models as the unit ({models} of them) and Holm over {len(t)} methods, '
             f'{len(worse)} are shown to be above the default'
             + (f' ({", ".join(worse.method)})' if len(worse) else '') + '; the least difference '
-            f'is {plus_minus(t.difference.iloc[0], t.interval.iloc[0])} ({t.method.iloc[0]}).']
+            f'is {plus_minus(t.difference.iloc[0], t.interval.iloc[0])} ({t.method.iloc[0]}, '
+            f'over {t.over.iloc[0]}).']
 
 # %% ../../nbs/studies/21_methods.ipynb #83bbd2a7
 def _accuracy(tasks: list[dict]) -> list[str]:

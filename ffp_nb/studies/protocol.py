@@ -22,7 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ffp_nb
-from ..core.families import tiny_tokenizer
+from ..core.families import seeded, tiny_tokenizer
 from ..core.ridge import spare_bytes
 from ..core.runs import atomic_write
 from ..pipeline.bench import Bench
@@ -387,8 +387,9 @@ def random_model(config: dict,  # as in config.json
     if (folder / 'done').exists() and (folder / 'config.json').read_text() == text: return folder
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / 'config.json', text)
-    torch.manual_seed(seed)
-    net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    with seeded(seed):
+        net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder),
+                                               dtype=torch.bfloat16)
     net.save_pretrained(folder)
     tiny_tokenizer(0).save_pretrained(folder)
     atomic_write(folder / 'config.json', text)  # transformers writes it in the form of its version

@@ -140,28 +140,30 @@ def expectations(nbs: Path) -> list[str]:
     rest = [spine.rest_s(r) / 60 for r in found]
     cpu = found[0]['environment']['hardware']['cpu']
     lines = [f'- SmolLM2-135M, profile `cpu`, one thread of a two-core machine ({cpu}): '
-             f'{min(search):.0f} to {max(search):.0f} minutes a search of '
+             f'{min(search):.0f} to {max(search):.0f} minutes a search of the agent of up to '
              f"{max(r['forward_tokens'] for r in found):,} forward tokens, then {min(rest):.0f} to "
              f'{max(rest):.0f} minutes for two repairs and the test split.']
     rows = [x for f in benchmarks.glob('benchmarks-*.json') for x in read_json(f)['result']['rows']]
     peak = [x['value'] / 1000 for x in rows if x['what'].startswith('search, default bound')]
     if peak:
-        lines.append(f'- Memory of a search of SmolLM2 with every width cached: {max(peak):.1f} '
-                     'GB at its peak.')
+        lines.append('- Memory of a search of the agent on it with every width cached: '
+                     f'{max(peak):.1f} GB at its peak.')
     sizes, record, gpu = scaling.STUDY.read(nbs / 'runs')
     if record:
         p = scaling.placement(sizes)
         label = lambda m: m if sizes.how[m] == 'measured' else f'{m} (projected)'
         need = '; '.join(f'{label(m)} {p.device_GB[m]:.0f} GB on devices and {p.ram_GB[m]:.0f} '
                          'GB of RAM' for m in sizes.index[-3:])
-        lines.append(f'- Larger models, for a search with repair: {need}. None of them was '
-                     'pruned here.')
+        lines.append(f'- Larger models, for a search of the agent with repair: {need}. None of '
+                     'them was pruned here.')
     if gpu:
-        hours = protocol.estimate('llama-2-7b', gpu, ['default'], (0.5,), benchmarks=benchmarks)
+        need = protocol.estimate('llama-2-7b', gpu, ['default'], (0.5,), benchmarks=benchmarks)
+        hours, (device, ram) = need['hours'], protocol.needs(need, 'cuda')
         lines.append('- LLaMA-2-7B, the default at σ = 0.5 with the text of published tables: '
-                     f"{sum(hours['hours'].values()):.1f} hours on {scaling.place(gpu)}, projected "
-                     f"from random layers of that size; {hours['hours']['statistics']:.1f} of them "
-                     'for statistics, an upper bound.')
+                     f"{sum(hours.values()):.1f} hours on {scaling.place(gpu)}, projected from "
+                     f"random layers of that size; {hours['statistics']:.1f} of them for "
+                     f'statistics, an upper bound. {device:.0f} GB on the device, of them '
+                     f"{need['GB']['backward']:.0f} for a backward pass, and {ram:.0f} GB of RAM.")
     return lines
 
 # %% ../../nbs/studies/25_registry.ipynb #d6452b5a

@@ -273,7 +273,7 @@ COLOURS = {'default': '#0173b2', "paper's recipe": '#de8f05', 'CMA-ES': '#029e73
            'AlphaPruning': '#b5a900', 'gate': '#17becf', 'even FFN cut': '#56b4e9',
            'even FFN cut, greedy': '#1f4e79', 'even cut': '#595959', 'distilled': '#003f5c',
            'dense': '#000000', 'agent, 320 episodes': '#8c2d04',
-           'agent, 80 episodes': '#67000d'}
+           'agent, 80 episodes': '#67000d', 'CMA-ES, 320 episodes': '#00441b'}
 _OTHER_NAMES = {'gradient': 'default', 'search': 'default', 'ffp': "paper's recipe",
                 'agent': "paper's recipe",
                 'published': "paper's recipe", 'cma': 'CMA-ES', 'eas': 'EAS',
