@@ -423,14 +423,13 @@ class Goals(list):
     def _about(blocks, target, batch):
         return dict(target=target, batch=batch, blocks=tuple(blocks.ids.shape))
 
-    def check(self, blocks: Blocks, target: str, batch: int) -> 'Goals':  # the same
+    def check(self, blocks: Blocks, target: str, batch: int) -> None:
         "ValueError unless they are of such blocks, this target and this batch"
         asked = self._about(blocks, target, batch)
         if odd := [f'{k} {self.about[k]}, asked {v}' for k, v in asked.items()
                    if self.about[k] != v]:
             raise ValueError(f'these goals are of {"; ".join(odd)}. Make them with dense_goals of '
                              'the same blocks, target and batch')
-        return self
 
 # %% ../../nbs/core/08_ridge.ipynb #76bff626
 @torch.inference_mode()
@@ -442,8 +441,7 @@ def sequential_calibrate(elastic: ElasticModel,
                          base: Weights | None = None,
                          # one of `TARGETS`; a family with `sums=False` has no 'residual'
                          target: str = 'module',
-                         # `dense_goals` of the same blocks and target, for several policies
-                         goals: Goals | None = None,
+                         goals: list | None = None,  # `dense_goals`, for several policies
                          batch: int = 1, progress: bool = True,
                          ) -> Weights:  # to be given to `ElasticModel.set` with the same widths
     """Refit output projections layer by layer on the pruned model's own inputs, against the dense
@@ -458,8 +456,9 @@ def sequential_calibrate(elastic: ElasticModel,
     pruned, width = first, lambda i, kind: int(widths[i, KINDS.index(kind)])
     # later layers stay dense until their turn
     with elastic.at(elastic.layout.full):
-        todo = (iter(goals.check(blocks, target, batch)) if goals
-                else _goals_by_layer(elastic, first, calls, target))
+        if isinstance(goals, Goals):  # a plain list says nothing of itself
+            goals.check(blocks, target, batch)
+        todo = iter(goals or _goals_by_layer(elastic, first, calls, target))
         for i, layer in enumerate(tqdm(elastic.layout.layers, desc='sequential calibration',
                                        disable=not progress)):
             goal = next(todo)
