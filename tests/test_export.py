@@ -634,9 +634,3 @@ def test_leftovers_of_earlier_versions(tmp_path):
     os.utime(tmp_path / '.model.17.tmp', (0, 0))
     save_pruned(em, None, tmp_path / 'model', overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ['.model.19.tmp', '.modeling.0123abcd.tmp', 'model']
-
-
-def test_a_fault_of_the_writer_is_not_called_one_of_the_disk(tmp_path):
-    with pytest.raises(KeyError, match='typo'):
-        hf.replace_folder(tmp_path / 'model', lambda to: {}['typo'])
-    assert not [*tmp_path.iterdir()]

@@ -2,6 +2,7 @@
 configuration"""
 import errno
 import gc
+import io
 import json
 import os
 import resource
@@ -164,6 +165,9 @@ def test_damage_in_the_middle_of_a_log_is_an_error(tmp_path):
 def full_disk(monkeypatch, after=10):
     "Writes take `after` bytes, then the disk is full"
     def write_all(f, data):
+        if callable(data):  # what is large is written as it is made
+            data(whole := io.BytesIO())
+            data = whole.getvalue()
         f.write(data[:after])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(runs, '_write_all', write_all)

@@ -85,8 +85,6 @@ def replace_folder(folder: str | Path, write: Callable[[Path], object],  # into 
                 atomic_write(tmp / name, content)
             _sync(tmp)
             _swap(tmp, place, old)
-    except (AttributeError, LookupError, NameError, TypeError, ValueError):
-        raise  # a fault of what writes, not of the disk
     # safetensors and tokenizers report a full disk with their own errors, not as OSError
     except Exception as e:
         raise failed_write(e, folder) from e
