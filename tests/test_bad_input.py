@@ -17,10 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from ffp_nb.core import perplexity, runs
 from ffp_nb.core.elastic import ElasticModel
-from ffp_nb.core.families import tiny_model, tiny_tokenizer
-from ffp_nb.export.hf import save_pruned
+from ffp_nb.core.families import Layout, load_model, tiny_model, tiny_tokenizer
+from ffp_nb.core.stats import collect_stats
+from ffp_nb.core.text import Blocks, load_corpus
+from ffp_nb.export.hf import load_pruned, save_pruned
 from ffp_nb.pipeline import bench
-from ffp_nb.pipeline.config import PruneConfig
+from ffp_nb.pipeline.config import Profile, PruneConfig
+from ffp_nb.pipeline.recover import RecoverConfig
 from ffp_nb.search import loop
 
 COMMON = '--profile', 'smoke', '--dtype', 'float32'
@@ -147,6 +150,43 @@ def test_choices_in_python(name, value):
         PruneConfig(**{name: value})
 
 
+@pytest.mark.parametrize('given, words', [
+    (dict(sparsity='0.3'), "sparsity '0.3'.*a number"), (dict(seed=1.5), 'seed 1.5.*whole'),
+    (dict(step=32), 'step 32.*two whole'), (dict(step=(0, 32)), r'step \(0, 32\).*at least 1'),
+    (dict(p_min=2), 'p_min 2.*from 0 to below 1'), (dict(p_min=(0.1, -1)), 'p_min.*below 1'),
+    (dict(eval_len=1), 'eval_len 1.*at least 2'), (dict(profile='cpu'), "profile 'cpu'.*PROFILES"),
+    (dict(budget='macs'), "budget 'macs'.*Budget"),
+])
+def test_values_in_python(given, words):
+    with pytest.raises(ValueError, match=words):
+        PruneConfig(**given)
+
+
+@pytest.mark.parametrize('name, value', [('block_len', 1), ('batch', 0), ('episodes', 2.5),
+                                         ('test_blocks', 0), ('blocks', None)])
+def test_profiles_in_python(name, value):
+    with pytest.raises(ValueError, match=f'{name} {value}; expected a whole number of at least'):
+        Profile(**{name: value})
+    assert Profile(test_blocks=None).test_blocks is None
+
+
+def test_paths_in_python(tiny_folder, monkeypatch):
+    "Models, texts and folders may be paths, with a ~, too"
+    model, text = tiny_folder / 'dense', tiny_folder / 'text.txt'
+    own = PruneConfig(model, text, eval_text=text)
+    assert own == PruneConfig(str(model), str(text), eval_text=str(text))
+    json.dumps(own.model)
+    net, tokenizer = load_model(model, 'float32')
+    assert load_corpus(text).sha256 == load_corpus(str(text)).sha256
+    save_pruned(ElasticModel(net), tokenizer, tiny_folder / 'pruned')
+    monkeypatch.setenv('HOME', str(tiny_folder))
+    assert load_pruned('~/pruned')[0].config.pruned_widths
+    assert (RecoverConfig(tiny_folder / 'pruned', text)
+            == RecoverConfig(str(tiny_folder / 'pruned'), {str(text): 1.0}))
+    with pytest.raises(ValueError, match='text.txt=-1; expected a weight above 0'):
+        RecoverConfig('pruned', {text: -1})
+
+
 def test_message_with_brackets_is_printed_whole(world, ffp, tmp_path):
     "Terminal markup in a name is neither obeyed nor a crash"
     for name in ('[bold]', '[/tmp]'):
@@ -183,10 +223,10 @@ def test_text(world, searched, ffp, tmp_path, content, words):
 
 
 def test_text_is_a_folder(world, ffp, tmp_path):
-    refused(ffp('search', *changed(world[1], text=tmp_path), '--out', tmp_path / 'out'),
+    refused(ffp('search', *changed(world[1], text=tmp_path), '--out', world[0] / 'not'),
             str(tmp_path), 'a folder without text', 'Give')
     (tmp_path / 'data.jsonl').write_text('{"body": "w1 w2"}\n' * 50)
-    refused(ffp('search', *changed(world[1], text=tmp_path), '--out', tmp_path / 'out'),
+    refused(ffp('search', *changed(world[1], text=tmp_path), '--out', world[0] / 'not'),
             'data.jsonl', 'no column "text" among body')
 
 
@@ -202,6 +242,23 @@ def test_same_text_in_other_files_gives_the_same_figures(world, ffp, tmp_path):
         worked(ffp(*base, '--text', name, '--csv', tmp_path / 'a.csv'))
         tables.append((tmp_path / 'a.csv').read_text().splitlines()[1].split(',')[2:])
     assert tables[0] == tables[1] == tables[2] and str(31 + 2 * 8) in tables[0]
+
+
+@pytest.mark.parametrize('command', ['search', 'eval'])
+def test_text_from_a_pipe_would_lose_its_beginning(world, ffp, tmp_path, command):
+    os.mkfifo(tmp_path / 'pipe')
+    out = ('--out', tmp_path / 'out') * (command == 'search')
+    refused(ffp(command, '--model', world[0] / 'dense', '--text', tmp_path / 'pipe', *out),
+            str(tmp_path / 'pipe'), 'only once', 'to a file')
+
+
+@pytest.mark.parametrize('option', ['--text', '--model'])
+def test_an_empty_name_is_not_this_folder(world, ffp, tmp_path, option, monkeypatch):
+    monkeypatch.chdir(world[0])
+    refused(ffp('eval', *changed(('--model', 'dense', '--text', 'text.txt'),
+                                 **{option[2:]: ''})), f"{option[2:]} ''", 'empty', 'Give')
+    result = ffp('search', *world[1], '--out', '')
+    assert result.exit_code == 2 and 'an empty path' in result.output
 
 
 @pytest.mark.parametrize('name', ['data/my.txt', 'nosuch/thing', 'corpora/wiki/a'])
@@ -315,6 +372,25 @@ def test_tokenizer_of_another_model(world, ffp, tmp_path):
                 '--block-len', 32), 'tokenizer', '211')
 
 
+def test_dropout_of_a_model_in_training_mode_is_off(word_tokenizer):
+    "What is measured is the model, not a draw of it; its mode is the user's own"
+    model = tiny_model('opt', seed=1)
+    for m in model.modules():
+        if isinstance(getattr(m, 'dropout', None), float):
+            m.dropout = 0.5
+    pool = Blocks(torch.randint(0, 211, (4, 16), generator=torch.Generator().manual_seed(0)), 15)
+    layout, nats = Layout(model), perplexity.perplexity(model, pool).nll
+    gram = collect_stats(model, layout, pool, progress=False).gram
+    model.train()
+    with torch.no_grad():
+        assert not torch.equal(model(pool.ids).logits, model(pool.ids).logits)
+    np.testing.assert_array_equal(perplexity.perplexity(model, pool).nll, nats)
+    again = collect_stats(model, layout, pool, progress=False).gram
+    assert all(torch.equal(again[k], g) for k, g in gram.items())
+    assert all(m.training for m in model.modules())
+    assert not any(m.training for m in ElasticModel(model).model.modules())
+
+
 def test_a_model_with_a_removed_module_is_not_pruned_again(world, searched, ffp, tmp_path):
     before, gone = files(searched), tmp_path / 'gone'
     em = ElasticModel(tiny_model())
@@ -389,6 +465,68 @@ def test_folder_of_another_run(world, searched, ffp, command):
     assert {k: v for k, v in files(searched).items()} == before
     worked(ffp('search', *changed(world[1], seed=7), '--no-resume', '--out', searched))
     same_search(searched / 'search' / 'old-1', world[0] / 'out' / 'search')  # put away, not lost
+
+
+def test_nothing_is_written_into_a_folder_of_text(world, ffp, tmp_path):
+    "The next run would read it"
+    (tmp_path / 'corpus').mkdir()
+    shutil.copy(world[0] / 'text.txt', tmp_path / 'corpus')
+    shutil.copytree(world[0] / 'whole' / 'model', tmp_path / 'model')
+    before, inside = files(tmp_path), tmp_path / 'corpus' / 'a'
+    for command in ('search', 'prune', 'elastic'):
+        base = world[1] if command != 'elastic' else (*world[1][:2], *world[1][2:4], *COMMON)
+        refused(ffp(command, *changed(base, text=tmp_path / 'corpus'), '--out', inside),
+                str(inside), 'read as text', 'another place')
+    refused(ffp('recover', tmp_path / 'model', '--text', tmp_path / 'corpus', '--out', inside),
+            'read as text')
+    refused(ffp('eval', '--model', world[0] / 'dense', '--text', tmp_path / 'corpus', '--csv',
+                tmp_path / 'corpus' / 'a.csv'), 'read as text')
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize('command', ['eval', 'study'])
+def test_a_table_replaces_nothing_but_a_table(world, ffp, tmp_path, command):
+    (tmp_path / 'notes.txt').write_text('mine')
+    (tmp_path / 'folder.csv').mkdir()
+    (tmp_path / 'folder.md').mkdir()
+    option = (('eval', '--model', world[0] / 'dense', '--text', world[0] / 'text.txt',
+               '--block-len', 32, '--csv') if command == 'eval' else ('study', 'report', '--out'))
+    suffix = '.csv' if command == 'eval' else '.md'
+    for name in (tmp_path / 'notes.txt', tmp_path / f'folder{suffix}', '/dev/null'):
+        refused(ffp(*option, name), str(name), f'no {suffix} file', 'another name')
+    assert (tmp_path / 'notes.txt').read_text() == 'mine'
+    (tmp_path / f'old{suffix}').write_text('of an earlier run')
+    worked(ffp(*option, tmp_path / f'old{suffix}'))
+    assert 'earlier' not in (tmp_path / f'old{suffix}').read_text()
+
+
+@pytest.mark.parametrize('command', ['search', 'prune'])
+def test_an_infeasible_target_costs_no_statistics(world, ffp, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(bench, 'cached_stats', lambda *a: pytest.fail('statistics were read'))
+    refused(ffp(command, *changed(world[1], sparsity=0.95), '--out', tmp_path / 'new'),
+            '0.95', 'infeasible', 'change the target')
+
+
+def test_a_dollar_in_a_name_is_no_formula(world, ffp, tmp_path):
+    "It would be one that cannot be drawn, after the search"
+    shutil.copytree(world[0] / 'dense', tmp_path / 'a$_{b$')
+    base = changed(world[1], model=tmp_path / 'a$_{b$')
+    worked(ffp('search', *base, '--out', tmp_path / 'out', pictures=True))
+    worked(ffp('report', tmp_path / 'out', '--out', tmp_path / 'report', pictures=True))
+    assert (tmp_path / 'out' / 'retention.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_a_run_is_not_compared_with_itself(searched, ffp):
+    refused(ffp('report', searched, searched / '..' / 'out'), 'the same run twice', 'once')
+
+
+def test_a_loss_that_is_no_number_is_an_error_after_its_table(world, ffp, tmp_path, monkeypatch):
+    monkeypatch.setattr(perplexity, 'block_nll', lambda m, blocks, *a, **k:
+                        np.full(len(blocks), np.nan))
+    result = ffp('eval', '--model', world[0] / 'dense', '--text', world[0] / 'text.txt',
+                 '--block-len', 32, '--csv', tmp_path / 'a.csv')
+    refused(result, 'NaN or infinite', '--dtype float32')
+    assert 'perplexity' in result.output and (tmp_path / 'a.csv').exists()
 
 
 def test_model_in_out(world, ffp, tmp_path):
@@ -618,7 +756,6 @@ def test_nothing_but_nan_is_an_error(world, ffp, tmp_path, monkeypatch, method):
 def test_overflow_of_a_pruned_policy_is_a_broken_episode(family_folder):
     "Real infinities, not simulated ones"
     from ffp_nb.core.elastic import ElasticModel
-    from ffp_nb.core.text import Blocks
     em = ElasticModel(tiny_model('llama'))
     em.dense_out((2, 'ffn'))[0][:, :48] *= 1e30
     em.dense_out((2, 'ffn'))[0][:, 48:] = 0
@@ -647,6 +784,19 @@ def test_two_writers(world, searched, ffp, command, more):
     del held
     worked(ffp(command, *world[1], '--out', searched))
     same_search(searched / 'search', world[0] / 'out' / 'search')
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='forks')
+@pytest.mark.parametrize('command', ['search', 'prune', 'recover'])
+def test_one_command_at_a_time_writes_a_folder(world, searched, ffp, command):
+    "Pruning and recovery log in different folders, but both write the model"
+    held = runs.lock_folder(searched)
+    args = world[1] if command != 'recover' else (world[0] / 'whole' / 'model', '--text',
+                                                  world[0] / 'text.txt', '--profile', 'smoke')
+    def child():
+        refused(ffp(command, *args, '--out', searched), f'{searched} is being written by process')
+        return 'refused'
+    assert in_child(child) == 'refused' and held
 
 
 def test_readers_need_no_lock(world, searched, ffp, tmp_path):

@@ -257,8 +257,10 @@ def test_head(place):
     (place / 'head.csv').unlink()
 
 
-def test_the_table_is_printed_even_if_its_file_cannot_be_written(ffp, tiny_folder):
-    (tiny_folder / 'there.csv').mkdir()
+def test_the_table_is_printed_even_if_its_file_cannot_be_written(ffp, tiny_folder, monkeypatch):
+    def full(path, text):
+        raise OSError(f'cannot write {path}: choose another path')
+    monkeypatch.setattr(cli, 'atomic_write', full)
     result = ffp('eval', '--model', tiny_folder / 'dense', '--text', tiny_folder / 'text.txt',
                  *QUICK[2:], '--csv', tiny_folder / 'there.csv')
     assert result.exit_code == 1 and 'choose another path' in result.stderr

@@ -55,7 +55,8 @@ def test_a_deep_twin_goes_through_the_plan(toy, tmp_path, capsys):
     assert [a.get_title() for a in fig.axes if a.get_visible()] == ['deep Mistral']
 
 
-def test_a_repair_that_a_record_lacks_is_measured_apart(toy, tmp_path, monkeypatch):
+@pytest.mark.parametrize('lacking', [('none',), ('sequential',), ('none', 'sequential')])
+def test_a_repair_that_a_record_lacks_is_measured_apart(lacking, toy, tmp_path, monkeypatch):
     "Policies of other studies have no figures without repair; nothing is searched again"
     monkeypatch.setattr(methods, 'DONE', {'mistral-deep': [(('even FFN cut',), (0.3,), 1)]})
     monkeypatch.setattr(methods, 'LEARNED', {})
@@ -63,16 +64,16 @@ def test_a_repair_that_a_record_lacks_is_measured_apart(toy, tmp_path, monkeypat
     run_study(STUDY, lab)
     (path,) = (tmp_path / 'methods').glob('mistral-deep-uniform-ffn*.json')
     record = json.loads(path.read_text())
-    nats = record['result']['nll'].pop('none')
+    nats = {m: record['result']['nll'].pop(m) for m in lacking}
     path.write_text(json.dumps(record))
     own = lambda: STUDY.read(tmp_path)[0].query("method == 'even FFN cut'").set_index(
         'calibration').nll
-    assert set(own().index) == {'static', 'sequential'}
+    assert set(own().index) == {'none', 'static', 'sequential'} - {*lacking}
     assert count_records(STUDY, lab) == (3, 4)
     run_study(STUDY, lab)
-    (more,) = read_records(tmp_path / 'methods', 'none-')
-    assert more['result'] == dict(nll=dict(none=nats))
-    assert np.isclose(own()['none'], np.mean(nats)) and len(own()) == 3
+    (more,) = read_records(tmp_path / 'methods', '-'.join(lacking))
+    assert more['result'] == dict(nll=nats)
+    assert len(own()) == 3 and all(np.isclose(own()[m], np.mean(v)) for m, v in nats.items())
 
 
 def test_a_policy_is_judged_on_another_text_with_the_repair_of_its_own(toy, tmp_path, monkeypatch):

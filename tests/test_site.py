@@ -107,6 +107,19 @@ def test_readme_has_what_a_newcomer_looks_for():
     assert all(f'ffp {c}' in text for c in ('prune', 'search', 'eval', 'export', 'report', 'study'))
 
 
+def test_readme_says_what_a_target_leaves_of_the_whole_model():
+    "Half of the decoder blocks is less of all parameters, as embeddings stay"
+    from ffp_nb.core.families import Layout, load_model
+    model, _ = load_model('smollm2', device='cpu')
+    half = Layout(model).block_params / 2 / sum(p.numel() for p in model.parameters())
+    (dense,) = (NBS / 'runs' / 'methods').glob('dense-gemma3-270m-*.json')
+    blocks = json.loads(dense.read_text())['result']['block_params']
+    vocabulary, hidden = 262_144, 640
+    other = blocks / 2 / (blocks + (vocabulary + 1) * hidden)  # the last norm, too
+    assert (f'σ = 0.5 is {100 * half:.0f} % of all parameters of SmolLM2-135M, and '
+            f'{100 * other:.0f} % of those of Gemma 3 270M') in (ROOT / 'README.md').read_text()
+
+
 def test_every_study_is_among_the_results():
     from ffp_nb.studies.registry import STUDIES
     pages = [p for p in sidebar()[0] if p.startswith('studies/')]

@@ -105,12 +105,14 @@ def test_bfloat16_is_close():
 def test_float16_does_not_vanish():
     "Its gradients are of a sum: divided by the tokens in float16, the small ones would be 0"
     (a, x), b = tiny(), tiny(dtype=torch.float16)[0]
+    with torch.no_grad():
+        a.model.lm_head.weight *= 0.003  # the smaller, the smaller the gradients
     b.model.load_state_dict(a.model.state_dict())
     rng = torch.Generator().manual_seed(0)
     long = Blocks(torch.randint(0, 211, (1, 4096), generator=rng), 4095)
     span = default_span(a.layout.full)
     p, q = (slopes(em, x, blocks=long).at(WIDTHS, span) for em in (a, b))
-    np.testing.assert_allclose(q, p, atol=0.05 * np.abs(p).max())
+    np.testing.assert_allclose(q, p, atol=0.1 * np.abs(p).max())
 
 
 @pytest.mark.parametrize('batch', [1, 2, 5])

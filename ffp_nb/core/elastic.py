@@ -44,11 +44,12 @@ class ElasticModel:
     sliced: Callable[..., PreTrainedModel]
 
     def __init__(self,
-                 model: PreTrainedModel,  # a dense causal LM; it is reordered in place
+                 # a dense causal LM; it is reordered in place, and set to eval mode
+                 model: PreTrainedModel,
                  # units, most important first; None: as is
                  order: dict[tuple[int, str], torch.Tensor] | None = None,
                  ):
-        self.model, self.layout = model, Layout(model)
+        self.model, self.layout = model.eval(), Layout(model)
         self.columns = {}  # (layer, kind) -> order of the output projection's columns
         for key, m in self.layout.modules.items():
             units = order[key] if order else torch.arange(m.units)

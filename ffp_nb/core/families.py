@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'FIVE', 'ADAPTER', 'REPORT', 'WRAPPERS', 'STRIP', 'SMOLLM2',
            'check_dense', 'find_family', 'check_config', 'adopt', 'seeded', 'tiny_model', 'tiny_tokenizer',
            'check_finite', 'fingerprint', 'check_file', 'read_part', 'read_config', 'weight_files', 'check_weights',
            'check_tensors', 'reading', 'smollm2_path', 'gemma3_path', 'packaged_path', 'check_tokens', 'load_tokenizer',
-           'check_device', 'has_bfloat16', 'find_dtype', 'load_model', 'on_disk', 'is_on_disk']
+           'check_device', 'has_bfloat16', 'find_dtype', 'check_name', 'load_model', 'on_disk', 'is_on_disk']
 
 # %% ../../nbs/core/01_families.ipynb #293ad099
 import ctypes
@@ -869,7 +869,13 @@ def _read_model(name, path, dtype, device_map, fp8, pruned, remedy):
     return model
 
 # %% ../../nbs/core/01_families.ipynb #041f512d
-def load_model(name: str = 'smollm2',  # one of `PACKAGED`, a local folder, or a hub id
+def check_name(name: str | Path) -> str:
+    "The name of a model or its folder as text. ValueError for an empty one: this folder is ."
+    if str(name).strip(): return str(name)
+    raise ValueError(f'model {str(name)!r}: an empty name. Give a name, a folder or a hub id.')
+
+
+def load_model(name: str | Path = 'smollm2',  # one of `PACKAGED`, a local folder, or a hub id
                # type of weights and activations; 'auto': bfloat16 where the device has it
                dtype: str | torch.dtype = 'auto',
                # default: CUDA where there is one, else CPU; 'auto' is `device_map='auto'`
@@ -880,6 +886,7 @@ def load_model(name: str = 'smollm2',  # one of `PACKAGED`, a local folder, or a
     """Load a causal LM that `Layout` understands, with its tokenizer. UnsupportedModel,
     CorruptFile, OSError or ValueError say what is wrong with the folder or device, and what to
     do"""
+    name = check_name(name)
     check_device(device)
     dtype = find_dtype(dtype, device)
     if device is not None and device_map is not None:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .families import Layout
+from .perplexity import evaluating
 from .text import Blocks
 
 # %% ../../nbs/core/04_stats.ipynb #144ddf2a
@@ -73,7 +74,8 @@ def collect_stats(model: PreTrainedModel, layout: Layout, blocks: Blocks,
     try:
         for ids in tqdm(blocks.ids.split(batch), desc='calibration statistics',
                         disable=not progress):
-            model.base_model(ids.to(model.device), use_cache=False)
+            with evaluating(model):
+                model.base_model(ids.to(model.device), use_cache=False)
     finally:
         for h in hooks:
             h.remove()

@@ -313,7 +313,7 @@ def _missing(name) -> str:
 def load_corpus(
     # 'wikitext2', 'pydoc', 'auto', a key of `NAMED`, a file or a folder with text, a hub data set
     # 'owner/name[:config][@revision]'
-    name: str = 'auto',
+    name: str | Path = 'auto',
     chars: int | None = None,  # most of a folder or a data set; None: `MOST_CHARS`
 ) -> Corpus:
     """Load a corpus in four splits.
@@ -323,7 +323,8 @@ def load_corpus(
     command gives the same figures everywhere. Of a folder and of a data set (parquet, arrow, JSON,
     CSV, the hub) the first `chars` characters are read. FileNotFoundError or ValueError, in one
     line, where there is no text."""
-    limit = chars or MOST_CHARS
+    name, limit = str(name), chars or MOST_CHARS
+    if not name.strip(): raise ValueError(f'text {name!r}: an empty name. {_GIVE}')
     if name == 'auto':
         name = 'wikitext2' if os.environ.get('FFP_DATA_DIR') else 'pydoc'
     if name == 'wikitext2': return Corpus(name, _wikitext2())
@@ -331,6 +332,9 @@ def load_corpus(
     if name in NAMED: return Corpus(name, _named(name, limit))
     path = Path(name).expanduser()
     if path.exists():
+        if not path.is_dir() and not path.is_file():
+            raise ValueError(f'text {name!r}: a pipe or a device, which can be read only once. '
+                             'Write the text to a file, and give that.')
         text = _read_folder(path, limit) if path.is_dir() else _read_file(path, limit)
         if not text.strip():
             raise ValueError(f'{name}: the file is empty. Give a text file with some hundred '

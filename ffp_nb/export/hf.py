@@ -33,8 +33,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..core.families import (
     GEMMA_TERMS, PACKAGED, REPORT, Layout, adopt, as_stock, check_dense, check_device,
-    check_finite, check_tensors, check_weights, find_dtype, load_model, load_tokenizer,
-    packaged_path, read_config, reading)
+    check_finite, check_name, check_tensors, check_weights, find_dtype, load_model,
+    load_tokenizer, packaged_path, read_config, reading)
 from ..core.modeling import BACKBONES, FAMILIES, PRUNED, SHIPPED, rope_of_4
 from ..core.runs import (
     CorruptFile, atomic_write, check_output, failed_write, read_json, take)
@@ -337,7 +337,8 @@ def load_pruned(folder: str | Path,
                 dtype: str | torch.dtype | None = None,  # None: as saved; 'auto': as `find_dtype`
                 device: str = 'cpu'):  # (model, tokenizer or None)
     "Load what `save_pruned` wrote. CorruptFile if weights are missing, damaged or of other widths"
-    folder, dtype = Path(folder), None if dtype is None else find_dtype(dtype, device)
+    folder = Path(folder).expanduser()
+    dtype = None if dtype is None else find_dtype(dtype, device)
     check_device(device)
     found = read_config(folder)
     if not found.get('pruned_widths'):
@@ -359,9 +360,10 @@ def load_pruned(folder: str | Path,
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 # %% ../../nbs/export/00_hf.ipynb #a61f17c6
-def open_model(name: str, dtype: str = 'auto', device: str | None = None):  # (model, tokenizer)
+def open_model(name: str | Path, dtype: str = 'auto',
+               device: str | None = None):  # (model, tokenizer)
     "Load a dense model by name, or a folder of `save_pruned`"
-    folder = Path(name).expanduser()
+    folder = Path(name := check_name(name)).expanduser()
     dense = name in PACKAGED or not folder.is_dir()
     if not dense and read_config(folder).get('pruned_widths'):
         model, tokenizer = load_pruned(folder, dtype,

@@ -129,12 +129,17 @@ def _priced(model, config, progress):
     """The budget on a model, its cost, and the configuration with what is known now: the share that
     an amount is, the fit of a latency. Before the statistics, so a vain wish costs little"""
     price = find_price(config.budget, ElasticModel(model), config.step, config.p_min, progress)
-    budget = price.budget
+    budget, cost = price.budget, price.cost
     if budget.amount is not None:
         budget = replace(budget, share=price.share(config.step, config.p_min))
-    return price, price.cost, replace(config, budget=budget)
+    config = replace(config, budget=budget)
+    try:
+        solve(np.zeros(cost.full.shape), cost, config.sparsity, config.step, config.p_min)
+    except InfeasibleBudget as e:
+        raise price.refuse(e) from e
+    return price, cost, config
 
-
+# %% ../../nbs/pipeline/01_bench.ipynb #31782c9a
 def _order(model, layout, stats, config, calibration, progress, cache=None):
     "The order of the units under the configured criterion; what takes minutes is kept"
     how, scores = config.criterion, None

@@ -26,6 +26,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Optional
 
+import numpy as np
 import pandas as pd
 import typer
 from rich.console import Console
@@ -58,6 +59,7 @@ console = Console(force_jupyter=False, markup=False, emoji=False)
 
 def path(text: str) -> Path:
     "A path of the command line; a shell leaves the ~ of `--out=~/models` as it is"
+    if not str(text).strip(): raise typer.BadParameter('an empty path; for this folder, give .')
     try:
         return Path(text).expanduser()
     except RuntimeError as e:
@@ -449,7 +451,7 @@ def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0
             import_ray()  # before anything is loaded
         check_place(out, config)
         check_writable(out)
-        with writing(out / 'search'):
+        with writing(out), writing(out / 'search'):
             config = with_fit(config, out / 'search', device, resume)
             bench = Bench.load(config, device=device, tp=tp)
             say_fit(bench)
@@ -500,7 +502,6 @@ def evaluate(model: Model = 'smollm2', text: Text = 'auto', dtype: Dtype = 'auto
     """Perplexity (with --tasks: zero-shot accuracy) of a model: a name, a hub id, or a folder,
     dense or saved by `ffp prune`."""
     with _told(debug, 'eval'):
-        from ffp_nb.core.runs import check_output, check_writable
         from ffp_nb.export.hf import open_model
         if batch < 1: raise ValueError(f'batch {batch}; expected at least 1')
         if tasks is None:
@@ -509,8 +510,7 @@ def evaluate(model: Model = 'smollm2', text: Text = 'auto', dtype: Dtype = 'auto
             _refuse(ctx, 'with --tasks', 'text', 'split', 'block_len', 'stride', 'bos',
                     'max_blocks')
         if csv:
-            check_output(csv, model, text, data)
-            check_writable(csv.parent)  # before hours of work
+            _check_csv(csv, model, text, data)
         load = lambda: open_model(model, dtype, device)
         if tasks is None:
             stride = block_len if stride is None else stride
@@ -525,8 +525,20 @@ def evaluate(model: Model = 'smollm2', text: Text = 'auto', dtype: Dtype = 'auto
         finally:  # whatever happens to one, the other is not lost
             print_table(table, 'perplexity' if tasks is None else 'zero-shot accuracy'
                         + (f', part {part}' if part else ''))
+        if tasks is None and not np.isfinite(table.ppl).all():
+            raise ValueError('the loss is NaN or infinite. Check the weights, or load the model '
+                             'in another dtype (--dtype float32).')
 
 # %% ../../nbs/pipeline/06_cli.ipynb #20b88df5
+def _check_csv(csv, model, text, data) -> None:
+    "What would stop the table from being written, before hours of work"
+    from ffp_nb.core.runs import check_kind, check_output, check_outside, check_writable
+    check_output(csv, model, text, data)
+    check_outside(csv, text)
+    check_kind(csv, '.csv')
+    check_writable(csv.parent)
+
+
 def _perplexity(load, text, split, convention, bos, batch):
     """One row: what was read and its perplexity. Loads the text first, so that a wrong name fails
     early"""
@@ -702,12 +714,13 @@ def study_run(name: StudyName, profile: ProfileOpt = Profiles.cpu,
 def study_report(out: Markdown = None, nbs: Nbs = None, debug: Debug = False):
     "What all records say: the claims of the papers, and the conclusion of each study."
     with _told(debug, 'study'):
-        from ffp_nb.core.runs import check_output
+        from ffp_nb.core.runs import check_kind, check_output
         from rich.markdown import Markdown as Rendered
         registry = _registry()
         folder = registry.find_notebooks(nbs)
         if out:
             check_output(out, folder)
+            check_kind(out, '.md')
         text = registry.write_report(folder)
         if out:
             _say_where(f'written to {atomic_write(out, text)}')

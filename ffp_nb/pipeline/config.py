@@ -9,10 +9,13 @@ __all__ = ['PROFILES', 'METHODS', 'FIRST_SEARCH', 'FIRST_SEARCHERS', 'Profile', 
 # %% ../../nbs/pipeline/00_config.ipynb #a8b32098
 import json
 import math
+import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
 from typing import ClassVar
 
+import numpy as np
 from fastcore.basics import patch
 
 from ..core.criteria import CRITERION_NAMES
@@ -26,6 +29,10 @@ from ..search.loop import SearchConfig
 from ..search.rivals import SEARCHERS, searcher_settings
 
 # %% ../../nbs/pipeline/00_config.ipynb #c30afcbe
+def _is_whole(v, least: int) -> bool:
+    return isinstance(v, (int, np.integer)) and int(v) >= least
+
+
 @dataclass(frozen=True)
 class Profile:
     "How much text and how many episodes a run gets"
@@ -38,6 +45,12 @@ class Profile:
     final_blocks: int = 24
     test_blocks: int | None = 32  # prefix of the test split; None: all of it
     forward_batch: int = 1  # blocks of one forward pass
+
+    def __post_init__(self):
+        for f in fields(self):
+            v, least = getattr(self, f.name), 2 if f.name == 'block_len' else 1
+            if not (_is_whole(v, least) or (v is None and f.name == 'test_blocks')):
+                raise ValueError(f'{f.name} {v!r}; expected a whole number of at least {least}')
 
 
 PROFILES = dict(
@@ -82,19 +95,42 @@ class PruneConfig:
     eval_len: int | None = None  # tokens of a block of that split; None: the profile's
     goal: ClassVar[str]  # these are given below
     search_config: ClassVar[Callable[..., SearchConfig]]
+    _check_values: ClassVar[Callable[..., None]]
     _check_penalties: ClassVar[Callable[..., None]]
     _check_budget: ClassVar[Callable[..., None]]
 
     def __post_init__(self):
-        for name, allowed in (('method', methods()), ('criterion', CRITERION_NAMES),
-                              ('calibration', ('none', 'static', 'sequential')),
-                              ('sequential_target', TARGETS), ('dtype', DTYPES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f'{name} {getattr(self, name)!r}; expected one of '
-                                 f'{", ".join(allowed)}')
+        self._check_values()
         self._check_penalties()
         self._check_budget()
         self.search_config()  # the search's own checks, before anything is loaded
+
+# %% ../../nbs/pipeline/00_config.ipynb #6799fcfd
+@patch
+def _check_values(self: PruneConfig):
+    "What the command line checks by itself, for who gives it in Python; paths become text"
+    for name in ('model', 'text', 'eval_text'):
+        object.__setattr__(self, name, os.fspath(getattr(self, name)))
+    least = np.atleast_1d(self.p_min)
+    shares = least.dtype.kind in 'fi' and least.shape in ((1,), (2,))
+    for name, good, want in (
+            ('sparsity', isinstance(self.sparsity, Real), 'a number'),
+            ('seed', _is_whole(self.seed, 0), 'a whole number, 0 or more'),
+            ('step', np.shape(self.step) == (2,) and all(_is_whole(s, 1) for s in self.step),
+             'two whole numbers of at least 1, of KV groups and of FFN channels'),
+            ('p_min', shares and bool(((least >= 0) & (least < 1)).all()),
+             'one share or two, from 0 to below 1'),
+            ('eval_len', self.eval_len is None or _is_whole(self.eval_len, 2),
+             'a whole number of at least 2, or None'),
+            ('profile', isinstance(self.profile, Profile), "a Profile, such as PROFILES['cpu']"),
+            ('budget', isinstance(self.budget, Budget), "a Budget, such as Budget('macs')")):
+        if not good: raise ValueError(f'{name} {getattr(self, name)!r}; expected {want}')
+    for name, allowed in (('method', methods()), ('criterion', CRITERION_NAMES),
+                          ('calibration', ('none', 'static', 'sequential')),
+                          ('sequential_target', TARGETS), ('dtype', DTYPES)):
+        if getattr(self, name) not in allowed:
+            raise ValueError(f'{name} {getattr(self, name)!r}; expected one of '
+                             f'{", ".join(allowed)}')
 
 # %% ../../nbs/pipeline/00_config.ipynb #32c996a0
 @patch

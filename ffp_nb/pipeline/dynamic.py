@@ -30,7 +30,7 @@ from ..core.budget import Cost, InfeasibleBudget, as_bytes, bounds, memory_cost,
 from ..core.elastic import ElasticModel
 from ..core.families import KINDS, PACKAGED, CorruptFile, fingerprint, load_model, read_part
 from ..core.runs import (
-    check_output, check_writable, environment, save_record, write_json, writing)
+    check_output, check_outside, check_writable, environment, save_record, write_json, writing)
 from ..export.gguf import _check_target, export_gguf
 from ..export.hf import (
     ELASTIC, REPAIR, UNSERVED, check_folder, find_license, model_card, public_name, put_right,
@@ -173,6 +173,7 @@ def make_elastic(config: PruneConfig,  # sparsity, method and calibration do not
     check_folder(out, overwrite, (), c.model, c.text)
     if c.model not in PACKAGED:
         check_output(state, c.model)
+    check_outside(out, c.text)
     check_writable(state)
     with writing(state):  # until all is saved, no other process writes to `out`
         bench = Bench.load(c, progress=progress, **load)

@@ -25,7 +25,7 @@ from ..core.families import KINDS, PACKAGED
 from ..core.latency import Latency, Prefill
 from ..core.perplexity import first_norms, residual_norms
 from ..core.runs import (
-    atomic_write, check_output, check_writable, read_json, save_figure, save_record,
+    atomic_write, check_output, check_outside, check_writable, read_json, save_figure, save_record,
     write_json, writing)
 from ..core.wishes import COUNTED, Budget, folder_amount
 from ..export.hf import (
@@ -51,6 +51,7 @@ def check_place(out: str | Path,  # a run's folder
         raise ValueError(f'{out} is the model that is read. Choose another --out.')
     for name in OUTPUTS:
         check_output(out / name, model, config.text, config.eval_text or None)
+    check_outside(out, config.text, config.eval_text)
 
 # %% ../../nbs/pipeline/02_prune.ipynb #13644cd9
 def prune(config: PruneConfig,
@@ -72,7 +73,7 @@ def prune(config: PruneConfig,
                  config.eval_text or None)
     check_place(out, config)
     check_writable(out)
-    with writing(out / 'search'):  # until all is saved, no other process writes to `out`
+    with writing(out), writing(out / 'search'):  # no other command, until all is saved
         config = with_fit(config, out / 'search', load.get('device'), resume)
         bench = Bench.load(config, progress=progress, **load)
         say_fit(bench, progress)

@@ -6,6 +6,7 @@
 __all__ = ['RECOVERIES', 'RecoverConfig', 'check_recovery', 'recover_folder', 'plot_recovery']
 
 # %% ../../nbs/pipeline/05_recover.ipynb #e53f9c2a
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +24,8 @@ from ..core.families import Layout, find_family, fingerprint, load_model
 from ..core.modeling import FAMILIES, kv_heads
 from ..core.perplexity import perplexity
 from ..core.runs import (
-    RunDir, atomic_write, check_output, check_writable, save_figure, save_record, writing)
+    RunDir, atomic_write, check_output, check_outside, check_writable,
+    save_figure, save_record, writing)
 from ..core.text import Blocks, Convention, Splits, load_corpus
 from ..export.hf import (
     check_folder, find_license, load_pruned, model_card, put_right, read_config)
@@ -32,6 +34,7 @@ from .config import PROFILES, Profile
 from .prune import say_first, trace_first, try_first, warn_first
 from ..recover.distill import Distillation, check_teacher, distill_student, mix_blocks
 from ..recover.train import LR, Recovered, save_recovered, student_from
+from ..search.diagnose import plain
 
 # %% ../../nbs/pipeline/05_recover.ipynb #190e6cd6
 RECOVERIES = 'distill', *LR  # every `--method` of `ffp recover`
@@ -62,8 +65,12 @@ class RecoverConfig:
     def __post_init__(self):
         if self.method not in RECOVERIES:
             raise ValueError(f'method {self.method!r}; expected one of {", ".join(RECOVERIES)}')
-        if isinstance(self.text, str):
-            object.__setattr__(self, 'text', {self.text: 1.0})
+        texts = self.text if isinstance(self.text, Mapping) else {self.text: 1.0}
+        if bad := [f'{k}={w}' for k, w in texts.items() if not 0 < w < float('inf')]:
+            raise ValueError(f'text {bad[0]}; expected a weight above 0')
+        object.__setattr__(self, 'text', {os.fspath(k): w for k, w in texts.items()})
+        for name in ('model', 'teacher'):
+            object.__setattr__(self, name, getattr(self, name) and os.fspath(getattr(self, name)))
         block = torch.zeros(1, self.profile.block_len, dtype=torch.long)
         # its checks, before anything is loaded
         self.recipe().steps(Blocks(block, self.profile.block_len - 1))
@@ -150,6 +157,7 @@ def check_recovery(config: RecoverConfig, out: str | Path, overwrite: bool = Fal
     for name in ('', 'train', 'table.csv', 'recover.png'):
         if name or (out / 'config.json').exists():
             check_output(out / name, *inputs)
+    check_outside(out, *config.text)
     check_writable(out)
 
 # %% ../../nbs/pipeline/05_recover.ipynb #dc6976b6
@@ -162,7 +170,7 @@ def recover_folder(config: RecoverConfig,
     "Train a pruned folder and save it as another. FolderInUse if another process writes to `out`"
     out, start = Path(out).expanduser(), time.perf_counter()
     check_recovery(config, out, overwrite)
-    with writing(out / 'train'):
+    with writing(out), writing(out / 'train'):
         model, tokenizer, teacher = _open_both(config, device)
         text, batch = _read_texts(config, tokenizer, model), config.profile.forward_batch
         key = asdict(config) | dict(
@@ -223,7 +231,7 @@ def plot_recovery(found: Recovered, title: str = ''):
     axes[0].set(xlabel='step', ylabel='training loss, nats a token')
     axes[1].plot(*zip(*found.watched), marker='o')
     axes[1].set(xlabel='step', ylabel='selection text, nats a token')
-    fig.suptitle(title)
+    fig.suptitle(plain(title))
     fig.tight_layout()
     return fig
 

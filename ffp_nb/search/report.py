@@ -208,13 +208,13 @@ def report(folders: str | Path | list,  # run folders; seeds of one target are c
            ) -> tuple[pd.DataFrame, Path]:  # key figures; report.md
     """Report on runs: pictures and report.md. Errors as in `read_run` and of `measure`; an
     earlier report then stays unchanged"""
-    folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
-    if not folders: raise ValueError('no run folder; give at least one')
+    folders = _each_once([folders] if isinstance(folders, (str, Path)) else folders)
+    out = out and Path(out).expanduser()
     runs = [read_run(f) for f in folders]
-    if out and any(_is_run(Path(out) / f) for f in ('config.json', 'search/config.json')):
+    if out and any(_is_run(out / f) for f in ('config.json', 'search/config.json')):
         raise ValueError(f'{out} is a run: a report would replace its pictures. Choose another '
                          'folder (--out).')
-    out = check_writable(Path(out) if out else Path(folders[0]) / 'report')
+    out = check_writable(out or folders[0] / 'report')
     kept = _kept(out / 'measured.json', runs)
     if measure:
         kept = {config_id(r.config): measure(r) for r in runs}
@@ -230,6 +230,15 @@ def report(folders: str | Path | list,  # run folders; seeds of one target are c
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     return table, out / 'report.md'
+
+# %% ../../nbs/search/10_report.ipynb #c87596d3
+def _each_once(folders) -> list[Path]:
+    "Run folders as paths. ValueError where one comes twice: it would agree with itself"
+    found = [Path(f).expanduser() for f in folders]
+    if not found: raise ValueError('no run folder; give at least one')
+    if len({f.resolve() for f in found}) < len(found):
+        raise ValueError(f'{", ".join(map(str, found))}: the same run twice. Give each run once.')
+    return found
 
 
 def _kept(path, runs):

@@ -332,9 +332,9 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, list[dict], pd.DataFrame]:
     `other`: nats on the second text); records of tasks with the model, method and target that
     they are `about`; trainings and what they started from"""
     own, known = read_records(runs / 'methods'), find_policies(runs)
-    more = lambda what: {r['config']['of']: r['result']['nll'] for r in own
-                         if r['config']['name'].startswith(what)}
-    bare, other, normed = more('none-'), more('other-'), more('normed-')
+    more = lambda *what: {r['config']['of']: r['result']['nll'] for r in own
+                          if r['config']['name'].startswith(what)}
+    lacked, other, normed = more(*(f'{m}-' for m in MODES)), more('other-'), more('normed-')
     spent = {r['config']['of']: r['wall_s'] for r in own if r['config'].get('target') == 'normed'}
     rows, by_id = [], {'dense': ('smollm2', 'dense', 0.0)}  # as the first study calls it
     for model in DONE:
@@ -343,7 +343,7 @@ def tidy(runs: Path) -> tuple[pd.DataFrame, list[dict], pd.DataFrame]:
             if (r := known(order, cell)) is None: continue
             key = r['config_id']
             by_id[key] = model, name, cell.sparsity
-            rows += _rows(name, model, r, bare.get(key, {}) | normed.get(key, {}),
+            rows += _rows(name, model, r, lacked.get(key, {}) | normed.get(key, {}),
                           other.get(key, ()), spent.get(key, np.nan))
         for r in read_records(runs / 'methods', f'{model}-grasprune-'):
             rows += _rows('GRASPrune', model, r)

@@ -347,6 +347,8 @@ def run_protocol(name: str, lab: Lab, recipes: Sequence[str] = tuple(RECIPES),
     for an unknown name, or where the machine has too little memory"""
     if unknown := [r for r in recipes if r not in RECIPES]:
         raise ValueError(f'recipe {unknown[0]!r}; expected some of {", ".join(RECIPES)}')
+    if bad := [s for s in sparsities if not 0 < s < 1]:
+        raise ValueError(f'sparsity {bad[0]}; expected a share above 0 and below 1')
     target = target or get_target(name)
     protocol = protocol or PROTOCOLS[target.protocol]
     there = results(lab.benchmarks)
