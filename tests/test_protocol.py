@@ -322,6 +322,7 @@ def test_what_cannot_be_run_is_said_in_a_line(ffp, monkeypatch, tmp_path):
     monkeypatch.setattr(protocol, 'spare_bytes', lambda device: 0)
     for args, said in ((['llama-3'], "model 'llama-3'; expected one of llama-2-7b"),
                        (['llama-2-7b', '--only', 'sorcery'], "recipe 'sorcery'"),
+                       (['llama-2-7b', '--force', '--sparsity', '25'], 'sparsity 25.0; expected'),
                        (['llama-2-7b', '--device', 'cpu'], 'GB of RAM (free here'),
                        (['llama-2-7b', '--shrink', '2'], 'no effect without --rehearse')):
         done = ffp('study', 'protocol', *args, '--out', tmp_path)

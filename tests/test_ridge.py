@@ -404,7 +404,8 @@ def test_a_whole_prune_in_bfloat16(ffp, family_folder, tmp_path):
 
 @pytest.mark.parametrize('asked, says', [
     (dict(target='residual'), 'target module, asked residual'), (dict(batch=2), 'batch 1, asked 2'),
-    (dict(blocks=TEXT[:2]), r'blocks \(8, 32\), asked \(2, 32\)')])
+    (dict(blocks=TEXT[:2]), r'blocks \(8, 32\), asked \(2, 32\)'),
+    (dict(blocks=Blocks(TEXT.ids.flip(0), TEXT.scored)), r'text \w{8}, asked \w{8}\.')])
 def test_goals_of_something_else_are_refused(asked, says):
     em = ElasticModel(tiny_model('llama'))
     goals = dense_goals(em, TEXT)

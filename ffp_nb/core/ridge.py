@@ -7,6 +7,7 @@ __all__ = ['PRECISION', 'TARGETS', 'ridge_factors', 'where_it_works', 'check_alp
            'spare_bytes', 'Goals', 'sequential_calibrate', 'dense_goals']
 
 # %% ../../nbs/core/08_ridge.ipynb #782af54d
+import hashlib
 import inspect
 import os
 from collections import Counter, OrderedDict
@@ -421,7 +422,8 @@ class Goals(list):
 
     @staticmethod
     def _about(blocks, target, batch):
-        return dict(target=target, batch=batch, blocks=tuple(blocks.ids.shape))
+        text = hashlib.sha256(blocks.ids.cpu().numpy().tobytes()).hexdigest()[:8]
+        return dict(target=target, batch=batch, blocks=tuple(blocks.ids.shape), text=text)
 
     def check(self, blocks: Blocks, target: str, batch: int) -> None:
         "ValueError unless they are of such blocks, this target and this batch"
