@@ -328,3 +328,11 @@ def test_flap_takes_what_hardly_changes():
     want = b.cost.full.copy()
     want[1, 1] = 72
     assert (flap_widths(b.elastic.layout, b.stats, b.cost, 0.05, (1, 8)) == want).all()
+
+
+def test_a_projection_without_a_spectrum_is_named():
+    model = tiny_model('llama')
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    with pytest.raises(ValueError, match='layer 1 mlp.down_proj: 0 eigenvalues.*another --method'):
+        layer_alphas(Layout(model))

@@ -247,10 +247,16 @@ def hill_exponent(values: torch.Tensor,  # (n,) eigenvalues >= 0, n >= 4, in any
 
 
 def layer_alphas(layout: Layout) -> np.ndarray:  # (L,)
-    "Mean Hill exponent of the spectra of all linear layers of each decoder layer"
-    spectrum = lambda W: torch.linalg.svdvals(W.detach().float()).square().cpu()
-    return np.array([np.mean([hill_exponent(spectrum(lin.weight)) for lin in layer.modules()
-                              if isinstance(lin, nn.Linear)]) for layer in layout.layers])
+    """Mean Hill exponent of the spectra of all linear layers of each decoder layer. ValueError
+    naming one without a spectrum, such as zeros"""
+    def exponent(i, name, W):
+        try:
+            return hill_exponent(torch.linalg.svdvals(W.detach().float()).square().cpu())
+        except ValueError as e:
+            raise ValueError(f'layer {i} {name}: {e}. Use another --method than alpha.') from e
+    return np.array([np.mean([exponent(i, name, lin.weight) for name, lin in layer.named_modules()
+                              if isinstance(lin, nn.Linear)])
+                     for i, layer in enumerate(layout.layers)])
 
 
 def alpha_retention(alpha: np.ndarray,  # (L,) exponents
