@@ -328,6 +328,11 @@ def test_the_better_repair_is_told(made):
     assert first.endswith('in 2 of 3 policies of the default; in all seeds of no pair of model and '
                           'target.')
     assert 'is above the default in 1 of 1 pairs' in lead and 'by 0.067 (SmolLM2' in lead
+    made.rows += [r | dict(calibration='none', blocks=r['blocks'] + (r['method'] == 'default'))
+                  for r in made.rows[1:] if r['calibration'] == 'sequential']
+    bare = methods._repairs(made.table())[2]
+    assert bare.startswith('- Without any repair, the best other method') and (
+        'in 0 of 1 pairs' in bare and 'the other way round for SmolLM2-135M at 0.5 (-0.500' in bare)
     made.add('GRASPrune', [1.0])
     made.rows.append(made.rows[-1] | dict(calibration='scales', nll=made.rows[-1]['nll'] - 0.25))
     assert methods._repairs(made.table())[-1].endswith(
