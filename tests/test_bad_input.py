@@ -151,7 +151,7 @@ def test_choices_in_python(name, value):
 
 
 @pytest.mark.parametrize('given, words', [
-    (dict(sparsity='0.3'), "sparsity '0.3'.*a number"), (dict(seed=1.5), 'seed 1.5.*whole'),
+    (dict(sparsity='0.3'), "sparsity '0.3'.*a share"), (dict(seed=1.5), 'seed 1.5.*whole'),
     (dict(step=32), 'step 32.*two whole'), (dict(step=(0, 32)), r'step \(0, 32\).*at least 1'),
     (dict(p_min=2), 'p_min 2.*from 0 to below 1'), (dict(p_min=(0.1, -1)), 'p_min.*below 1'),
     (dict(eval_len=1), 'eval_len 1.*at least 2'), (dict(profile='cpu'), "profile 'cpu'.*PROFILES"),
@@ -183,7 +183,7 @@ def test_paths_in_python(tiny_folder, monkeypatch):
     assert load_pruned('~/pruned')[0].config.pruned_widths
     assert (RecoverConfig(tiny_folder / 'pruned', text)
             == RecoverConfig(str(tiny_folder / 'pruned'), {str(text): 1.0}))
-    with pytest.raises(ValueError, match='text.txt=-1; expected a weight above 0'):
+    with pytest.raises(ValueError, match='text.txt.*: -1}; expected texts with a weight above 0'):
         RecoverConfig('pruned', {text: -1})
 
 
@@ -223,10 +223,11 @@ def test_text(world, searched, ffp, tmp_path, content, words):
 
 
 def test_text_is_a_folder(world, ffp, tmp_path):
-    refused(ffp('search', *changed(world[1], text=tmp_path), '--out', world[0] / 'not'),
-            str(tmp_path), 'a folder without text', 'Give')
-    (tmp_path / 'data.jsonl').write_text('{"body": "w1 w2"}\n' * 50)
-    refused(ffp('search', *changed(world[1], text=tmp_path), '--out', world[0] / 'not'),
+    (texts := tmp_path / 'texts').mkdir()
+    refused(ffp('search', *changed(world[1], text=texts), '--out', tmp_path / 'out'),
+            str(texts), 'a folder without text', 'Give')
+    (texts / 'data.jsonl').write_text('{"body": "w1 w2"}\n' * 50)
+    refused(ffp('search', *changed(world[1], text=texts), '--out', tmp_path / 'out'),
             'data.jsonl', 'no column "text" among body')
 
 
@@ -254,7 +255,7 @@ def test_text_from_a_pipe_would_lose_its_beginning(world, ffp, tmp_path, command
 
 
 @pytest.mark.parametrize('option', ['--text', '--model'])
-def test_an_empty_name_is_not_this_folder(world, ffp, tmp_path, option, monkeypatch):
+def test_an_empty_name_is_not_this_folder(world, ffp, option, monkeypatch):
     monkeypatch.chdir(world[0])
     refused(ffp('eval', *changed(('--model', 'dense', '--text', 'text.txt'),
                                  **{option[2:]: ''})), f"{option[2:]} ''", 'empty', 'Give')
@@ -373,7 +374,7 @@ def test_tokenizer_of_another_model(world, ffp, tmp_path):
                 '--block-len', 32), 'tokenizer', '211')
 
 
-def test_dropout_of_a_model_in_training_mode_is_off(word_tokenizer):
+def test_dropout_of_a_model_in_training_mode_is_off():
     "What is measured is the model, not a draw of it; its mode is the user's own"
     model = tiny_model('opt', seed=1)
     for m in model.modules():

@@ -16,7 +16,7 @@ from ffp_nb.studies.cells import Lab, base_config, known_models, planned_tokens
 from ffp_nb.studies.distillation import other_text
 from ffp_nb.studies.methods import STUDY, against_default, wanted
 from ffp_nb.studies.study import (
-    count_records, find_measured, p_value, read_records, run_study, walk)
+    count_records, find_measured, half_width, p_value, read_records, run_study, walk)
 from ffp_nb.studies.twins import DEEP, SETUPS, Setup
 
 ROOT = Path(__file__).parent.parent
@@ -340,6 +340,19 @@ def test_the_better_repair_is_told(made):
     made.rows[:] = [r for r in made.rows if r['seed'] < 2]
     assert 'in 2 of 2 policies of the default; in all seeds of SmolLM2-135M at 0.5 (+0.100).' in (
         methods._repairs(made.table())[0])
+
+
+def test_readme_names_who_is_ahead_without_repair():
+    t = methods.leads(STUDY.read(ROOT / 'nbs' / 'runs')[0], 'none')
+    t = t[t.model.isin(methods.REAL)].set_index(['model', 'sparsity'])
+    assert len(t) == 6 and all(d.mean() < -half_width(d) for d in t.lead)
+    assert t.lead['smollm2', 0.5].mean() < -1
+    own = t.rival['smollm2']
+    assert {*own[:0.3]} == {'agent, 320 episodes'} and own[0.5] == 'EAS'
+    assert {*t.rival['gemma3-270m']} == {'GRASPrune'}
+    assert not any(abs(np.mean(d)) > half_width(d) for d in t['lead by seed'] if d is not None)
+    assert ('(on SmolLM2-135M the agent with 2.5 times the tokens, or EAS; GRASPrune on Gemma 3 '
+            '270M)') in (ROOT / 'README.md').read_text()
 
 
 def test_blocks_that_follow_each_other_count_for_less(made):

@@ -125,6 +125,11 @@ def _load(config, how, tp=1):
     return model, tokenizer
 
 
+def _check_feasible(cost, c):
+    "InfeasibleBudget if no widths meet the target"
+    solve(np.zeros(cost.full.shape), cost, c.sparsity, c.step, c.p_min)
+
+
 def _priced(model, config, progress):
     """The budget on a model, its cost, and the configuration with what is known now: the share that
     an amount is, the fit of a latency. Before the statistics, so a vain wish costs little"""
@@ -134,7 +139,7 @@ def _priced(model, config, progress):
         budget = replace(budget, share=price.share(config.step, config.p_min))
     config = replace(config, budget=budget)
     try:
-        solve(np.zeros(cost.full.shape), cost, config.sparsity, config.step, config.p_min)
+        _check_feasible(cost, config)
     except InfeasibleBudget as e:
         raise price.refuse(e) from e
     return price, cost, config
@@ -280,7 +285,7 @@ def open_run(folder: str | Path, bench: Bench,
     and test"""
     c = _of_bench(bench, config)
     # an infeasible target must not touch a folder
-    solve(np.zeros(bench.cost.full.shape), bench.cost, c.sparsity, c.step, c.p_min)
+    _check_feasible(bench.cost, c)
     key = (run_config(replace(c, dtype=bench.config.dtype), bench.corpus.sha256,
                       bench.text.convention.bos)
            | dict(weights=bench.fingerprint))

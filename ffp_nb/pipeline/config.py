@@ -12,10 +12,8 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from numbers import Real
 from typing import ClassVar
 
-import numpy as np
 from fastcore.basics import patch
 
 from ..core.criteria import CRITERION_NAMES
@@ -25,14 +23,10 @@ from ..core.ridge import TARGETS, check_alpha
 from ..core.text import Convention
 from ..core.wishes import Budget
 from ..search.heuristics import BASELINES, HEURISTICS
-from ..search.loop import SearchConfig
+from ..search.loop import SearchConfig, is_whole
 from ..search.rivals import SEARCHERS, searcher_settings
 
 # %% ../../nbs/pipeline/00_config.ipynb #c30afcbe
-def _is_whole(v, least: int) -> bool:
-    return isinstance(v, (int, np.integer)) and int(v) >= least
-
-
 @dataclass(frozen=True)
 class Profile:
     "How much text and how many episodes a run gets"
@@ -49,7 +43,7 @@ class Profile:
     def __post_init__(self):
         for f in fields(self):
             v, least = getattr(self, f.name), 2 if f.name == 'block_len' else 1
-            if not (_is_whole(v, least) or (v is None and f.name == 'test_blocks')):
+            if not (is_whole(v, least) or (v is None and f.name == 'test_blocks')):
                 raise ValueError(f'{f.name} {v!r}; expected a whole number of at least {least}')
 
 
@@ -108,19 +102,12 @@ class PruneConfig:
 # %% ../../nbs/pipeline/00_config.ipynb #6799fcfd
 @patch
 def _check_values(self: PruneConfig):
-    "What the command line checks by itself, for who gives it in Python; paths become text"
+    """What the command line checks by itself, for who gives it in Python; paths become text. The
+    rest is for `SearchConfig`"""
     for name in ('model', 'text', 'eval_text'):
         object.__setattr__(self, name, os.fspath(getattr(self, name)))
-    least = np.atleast_1d(self.p_min)
-    shares = least.dtype.kind in 'fi' and least.shape in ((1,), (2,))
     for name, good, want in (
-            ('sparsity', isinstance(self.sparsity, Real), 'a number'),
-            ('seed', _is_whole(self.seed, 0), 'a whole number, 0 or more'),
-            ('step', np.shape(self.step) == (2,) and all(_is_whole(s, 1) for s in self.step),
-             'two whole numbers of at least 1, of KV groups and of FFN channels'),
-            ('p_min', shares and bool(((least >= 0) & (least < 1)).all()),
-             'one share or two, from 0 to below 1'),
-            ('eval_len', self.eval_len is None or _is_whole(self.eval_len, 2),
+            ('eval_len', self.eval_len is None or is_whole(self.eval_len, 2),
              'a whole number of at least 2, or None'),
             ('profile', isinstance(self.profile, Profile), "a Profile, such as PROFILES['cpu']"),
             ('budget', isinstance(self.budget, Budget), "a Budget, such as Budget('macs')")):
@@ -169,7 +156,7 @@ def search_config(self: PruneConfig) -> SearchConfig:
     p = self.profile
     return SearchConfig(self.sparsity, self.method if self.method in SEARCHERS else 'ffp',
                         self.seed, p.episodes, p.batch, p.blocks,
-                        step=(self.step[0], self.step[1]), p_min=self.p_min,
+                        step=self.step, p_min=self.p_min,
                         final_blocks=p.final_blocks, **self.search)
 
 # %% ../../nbs/pipeline/00_config.ipynb #8d88a23b

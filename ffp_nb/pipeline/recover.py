@@ -32,7 +32,8 @@ from ..export.hf import (
 from ..export.vllm import parallel_sizes
 from .config import PROFILES, Profile
 from .prune import say_first, trace_first, try_first, warn_first
-from ..recover.distill import Distillation, check_teacher, distill_student, mix_blocks
+from ..recover.distill import (
+    Distillation, check_mix, check_teacher, distill_student, mix_blocks)
 from ..recover.train import LR, Recovered, save_recovered, student_from
 from ..search.diagnose import plain
 
@@ -66,9 +67,8 @@ class RecoverConfig:
         if self.method not in RECOVERIES:
             raise ValueError(f'method {self.method!r}; expected one of {", ".join(RECOVERIES)}')
         texts = self.text if isinstance(self.text, Mapping) else {self.text: 1.0}
-        if bad := [f'{k}={w}' for k, w in texts.items() if not 0 < w < float('inf')]:
-            raise ValueError(f'text {bad[0]}; expected a weight above 0')
-        object.__setattr__(self, 'text', {os.fspath(k): w for k, w in texts.items()})
+        check_mix(named := {os.fspath(k): w for k, w in texts.items()})
+        object.__setattr__(self, 'text', named)
         for name in ('model', 'teacher'):
             object.__setattr__(self, name, getattr(self, name) and os.fspath(getattr(self, name)))
         block = torch.zeros(1, self.profile.block_len, dtype=torch.long)

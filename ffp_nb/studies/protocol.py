@@ -27,6 +27,7 @@ from ..core.ridge import spare_bytes
 from ..core.runs import atomic_write
 from ..pipeline.bench import Bench
 from ..pipeline.config import PROFILES, Profile, PruneConfig, run_config
+from ..search.loop import SearchConfig
 from ..search.rivals import SEARCHERS
 from . import scaling
 from .cells import (
@@ -347,8 +348,8 @@ def run_protocol(name: str, lab: Lab, recipes: Sequence[str] = tuple(RECIPES),
     for an unknown name, or where the machine has too little memory"""
     if unknown := [r for r in recipes if r not in RECIPES]:
         raise ValueError(f'recipe {unknown[0]!r}; expected some of {", ".join(RECIPES)}')
-    if bad := [s for s in sparsities if not 0 < s < 1]:
-        raise ValueError(f'sparsity {bad[0]}; expected a share above 0 and below 1')
+    for s in sparsities:
+        SearchConfig(s)  # its check, before hours of work
     target = target or get_target(name)
     protocol = protocol or PROTOCOLS[target.protocol]
     there = results(lab.benchmarks)
