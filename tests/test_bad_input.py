@@ -153,7 +153,7 @@ def test_choices_in_python(name, value):
 @pytest.mark.parametrize('given, words', [
     (dict(sparsity='0.3'), "sparsity '0.3'.*a share"), (dict(seed=1.5), 'seed 1.5.*whole'),
     (dict(step=32), 'step 32.*two whole'), (dict(step=(0, 32)), r'step \(0, 32\).*at least 1'),
-    (dict(p_min=2), 'p_min 2.*from 0 to below 1'), (dict(p_min=(0.1, -1)), 'p_min.*below 1'),
+    (dict(p_min=2), 'p_min 2.*from 0 to 1'), (dict(p_min=(0.1, -1)), 'p_min.*from 0 to 1'),
     (dict(eval_len=1), 'eval_len 1.*at least 2'), (dict(profile='cpu'), "profile 'cpu'.*PROFILES"),
     (dict(budget='macs'), "budget 'macs'.*Budget"),
 ])

@@ -252,8 +252,8 @@ def _check(self: SearchConfig):
             ('seed', is_whole(self.seed, 0), 'a whole number, 0 or more'),
             ('step', np.shape(self.step) == (2,) and all(is_whole(s, 1) for s in self.step),
              'two whole numbers of at least 1, of KV groups and of FFN channels'),
-            ('p_min', shares and bool(((least >= 0) & (least < 1)).all()),
-             'one share or two, from 0 to below 1')):
+            ('p_min', shares and bool(((least >= 0) & (least <= 1)).all()),
+             'one share or two, from 0 to 1')):
         if not good: raise ValueError(f'{name} {getattr(self, name)!r}; expected {want}')
     searcher_settings(self.method, self.agent)  # a wrong name fails now
     for name in ('episodes', 'batch', 'blocks', 'final_blocks'):
