@@ -229,8 +229,9 @@ def test_a_lead_is_told_over_blocks_and_over_seeds(made):
     none = pd.DataFrame(columns=['model', 'sparsity'])
     line = next(x for x in methods.findings(made.table(), [], none)
                 if "Wanda's order is above the greedy" in x)
-    assert 'in 1 of 1 pairs' in line and 'By intervals over seeds, in 0 of the 1 pairs' in line
-    assert 'not shown for SmolLM2-135M at 0.5 (+0.100 ± 1.291)' in line
+    assert 'in 1 of 1 pairs' in line and 'Over seeds, in 0 of 1 pairs' in line
+    assert methods.part_table(made.table(), 'seeds')["order, under the default's search"].tolist(
+        ) == ['0.100 ± 1.291']
     t = methods.leads(made.table()).iloc[0]
     assert t.rival == 'CMA-ES' and np.allclose(t['lead by seed'], 0.5) and len(t.lead) == 24
     assert t['even by seed'] is None is t.even
@@ -332,11 +333,15 @@ def test_the_better_repair_is_told(made):
                   for r in made.rows[1:] if r['calibration'] == 'sequential']
     bare = methods._repairs(made.table())[2]
     assert bare.startswith('- Without any repair, the best other method') and (
-        'in 0 of 1 pairs' in bare and 'the other way round for SmolLM2-135M at 0.5 (-0.500' in bare)
+        'in 0 of 1 pairs' in bare and 'the other way round in 1' in bare)
+    assert methods.lead_table(made.table(), 'none')['is above by'].tolist()[0].startswith('-0.500')
     made.add('GRASPrune', [1.0])
     made.rows.append(made.rows[-1] | dict(calibration='scales', nll=made.rows[-1]['nll'] - 0.25))
-    assert methods._repairs(made.table())[-1].endswith(
-        'by 0.750 and 1.000 (SmolLM2-135M at 0.5) nats.')
+    line = methods._repairs(made.table())[-1]
+    assert 'by 0.750 to 0.750 nats' in line and 'by 1.000 to 1.000; ' in line
+    assert line.endswith('in 1 of 1 pairs of model and target.')
+    assert methods.scale_table(made.table()).iloc[0].tolist() == [
+        'SmolLM2-135M', '0.5', '0.750', '1.000']
     made.rows[:] = [r for r in made.rows if r['seed'] < 2]
     assert 'in 2 of 2 policies of the default; in all seeds of SmolLM2-135M at 0.5 (+0.100).' in (
         methods._repairs(made.table())[0])
@@ -408,9 +413,12 @@ def test_tasks_tell_what_differs_and_nothing_else():
         "0.3) of 2 other policies as better than the default and 0 as worse; LAMBADA's "
         "log-likelihood tells 0 of 2 other policies as better than the default and 1 (paper's "
         'recipe at 0.3) as worse.')
-    assert ('CMA-ES, SmolLM2-135M at 0.3, 400 documents of each: none; mean of the other 7: '
-            in by_task)
-    assert "paper's recipe, SmolLM2-135M at 0.3, 400 documents of each: boolq +0." in by_task
+    assert 'told from the default in 1 of 2 comparisons: boolq +0.' in by_task
+    assert by_task.endswith("(paper's recipe, SmolLM2-135M at 0.3).")
+    by = methods.task_by_task(tasks).set_index('method')
+    assert by['shown on']['CMA-ES'] == '' != by['mean of the others']['CMA-ES']
+    assert by['shown on']["paper's recipe"].startswith('boolq +0.')
+    assert by.documents.tolist() == [400, 400]
     assert '(SmolLM2-135M at 0.3, 400 documents of each task: 2 of 2 others above it, de' in ranked
     other = _judged('default', limit=50, model='gemma3-270m')
     table = methods.by_task_table([*tasks, _judged('EAS', limit=50), other])

@@ -7,8 +7,9 @@ __all__ = ['REAL', 'MODELS', 'SIGMAS', 'LIMIT', 'AGENT', 'METHODS', 'NAMED', 'EV
            'DISTILLED', 'TAUGHT', 'ELSEWHERE', 'BEHIND', 'TASKS_OF', 'STUDY', 'wanted', 'method_cell', 'policies',
            'find_policies', 'plan', 'twin_table', 'on_second_text', 'behind_norms', 'tidy', 'best_rival', 'headline',
            'perplexity_table', 'draw', 'task_gaps', 'zero_shot_table', 'by_task_table', 'cost_of', 'distilled_table',
-           'cost_table', 'costs', 'leads', 'ahead', 'lead_table', 'part_table', 'findings', 'on_other_text',
-           'other_table', 'draw_other', 'against_default']
+           'cost_table', 'costs', 'leads', 'ahead', 'lead_table', 'part_table', 'grouped_findings', 'findings',
+           'taught_alike', 'taught_table', 'scales', 'scale_table', 'on_other_text', 'other_table', 'draw_other',
+           'against_default', 'task_by_task']
 
 # %% ../../nbs/studies/21_methods.ipynb #805ce91f
 import warnings
@@ -711,33 +712,54 @@ def ahead(differences: Iterable) -> list[bool]:
     return [bool(d.mean() > 0 and q < LEVEL) for d, q in zip(found, p)]
 
 # %% ../../nbs/studies/21_methods.ipynb #f818b6ab
-def lead_table(table: pd.DataFrame) -> pd.DataFrame:
-    "`leads`, to be read: means over test blocks with 95 % intervals over them"
-    t = leads(table)
-    said = lambda v: v.map(lambda d: '' if d is None else mean_interval(d, 3))
+def _with_intervals(differences: pd.Series) -> pd.Series:
+    return differences.map(lambda d: '' if d is None else mean_interval(d, 3))
+
+
+def lead_table(table: pd.DataFrame, calibration: str = 'sequential') -> pd.DataFrame:
+    "`leads` over the best other method, to be read: means with 95 % intervals"
+    t = leads(table, calibration)
     return pd.DataFrame({
         'model': t.model.map(MODELS), 'σ': t.sparsity.map('{:g}'.format), 'seeds': t.seeds,
-        'best other method': t.rival, 'is above by': said(t.lead),
-        "paper's recipe is above by": said(t.paper),
+        'best other method': t.rival, 'is above by': _with_intervals(t.lead),
+        'over seeds': _with_intervals(t['lead by seed']),
         'methods above all seeds': [f'{a} of {n}' for a, n in zip(t.above, t.methods)]})
 
 
-def part_table(table: pd.DataFrame) -> pd.DataFrame:
-    "Where the default's lead comes from: `leads` of models and targets with any of the parts"
+def part_table(table: pd.DataFrame, over: str = 'blocks') -> pd.DataFrame:
+    """Where the default's lead over the paper's recipe comes from, `over` blocks or seeds: `leads`
+    of models and targets with any of the parts"""
     t = leads(table)
     names = {'paper': "paper's recipe is above by", 'search': "search, in Wanda's order",
              'search, greedy': 'search, in the greedy order',
              'order': "order, under the default's search",
              'even': 'even cut in the greedy order is above by'}
+    at = {k: k if over == 'blocks' else f'{k} by {over.removesuffix("s")}' for k in names}
     out = pd.DataFrame({'model': t.model.map(MODELS), 'σ': t.sparsity.map('{:g}'.format)} | {
-        name: t[k].map(lambda d: '' if d is None else mean_interval(d, 3))
-        for k, name in names.items()})
+        name: _with_intervals(t[at[k]]) for k, name in names.items()})
     return out[(out[[*names.values()][1:]] != '').any(axis=1)]
 
 # %% ../../nbs/studies/21_methods.ipynb #6ffb06e4
-def findings(table: pd.DataFrame, tasks: list[dict], trained: pd.DataFrame) -> list[str]:
-    "Markdown lines with the figures of the records"
+def grouped_findings(table: pd.DataFrame, tasks: list[dict],
+                     trained: pd.DataFrame) -> dict[str, list[str]]:
+    "Title of a part → Markdown lines with the figures of the records"
     t = leads(table)
+    parts = {'The lead': _far(t), 'It and the repair': _repairs(table),
+             'At equal tokens, and with more': _held(table) + _attention(table),
+             'What the intervals do not say': _neighbours(t) + _pooled(table)
+             + _again(table, trained) + _alike(table) + _broken(table),
+             'Taught by the dense model': _taught(trained), 'On another text': _elsewhere(table),
+             'On tasks': _accuracy(tasks)}
+    return {title: lines for title, lines in parts.items() if lines}
+
+
+def findings(table: pd.DataFrame, tasks: list[dict], trained: pd.DataFrame) -> list[str]:
+    "All lines of `grouped_findings`"
+    return [line for lines in grouped_findings(table, tasks, trained).values() for line in lines]
+
+
+def _far(t) -> list[str]:  # `leads`
+    "How far are others above the default, and which part of it is the search's, the order's?"
     lines = [_told(t, 'lead', 'The best other method, chosen with hindsight, is above the default'),
              _told(t, 'paper', "The paper's recipe is above the default")]
     if len(t):
@@ -748,36 +770,33 @@ def findings(table: pd.DataFrame, tasks: list[dict], trained: pd.DataFrame) -> l
                      + (f'; not on {worst}.' if worst else '.'))
     lines += [_told(t, 'even', 'An even cut of the FFNs in the same order is above the default'),
               _told(t, 'search', "In Wanda's order, the paper's search is above the default's"),
+              _told(t, 'search, greedy', "In the greedy order, the paper's search is above the "
+                                         "default's"),
               _told(t, 'order', "Under the default's search, Wanda's order is above the greedy")]
-    return ([x for x in lines if x] + _repairs(table) + _held(table) + _alike(table)
-            + _neighbours(t) + _pooled(table) + _attention(table) + _again(table, trained)
-            + _taught(trained) + _elsewhere(table) + _broken(table) + _accuracy(tasks))
+    return [x for x in lines if x]
 
 # %% ../../nbs/studies/21_methods.ipynb #10301f8c
 def _told(t, part, what) -> str:
-    "In how many models and targets is a difference shown, and how large is it?"
-    read = lambda k: [
-        (f'{MODELS[r["model"]]} at {r["sparsity"]:g}', np.mean(r[k]), half_width(r[k]))
-        for r in t.to_dict('records') if r[k] is not None]
-    if not (found := read(part)): return ''
-    rest = lambda of: [f for f in of if not f[1] > f[2]]
-    says = lambda of: _apart([f for f in rest(of) if f[1] < -f[2]], 'the other way round') + (
-        _apart([f for f in rest(of) if not f[1] < -f[2]], 'not shown'))
-    low, high = min(found, key=lambda f: f[1]), max(found, key=lambda f: f[1])
-    line = (f'- {what} in {len(found) - len(rest(found))} of {len(found)} pairs of model and '
-            f'target (single intervals over test blocks; {sum(ahead(t[part]))} with Holm over the '
-            f'pairs), by {low[1]:z.3f} ({low[0]}) to {high[1]:.3f} nats ({high[0]}){says(found)}')
-    if several := read(by := f'{part} by seed'):
-        line += (f'. By intervals over seeds, in {len(several) - len(rest(several))} of the '
-                 f'{len(several)} pairs with several, {sum(ahead(t[by]))} with Holm'
-                 f'{says(several)}')
-    return line + '.'
+    """In how many models and targets is a difference shown, and how large is it? Which they are is
+    in the tables"""
+    has = t[t[part].notna()]
+    if has.empty: return ''
+    far, where = has[part].map(np.mean), [
+        f'{MODELS[m]} at {s:g}' for m, s in zip(has.model, has.sparsity)]
+    low, high = far.argmin(), far.argmax()
+    line = (f'- {what} in {_shown(has[part])}, single intervals over test blocks, by '
+            f'{far.iloc[low]:z.3f} ({where[low]}) to {far.iloc[high]:.3f} nats ({where[high]})')
+    several = t[f'{part} by seed'].dropna()
+    return line + (f'. Over seeds, in {_shown(several, " with several")}' if len(several) else ''
+                   ) + '.'
 
 
-def _apart(found, how) -> str:
-    "The pairs for which a difference is not as it is said to be"
-    parts = [f'{where} ({plus_minus(d, w)})' for where, d, w in found]
-    return f'; {how} for {", ".join(parts)}' if parts else ''
+def _shown(differences, which='') -> str:
+    "Of how many a difference is shown, by itself and with Holm over all, and how many are below 0"
+    signs = [int(np.sign(np.mean(d))) * (abs(np.mean(d)) > half_width(d)) for d in differences]
+    below = f'; the other way round in {signs.count(-1)}' if -1 in signs else ''
+    return (f'{signs.count(1)} of {len(signs)} pairs of model and target{which} '
+            f'({sum(ahead(differences))} with Holm over the pairs{below})')
 
 # %% ../../nbs/studies/21_methods.ipynb #f03777c1
 def _again(table, trained) -> list[str]:
@@ -791,22 +810,49 @@ def _again(table, trained) -> list[str]:
             f'{" and ".join(parts)}, in bfloat16, on other machines or with sums in another '
             'order, which no interval includes.'] if parts else []
 
-
-def _taught(trained) -> list[str]:
-    "Does the lead survive distillation? Intervals over seeds, or over blocks if there is one seed"
-    lines = []
+# %% ../../nbs/studies/21_methods.ipynb #709d0660
+def taught_alike(trained: pd.DataFrame) -> pd.DataFrame:
+    """Other widths above the default's where both were distilled alike: a row for each model,
+    target, text and method, with nats `before` and `after`, (seeds,), or (blocks,) if the default
+    has one seed"""
+    rows = []
     for (model, s), d in trained.groupby(['model', 'sparsity'], sort=False):
         by = {m: x.set_index('seed') for m, x in d.groupby('method')}
-        if (ours := by.pop('default', None)) is None or not by: continue
-        over = 'seeds' if len(ours) > 1 else 'test blocks, of one seed'
-        for before, after, where in (('before', 'nll', 'WikiText-2'),
-                                     ('other_before', 'other', 'the help topics')):
-            gap = lambda x, k: mean_interval((x[k] - ours[k]).dropna() if len(ours) > 1 else
-                                             x.blocks[0][k] - ours.blocks[0][k], 3)
-            lines.append(f'- {MODELS[model]}, distilled alike (σ = {s:g}), nats above the default '
-                         f'on {where}, over {over}: '
-                         + '; '.join(f'{m} {gap(x, before)} before, {gap(x, after)} after'
-                                     for m, x in by.items()) + '.')
+        if (ours := by.pop('default', None)) is None: continue
+        gap = lambda x, k: np.array((x[k] - ours[k]).dropna() if len(ours) > 1 else
+                                    x.blocks[0][k] - ours.blocks[0][k])
+        rows += [dict(model=model, sparsity=s, text=text, method=m, before=gap(x, before),
+                      after=gap(x, after), over='seeds' if len(ours) > 1 else 'blocks')
+                 for before, after, text in (('before', 'nll', 'WikiText-2'),
+                                             ('other_before', 'other', 'help topics'))
+                 for m, x in by.items()]
+    return pd.DataFrame(rows, columns=['model', 'sparsity', 'text', 'method', 'before', 'after',
+                                       'over'])
+
+
+def taught_table(trained: pd.DataFrame) -> pd.DataFrame:
+    "`taught_alike`, to be read"
+    t = taught_alike(trained)
+    return pd.DataFrame({'model': t.model.map(MODELS), 'σ': t.sparsity.map('{:g}'.format),
+                         'text': t.text, 'widths of': t.method,
+                         'before': _with_intervals(t.before), 'after': _with_intervals(t.after),
+                         'over': t.over})
+
+# %% ../../nbs/studies/21_methods.ipynb #603696c1
+def _taught(trained) -> list[str]:
+    "Does the lead survive distillation?"
+    lines = []
+    for text, t in taught_alike(trained).groupby('text', sort=False):
+        far = t.after.map(np.mean)
+        sure = far.abs() > t.after.map(half_width)
+        first = t.drop_duplicates('model')
+        over = ', '.join(f'{o} of {MODELS[m]}' for m, o in zip(first.model, first.over))
+        lines.append(
+            f'- Other widths, distilled alike, end above the default\'s on the {text} in '
+            f'{(far > 0).sum()} of {len(t)} comparisons by their means, shown in '
+            f'{(sure & (far > 0)).sum()} by single intervals (over {over}); below in '
+            f'{(far < 0).sum()}, shown in {(sure & (far < 0)).sum()}. They were above in '
+            f'{(t.before.map(np.mean) > 0).sum()} before.')
     return lines
 
 # %% ../../nbs/studies/21_methods.ipynb #ef4195aa
@@ -893,19 +939,34 @@ def _repairs(table) -> list[str]:
             f'of {", ".join(worse) or "no pair of model and target"}.', *filter(None, [lead, bare]),
             *_scaled(table), *_normed(table)]
 
-
-def _scaled(table) -> list[str]:
-    "GRASPrune with the scales that it learns: is that better than our repair of it?"
+# %% ../../nbs/studies/21_methods.ipynb #187006d8
+def scales(table: pd.DataFrame) -> pd.DataFrame:
+    """GRASPrune with the scales that it learns and with sequential repair, nats above the default
+    with sequential repair: a row for each model and target, means over seeds"""
     of = lambda **kw: table[np.logical_and.reduce([table[k] == v for k, v in kw.items()])].groupby(
         ['model', 'sparsity']).nll.mean()
-    found = pd.concat([of(method='GRASPrune', calibration=c) for c in ('scales', 'sequential')]
-                      + [of(method='default', calibration='sequential')], axis=1,
-                      keys=['scales', 'repaired', 'ours']).dropna()
-    if found.empty: return []
-    said = ', '.join(f'{r.scales - r.ours:.3f} and {r.repaired - r.ours:.3f} ({MODELS[model]} at '
-                     f'{s:g})' for (model, s), r in found.iterrows())
-    return ['- GRASPrune with its own repair, learned scales, and with the sequential one is above '
-            f'the default, sequential, by {said} nats.']
+    ours = of(method='default', calibration='sequential')
+    t = pd.DataFrame({c: of(method='GRASPrune', calibration=c) - ours
+                      for c in ('scales', 'sequential')}).dropna().reset_index()
+    return t.iloc[np.argsort(t.model.map([*MODELS].index), kind='stable')]
+
+
+def scale_table(table: pd.DataFrame) -> pd.DataFrame:
+    "`scales`, to be read"
+    t = scales(table)
+    return pd.DataFrame({'model': t.model.map(MODELS), 'σ': t.sparsity.map('{:g}'.format),
+                         'with its scales': t.scales.map('{:z.3f}'.format),
+                         'with sequential repair': t.sequential.map('{:z.3f}'.format)})
+
+
+def _scaled(table) -> list[str]:
+    "Are GRASPrune's scales better than our repair of it?"
+    if (t := scales(table)).empty: return []
+    span = lambda v: f'{v.min():z.3f} to {v.max():z.3f}'
+    return ['- GRASPrune with its own repair, learned scales, is above the default, sequential, by '
+            f'{span(t.scales)} nats, and with the sequential one by {span(t.sequential)}; its '
+            f'scales leave less loss in {(t.scales < t.sequential).sum()} of {len(t)} pairs of '
+            'model and target.']
 
 # %% ../../nbs/studies/21_methods.ipynb #0b83c7bc
 def _normed(table) -> list[str]:
@@ -1092,10 +1153,11 @@ def _accuracy(tasks: list[dict]) -> list[str]:
     return lines + _by_task(tasks) + _ranked(tasks)
 
 # %% ../../nbs/studies/21_methods.ipynb #243fdb86
-def _by_task(tasks: list[dict]) -> list[str]:
-    "Which of the seven tell a policy with the most documents from the default; the others' mean"
+def task_by_task(tasks: list[dict]) -> pd.DataFrame:
+    """Accuracy of policies with the most documents against the default's: what is shown on single
+    tasks with Holm over the seven, and the mean of the other tasks"""
     from ffp_nb.pipeline.tasks import SEVEN, paired
-    found, parts = _most(_scores(tasks)), []
+    found, rows = _most(_scores(tasks)), []
     for (n, model, name, s), t in found.items():
         base = found.get((n, model, 'default', s))
         if base is None or name == 'default': continue
@@ -1104,14 +1166,23 @@ def _by_task(tasks: list[dict]) -> list[str]:
         shown, rest = d[p < LEVEL], d[~(p < LEVEL)]
         told = [f'{k} {plus_minus(v, w)}' for k, v, w in zip(
             shown.index, shown.difference, shown.interval)]
-        parts.append(f'{name}, {MODELS[model]} at {s:g}, {n} documents of each: '
-                     f'{", ".join(told) or "none"}')
-        if rest.empty: continue
-        half = np.sqrt((rest.interval**2).sum()) / len(rest)
-        parts[-1] += (f'; mean of the other {len(rest)}: '
-                      f'{plus_minus(rest.difference.mean(), half)}')
-    return ['- Task by task, against the default, what is shown with Holm over the seven: '
-            f'{". ".join(parts)}.'] if parts else []
+        half = np.sqrt((rest.interval**2).sum()) / max(len(rest), 1)
+        rows.append({'model': MODELS[model], 'σ': f'{s:g}', 'method': name, 'documents': n,
+                     'shown on': ', '.join(told), 'mean of the others': plus_minus(
+                         rest.difference.mean(), half) if len(rest) else ''})
+    return pd.DataFrame(rows, columns=['model', 'σ', 'method', 'documents', 'shown on',
+                                       'mean of the others'])
+
+
+def _by_task(tasks: list[dict]) -> list[str]:
+    "Where do single tasks tell a policy from the default?"
+    if (t := task_by_task(tasks)).empty: return []
+    told = t[t['shown on'] != '']
+    said = '; '.join(f'{r["shown on"]} ({r["method"]}, {r["model"]} at {r["σ"]})'
+                     for r in told.to_dict('records'))
+    return ['- Task by task, with Holm over the seven, the policies with the most documents are '
+            f'told from the default in {len(told)} of {len(t)} comparisons'
+            + (f': {said}' if said else '') + '.']
 
 # %% ../../nbs/studies/21_methods.ipynb #981e438b
 def _ranked(tasks) -> list[str]:
