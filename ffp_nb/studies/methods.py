@@ -824,7 +824,7 @@ def taught_alike(trained: pd.DataFrame) -> pd.DataFrame:
         rows += [dict(model=model, sparsity=s, text=text, method=m, before=gap(x, before),
                       after=gap(x, after), over='seeds' if len(ours) > 1 else 'blocks')
                  for before, after, text in (('before', 'nll', 'WikiText-2'),
-                                             ('other_before', 'other', 'help topics'))
+                                             ('other_before', 'other', 'the help topics'))
                  for m, x in by.items()]
     return pd.DataFrame(rows, columns=['model', 'sparsity', 'text', 'method', 'before', 'after',
                                        'over'])
@@ -848,7 +848,7 @@ def _taught(trained) -> list[str]:
         first = t.drop_duplicates('model')
         over = ', '.join(f'{o} of {MODELS[m]}' for m, o in zip(first.model, first.over))
         lines.append(
-            f'- Other widths, distilled alike, end above the default\'s on the {text} in '
+            f'- Other widths, distilled alike, end above the default\'s on {text} in '
             f'{(far > 0).sum()} of {len(t)} comparisons by their means, shown in '
             f'{(sure & (far > 0)).sum()} by single intervals (over {over}); below in '
             f'{(far < 0).sum()}, shown in {(sure & (far < 0)).sum()}. They were above in '
