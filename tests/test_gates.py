@@ -17,9 +17,8 @@ from ffp_nb.core.ridge import Calibrator
 from ffp_nb.core.stats import collect_stats
 from ffp_nb.core.text import Blocks
 from ffp_nb.search import gates
-from ffp_nb.search.gates import (
-    ScaledWeights, gated, grasprune, project, step_widths, straight_through)
-from ffp_nb.search.heuristics import BASELINES, HEURISTICS, Problem
+from ffp_nb.search.gates import ScaledWeights, gated, grasprune, project, straight_through
+from ffp_nb.search.heuristics import BASELINES, HEURISTICS, Problem, step_widths
 from ffp_nb.search.loop import Evaluator
 from ffp_nb.search.rivals import SEARCHERS
 
