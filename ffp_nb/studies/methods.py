@@ -463,9 +463,10 @@ def draw(table: pd.DataFrame, calibration: str = 'sequential',
          models: Iterable[str] = MODELS):  # a matplotlib figure
     "Nats above dense against sparsity, a line for each method, a panel for each model"
     models = [m for m in models if (table.model == m).any()]
-    fig, axes = plt.subplots(-(-len(models) // 2), min(len(models), 2), squeeze=False,
-                             figsize=(4.4 * min(len(models), 2), 4.2 * -(-len(models) // 2)),
-                             layout='constrained')
+    down, across = -(-len(models) // 2), min(len(models), 2)
+    # small enough that a phone can show it with letters that can be read
+    fig, axes = plt.subplots(down, across, squeeze=False, layout='constrained',
+                             figsize=(3.2 * across, 2.8 * down + 1.9))
     lines = {}
     for ax, model in zip(axes.flat, models):
         t = _at(table, model, calibration)
@@ -479,15 +480,14 @@ def draw(table: pd.DataFrame, calibration: str = 'sequential',
                 marker=_MARKS.get(name, 'o'), ms=5 if own or name in _MARKS else 3,
                 zorder=3 if own else 2, ls=_style(name))
         ax.set(xticks=SIGMAS, title=MODELS[model], ylim=(0, None),
-               xlabel="share of the layers' parameters removed")
+               xlabel='share of layer parameters removed')
         _tell_far(ax, above)
     for ax in axes.flat[len(models):]:
         ax.set_visible(False)
     for ax in axes[:, 0]:
         ax.set_ylabel('nats a token above dense')
     named = [m for m in NAMED if m in lines]
-    fig.legend([lines[m] for m in named], named, loc='outside lower center', ncols=3,
-               fontsize=9)
+    fig.legend([lines[m] for m in named], named, loc='outside lower center', ncols=2)
     return fig
 
 # %% ../../nbs/studies/21_methods.ipynb #017ee6ff
