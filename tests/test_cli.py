@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 import warnings
 from dataclasses import replace
 from inspect import signature
@@ -239,6 +240,20 @@ def test_ctrl_c_for_real(place, tmp_path):
     _, err = child.communicate()
     assert child.returncode == 130 and b'stopped; the same command' in err, err
     assert b'Traceback' not in err
+
+
+@pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='sees what is being loaded')
+def test_ctrl_c_while_it_imports():
+    code = MAIN_HEARS.replace(MAIN, 'import ffp_nb; ffp_nb.command()')
+    assert 'command' in code
+    child = subprocess.Popen([sys.executable, '-c', code, '--help'], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+    while 'libtorch' not in Path(f'/proc/{child.pid}/maps').read_text():
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate()
+    assert (child.returncode, out, err) == (130, b'', b'stopped before it began\n')
 
 
 def test_a_reader_that_ends_early(monkeypatch):

@@ -95,7 +95,7 @@ def test_metadata(built):
     assert {r.name for r in asked if not r.marker} == names(CFG['requirements'].split())
     assert b'Apache License' in next(v for k, v in files.items() if k.endswith('/LICENSE'))
     command = next(v for k, v in files.items() if k.endswith('/entry_points.txt')).decode()
-    assert 'ffp = ffp_nb.pipeline.cli:app' in command
+    assert 'ffp = ffp_nb:command' in command
 
 
 def test_extras_that_are_made_of_others_name_only_what_exists():
