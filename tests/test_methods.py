@@ -116,13 +116,13 @@ def rows(model, sparsity, **nll):
 
 
 def test_models_are_the_clusters():
-    "Seeds and targets are averaged first; a method of one model alone is left out"
+    "Common seeds and targets are averaged first; a method of one model alone is left out"
     t = pd.DataFrame(rows('a', 0.3, default=[3.0, 3.2], EAS=[3.3], OWL=[3.5])
                      + rows('a', 0.5, default=[4.0], EAS=[4.4])
                      + rows('b', 0.3, default=[2.0], EAS=[2.1], FLAP=[9.0]))
     found = against_default(t).set_index('method')
     assert [*found.index] == ['EAS'] and found.over['EAS'] == '2 models'
-    assert np.isclose(found.difference['EAS'], (0.3 + 0.1) / 2)  # a: (0.2 + 0.4) / 2
+    assert np.isclose(found.difference['EAS'], (0.35 + 0.1) / 2)  # a: (0.3 + 0.4) / 2
     assert against_default(t[t.model == 'a']).empty
 
 
@@ -208,13 +208,14 @@ def made():
     rows = [dict(model='smollm2', method='dense', sparsity=0.0, seed=0, calibration='none',
                  nll=3.0)]
 
-    def add(method, offsets, noise=0.0, tokens=100, episodes=320):
+    def add(method, offsets, noise=0.0, tokens=100, episodes=320, sparsity=0.5):
         for seed, d in enumerate(offsets):
             v = base + d + noise * rng.standard_normal(24)
-            rows.append(dict(model='smollm2', method=method, sparsity=0.5, seed=seed,
+            rows.append(dict(model='smollm2', method=method, sparsity=sparsity, seed=seed,
                              calibration='sequential', nll=v.mean(), ppl=np.exp(v.mean()), blocks=v,
                              forward_tokens=tokens, seconds=10.0 + seed, gone=0, other=np.nan,
-                             other_blocks=np.array([]), episodes=episodes))
+                             other_blocks=np.array([]), episodes=episodes,
+                             widths=(method, seed)))
 
     def table():
         return pd.DataFrame(rows)
@@ -333,15 +334,16 @@ def test_the_better_repair_is_told(made):
                   for r in made.rows[1:] if r['calibration'] == 'sequential']
     bare = methods._repairs(made.table())[2]
     assert bare.startswith('- Without any repair, the best other method') and (
-        'in 0 of 1 pairs' in bare and 'the other way round in 1' in bare)
+        'in 0 of 1 pairs' in bare and 'below it in 1' in bare)
     assert methods.lead_table(made.table(), 'none')['is above by'].tolist()[0].startswith('-0.500')
     made.add('GRASPrune', [1.0])
-    made.rows.append(made.rows[-1] | dict(calibration='scales', nll=made.rows[-1]['nll'] - 0.25))
+    made.rows.append(made.rows[-1] | dict(calibration='scales', blocks=made.rows[-1]['blocks']
+                                          - 0.25))
     line = methods._repairs(made.table())[-1]
     assert 'by 0.750 to 0.750 nats' in line and 'by 1.000 to 1.000; ' in line
     assert line.endswith('in 1 of 1 pairs of model and target.')
     assert methods.scale_table(made.table()).iloc[0].tolist() == [
-        'SmolLM2-135M', '0.5', '0.750', '1.000']
+        'SmolLM2-135M', '0.5', 1, '0.750', '1.000']
     made.rows[:] = [r for r in made.rows if r['seed'] < 2]
     assert 'in 2 of 2 policies of the default; in all seeds of SmolLM2-135M at 0.5 (+0.100).' in (
         methods._repairs(made.table())[0])
@@ -374,11 +376,47 @@ def test_blocks_that_follow_each_other_count_for_less(made):
 def test_methods_with_one_policy_are_named(made):
     assert methods._alike(made.table()) == []
     made.add('EAS', [0.3], noise=0.1)
-    made.rows.append(made.rows[-1] | dict(method='EvoPress'))
-    made.rows.append(made.rows[-1] | dict(method='OWL', seed=1))  # of another seed
+    # measured apart, so the losses are not the same to the last digit
+    made.rows.append(made.rows[-1] | dict(method='EvoPress', blocks=made.rows[-1]['blocks'] + 1e-4))
+    made.rows.append(made.rows[-1] | dict(method='OWL'))  # has no seed
+    made.rows.append(made.rows[-1] | dict(method='OWL', sparsity=0.3))  # another target
     assert methods._alike(made.table()) == [
-        '- One policy with several names, as they found the same widths: EAS and EvoPress '
+        '- One policy with several names, as the widths are the same: EAS and EvoPress and OWL '
         '(SmolLM2-135M at 0.5, seed 0).']
+    made.add('default', [0], sparsity=0.3)
+    made.rows[-1]['widths'] = made.rows[-2]['widths']  # in another order: not the same units
+    assert len(methods._alike(made.table())[0].split(' and ')) == 3
+
+
+def test_only_the_seeds_that_both_have_are_compared(made):
+    "One seed of a rival says nothing beside the mean of the default's three"
+    made.add('default, attention may go', [0.1])  # the default's own: 0.0, 0.3, -0.3
+    made.add('agent, 80 episodes', [-0.1])
+    made.add("paper's recipe", [0.5, 0.1])
+    made.add('even FFN cut, greedy', [0.2])
+    made.rows[1]['blocks'] = made.rows[1]['blocks'] + 0.6  # seed 0 of the default is bad
+    made.rows[1]['nll'] += 0.6
+    t = methods.leads(made.table()).iloc[0]
+    assert t.rival == 'agent, 80 episodes' and np.allclose(t.lead, -0.7)
+    assert np.allclose(t.paper, (-0.1 - 0.2) / 2) and np.allclose(t['paper by seed'], [-0.1, -0.2])
+    assert np.allclose(t.even, 0)  # has no seed: beside all three, 0.6, 0.3, -0.3
+    (line,) = methods._attention(made.table())
+    assert 'is -0.500 nats from' in line and line.endswith('(seeds of both: 1).')
+    made.add('even FFN cut', [0.0])
+    line = next(x for x in methods._held(made.table()) if '*agent, 80' in x)
+    assert 'by -0.700 (σ = 0.5)' in line
+
+
+def test_a_lead_is_told_without_pairs_of_seeds_too(made):
+    made.add('EAS', [0.5, 0.8, 0.2])  # apart by 0.5 in each pair, and the seeds far from each other
+    (line,) = methods._unpaired(made.table(), methods.leads(made.table()))
+    assert methods.ahead(methods.leads(made.table())['lead by seed']) == [True]
+    assert line.endswith('over seeds in 0 of 1 pairs, 0 with Holm.')
+    for row in made.rows[-3:]:
+        row['nll'] += 3
+        row['blocks'] = row['blocks'] + 3
+    (line,) = methods._unpaired(made.table(), methods.leads(made.table()))
+    assert line.endswith('over seeds in 1 of 1 pairs, 1 with Holm.')
 
 
 def _judged(name, shift=0.0, limit=400, model='smollm2', sparsity=0.3, nats=0.0, seed=0):

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['REAL', 'MODELS', 'SIGMAS', 'LIMIT', 'AGENT', 'METHODS', 'NAMED', 'EVEN', 'OURS', 'PAPER', 'LONG', 'DONE', 'LEARNED',
            'DISTILLED', 'TAUGHT', 'ELSEWHERE', 'BEHIND', 'TASKS_OF', 'STUDY', 'wanted', 'method_cell', 'policies',
-           'find_policies', 'plan', 'twin_table', 'on_second_text', 'behind_norms', 'tidy', 'best_rival', 'headline',
-           'perplexity_table', 'draw', 'task_gaps', 'zero_shot_table', 'by_task_table', 'cost_of', 'distilled_table',
-           'cost_table', 'costs', 'leads', 'ahead', 'lead_table', 'part_table', 'grouped_findings', 'findings',
-           'taught_alike', 'taught_table', 'scales', 'scale_table', 'on_other_text', 'other_table', 'draw_other',
-           'against_default', 'task_by_task']
+           'find_policies', 'plan', 'twin_table', 'on_second_text', 'behind_norms', 'tidy', 'same_seeds', 'nats_above',
+           'best_rival', 'headline', 'perplexity_table', 'draw', 'task_gaps', 'zero_shot_table', 'by_task_table',
+           'cost_of', 'distilled_table', 'cost_table', 'costs', 'leads', 'ahead', 'lead_table', 'part_table',
+           'grouped_findings', 'findings', 'taught_alike', 'taught_table', 'scales', 'scale_table', 'on_other_text',
+           'other_table', 'draw_other', 'against_default', 'task_by_task']
 
 # %% ../../nbs/studies/21_methods.ipynb #805ce91f
 import warnings
@@ -305,7 +305,7 @@ def _measure_normed(bench, widths) -> dict:
 
 # %% ../../nbs/studies/21_methods.ipynb #57112993
 _COLUMNS = ['model', 'method', 'sparsity', 'seed', 'calibration', 'ppl', 'nll', 'forward_tokens',
-            'seconds', 'gone', 'blocks', 'other', 'other_blocks', 'episodes', 'repair_s']
+            'seconds', 'gone', 'blocks', 'other', 'other_blocks', 'episodes', 'repair_s', 'widths']
 _REPAIRS = (*MODES, 'scales', 'normed')  # GRASPrune's own, and sequential behind norms
 
 
@@ -314,7 +314,7 @@ def _rows(name, model, record, more=(), other=(), normed_s=np.nan) -> list[dict]
     those on a second text; a repair behind norms took `normed_s`, with its measurement"""
     c, found = record['config'], record['result']
     seconds = (found.get('search') or {}).get('wall_s', found.get('search_s'))
-    gone = int((np.array(found['widths']) == 0).sum())
+    widths = np.array(found['widths'])
     rows = []
     for m, v in ((m, np.array(v)) for m, v in (found['nll'] | dict(more)).items()
                  if m in _REPAIRS):
@@ -322,7 +322,8 @@ def _rows(name, model, record, more=(), other=(), normed_s=np.nan) -> list[dict]
         rows.append(dict(model=model, method=name, sparsity=c['sparsity'], seed=c['seed'],
                          calibration=m, ppl=float(np.exp(v.mean())), nll=float(v.mean()),
                          forward_tokens=found.get('forward_tokens', record['forward_tokens'] or 0),
-                         seconds=seconds, gone=gone, blocks=v, other_blocks=far,
+                         seconds=seconds, gone=(widths == 0).sum(), blocks=v, other_blocks=far,
+                         widths=tuple(widths.ravel().tolist()),
                          other=float(far.mean()) if far.size else np.nan,
                          episodes=c['profile']['episodes'],
                          repair_s=normed_s if m == 'normed' else np.nan))
@@ -407,13 +408,30 @@ def _at(table, model, calibration='sequential'):
                  & (table.calibration == calibration)]
 
 
+def same_seeds(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of two methods at one target, of the seeds that both have. What has no seed is compared
+    with each seed of the other"""
+    if {*a.method, *b.method} & _DIRECT: return a, b
+    return a[a.seed.isin(b.seed)], b[b.seed.isin(a.seed)]
+
+
+def nats_above(a: pd.DataFrame, b: pd.DataFrame) -> np.ndarray | None:
+    "(blocks,) by which `a` is above `b`, means over `same_seeds`; None if there are none"
+    a, b = same_seeds(a, b)
+    if a.empty or b.empty: return None
+    return np.mean([*a.blocks], 0) - np.mean([*b.blocks], 0)
+
+
 def best_rival(table: pd.DataFrame, model: str, sparsity: float,
                calibration: str = 'sequential') -> str | None:
-    """The method with the least mean on the compared blocks, without the default, the paper's
-    recipe and what differs from them in one thing"""
+    """The method that is the least above the default on the compared blocks, or the most below it,
+    the paper's recipe among them and variants of the default not; None if there is none"""
     t = _at(table, model, calibration)
-    t = t[(t.sparsity == sparsity) & ~t.method.str.startswith(('default', "paper's recipe"))]
-    return None if t.empty else t.groupby('method').nll.mean().idxmin()
+    by = dict([*t[t.sparsity == sparsity].groupby('method')])
+    far = {m: nats_above(d, by['default']) for m, d in by.items()
+           if m not in OURS and 'default' in by}
+    far = {m: d.mean() for m, d in far.items() if d is not None}
+    return min(far, key=far.get, default=None)
 
 
 def _held_to(table) -> str:
@@ -506,7 +524,7 @@ _MARKS = {OURS[1]: 's', OURS[2]: '^', LONG[0]: 's', AGENT: 's', "paper's recipe,
 
 def _style(name):
     "Searches are drawn through, what needs none is dashed, variants are dotted"
-    if name == AGENT or name.startswith(("default,", "paper's recipe,")): return ':'
+    if name.startswith(("default,", "paper's recipe,")): return ':'
     return '--' if name in _DIRECT else '-'
 
 # %% ../../nbs/studies/21_methods.ipynb #4b66ce3b
@@ -651,7 +669,7 @@ def costs(table: pd.DataFrame, trained: pd.DataFrame) -> str:
 
 # %% ../../nbs/studies/21_methods.ipynb #793e8afc
 def _by_seed(t, a, b) -> np.ndarray | None:
-    "Nats of a above b, (seeds,), None for fewer than two; what has no seed, with each seed of b"
+    "Nats of a above b, (seeds,), `same_seeds`; None for fewer than two"
     x, y = (t[t.method == m].set_index('seed').nll for m in (a, b))
     if x.empty: return None
     d = ((x.iloc[0] if a in _DIRECT else x) - y).dropna().to_numpy()
@@ -682,14 +700,14 @@ def leads(table: pd.DataFrame, calibration: str = 'sequential') -> pd.DataFrame:
     """A row for each model and target with the default: its `seeds`, and where the paper's recipe
     or the best rival has fewer, theirs; that `rival` and the nats by which it is above the default
     (`lead`); `paper`, `search`, `search, greedy`, `order`, `even`, see the page; each (blocks,),
-    means over seeds, or None; the same seed by seed, (seeds,), in columns with ' by seed', None for
-    fewer than two; of how many `methods` every seed is above all of its seeds (`above`)"""
+    means over the seeds that both have, or None; the same seed by seed, (seeds,), in columns with
+    ' by seed', None for fewer than two; of how many `methods` every seed is above all of its seeds
+    (`above`)"""
     rows = []
     for (model, s), t in _at(table, MODELS, calibration).groupby(['model', 'sparsity'], sort=False):
         ours, rest = t[t.method == 'default'], t[~t.method.isin(OURS)]
         if ours.empty or rest.empty: continue
-        blocks = {m: np.mean([*d.blocks], 0) for m, d in t.groupby('method')}
-        gap = lambda a, b: blocks[a] - blocks[b] if a in blocks and b in blocks else None
+        gap = lambda a, b: nats_above(t[t.method == a], t[t.method == b])
         rival = best_rival(table, model, s, calibration)
         both = {'lead': (rival, 'default')} | _LEADS
         rows.append(dict(model=model, sparsity=s, seeds=_seeds(t, rival), rival=rival,
@@ -712,8 +730,10 @@ def ahead(differences: Iterable) -> list[bool]:
     return [bool(d.mean() > 0 and q < LEVEL) for d, q in zip(found, p)]
 
 # %% ../../nbs/studies/21_methods.ipynb #f818b6ab
-def _with_intervals(differences: pd.Series) -> pd.Series:
-    return differences.map(lambda d: '' if d is None else mean_interval(d, 3))
+def _with_intervals(differences: pd.Series) -> list[str]:
+    "To be read; bold where it is shown with Holm over all that it is above 0"
+    bold = ['**' * sure for sure in ahead(differences)]
+    return ['' if d is None else f'{b}{mean_interval(d, 3)}{b}' for d, b in zip(differences, bold)]
 
 
 def lead_table(table: pd.DataFrame, calibration: str = 'sequential') -> pd.DataFrame:
@@ -744,10 +764,11 @@ def grouped_findings(table: pd.DataFrame, tasks: list[dict],
                      trained: pd.DataFrame) -> dict[str, list[str]]:
     "Title of a part → Markdown lines with the figures of the records"
     t = leads(table)
-    parts = {'The lead': _far(t), 'It and the repair': _repairs(table),
+    parts = {'How far the default is ahead': _far(t),
+             'The lead and the repair': _repairs(table),
              'At equal tokens, and with more': _held(table) + _attention(table),
-             'What the intervals do not say': _neighbours(t) + _pooled(table)
-             + _again(table, trained) + _alike(table) + _broken(table),
+             'What the intervals do not say': _unpaired(table, t) + _neighbours(t)
+             + _pooled(table) + _again(table, trained) + _alike(table) + _broken(table),
              'Taught by the dense model': _taught(trained), 'On another text': _elsewhere(table),
              'On tasks': _accuracy(tasks)}
     return {title: lines for title, lines in parts.items() if lines}
@@ -784,19 +805,19 @@ def _told(t, part, what) -> str:
     far, where = has[part].map(np.mean), [
         f'{MODELS[m]} at {s:g}' for m, s in zip(has.model, has.sparsity)]
     low, high = far.argmin(), far.argmax()
-    line = (f'- {what} in {_shown(has[part])}, single intervals over test blocks, by '
+    line = (f'- {what} in {_shown(has[part], "pairs of model and target")} over test blocks, by '
             f'{far.iloc[low]:z.3f} ({where[low]}) to {far.iloc[high]:.3f} nats ({where[high]})')
     several = t[f'{part} by seed'].dropna()
-    return line + (f'. Over seeds, in {_shown(several, " with several")}' if len(several) else ''
-                   ) + '.'
+    return line + (f'. Over seeds, in {_shown(several, "pairs with several")}' if len(several)
+                   else '') + '.'
 
 
-def _shown(differences, which='') -> str:
-    "Of how many a difference is shown, by itself and with Holm over all, and how many are below 0"
-    signs = [int(np.sign(np.mean(d))) * (abs(np.mean(d)) > half_width(d)) for d in differences]
-    below = f'; the other way round in {signs.count(-1)}' if -1 in signs else ''
-    return (f'{signs.count(1)} of {len(signs)} pairs of model and target{which} '
-            f'({sum(ahead(differences))} with Holm over the pairs{below})')
+def _shown(differences, of) -> str:
+    "In how many a difference is shown by its own interval and with Holm over all; the same below 0"
+    single = lambda sign: sum(sign * np.mean(d) > half_width(d) for d in differences)
+    both = lambda sign: f'{sum(ahead(sign * d for d in differences))} with Holm'
+    below = f'; below it in {single(-1)}, {both(-1)}' if single(-1) else ''
+    return f'{single(1)} of {len(differences)} {of} by single intervals ({both(1)}{below})'
 
 # %% ../../nbs/studies/21_methods.ipynb #f03777c1
 def _again(table, trained) -> list[str]:
@@ -862,7 +883,6 @@ def _held(table) -> list[str]:
     for model in REAL:
         t = _at(table, model)
         per = {m: d for m, d in t.groupby('method', sort=False)}
-        mean = lambda m: per[m].groupby('sparsity').nll.mean()
         if not (off := _from_even(t)): continue
         lines.append(
             f"- {MODELS[model]}: held to the default's tokens, the paper's recipe has "
@@ -872,8 +892,9 @@ def _held(table) -> list[str]:
             gaps = []
             for s in per[name].sparsity.unique():
                 d = _by_seed(t[t.sparsity == s], name, 'default')
-                alone = [mean(name)[s] - mean('default')[s]]  # of a single seed
-                gaps.append(f'{mean_interval(alone if d is None else d, 3)} (σ = {s:g})')
+                alone = nats_above(*(per[m][per[m].sparsity == s] for m in (name, 'default')))
+                far = mean_interval([alone.mean()] if d is None else d, 3)
+                gaps.append(f'{far} (σ = {s:g})')
             lines.append(
                 f'- *{name}*, {per[name].forward_tokens.mean():,.0f} forward tokens, is above the '
                 f'default by {", ".join(gaps)} nats (intervals over seeds; one seed has none).')
@@ -895,16 +916,34 @@ def _broken(table) -> list[str]:
 
 # %% ../../nbs/studies/21_methods.ipynb #75433743
 def _alike(table) -> list[str]:
-    "Methods that ended with the same policy: equal losses, block for block"
-    t = _at(table, MODELS)
-    same = t.blocks.map(lambda v: v.tobytes())
-    found = t.groupby([t.model, t.sparsity, t.seed, same], sort=False)
-    parts = [f'{" and ".join(d.method)} ({MODELS[model]} at {s:g}, seed {seed})'
-             for (model, s, seed, _), d in found if len(d) > 1]
-    return [f'- One policy with several names, as they found the same widths: {"; ".join(parts)}.'
-            ] if parts else []
+    "Methods that ended with the same policy: equal widths in the same order"
+    t, where = _at(table, MODELS), {}
+    order = t.method.map(lambda m: METHODS[m][0] if m in METHODS else m)
+    for (model, s, *_), d in t.groupby([t.model, t.sparsity, order, t.widths], sort=False):
+        if len(names := sorted(d.method.unique(), key=NAMED.index)) < 2: continue
+        seeds = sorted(d.seed[~d.method.isin(_DIRECT)].unique())
+        said = f', seed{"s" * (len(seeds) > 1)} {", ".join(map(str, seeds))}' if seeds else ''
+        where.setdefault(' and '.join(names), []).append(f'{MODELS[model]} at {s:g}{said}')
+    return ['- One policy with several names, as the widths are the same: '
+            + '; '.join(f'{names} ({"; ".join(at)})' for names, at in where.items()) + '.'
+            ] if where else []
 
 # %% ../../nbs/studies/21_methods.ipynb #6e67200c
+def _unpaired(table, t) -> list[str]:  # `t`: the leads
+    "What if seeds were not paired by their number?"
+    p, far = [], []
+    for r in t[t['lead by seed'].notna()].itertuples():
+        d = _at(table[table.sparsity == r.sparsity], r.model).groupby('method').nll
+        a, b = d.get_group(r.rival), d.get_group('default')
+        p.append(p_value(a.iloc[0] - b) if r.rival in _DIRECT
+                 else stats.ttest_ind(a, b, equal_var=False).pvalue)
+        far.append(a.mean() - b.mean())
+    above = lambda p: sum((np.array(p) < LEVEL) & (np.array(far) > 0))
+    return ['- Searches of the same seed are compared, as they read the search text in the same '
+            'order. As two groups instead (Welch), the best other method is above the default over '
+            f'seeds in {above(p)} of {len(p)} pairs, {above(holm(p))} with Holm.'] if p else []
+
+
 def _neighbours(t, of: int = 4) -> list[str]:
     "Blocks that follow each other in a text are alike: what does that do to the intervals?"
     found = [d for part in ('lead', 'paper') for d in t[part]
@@ -916,10 +955,10 @@ def _neighbours(t, of: int = 4) -> list[str]:
     shown = [sum(d.mean() > w for d, w in zip(found, widths))
              for widths in (map(half_width, found), groups)]
     return ['- Neighbouring test blocks are not independent: from one to the next, the differences '
-            f'of the first two lines correlate by {min(lag):.2f} to {max(lag):.2f}. With the means '
-            f'of {of} neighbours as the values, their intervals are {min(wider):.2f} to '
-            f'{max(wider):.2f} times as wide, and {shown[1]} of the {len(found)} differences are '
-            f'shown; with single blocks {shown[0]}.']
+            f'of the best other method and of the recipe correlate by {min(lag):.2f} to '
+            f'{max(lag):.2f}. With the means of {of} neighbours as the values, their intervals are '
+            f'{min(wider):.2f} to {max(wider):.2f} times as wide, and {shown[1]} of the '
+            f'{len(found)} differences are shown; with single blocks {shown[0]}.']
 
 # %% ../../nbs/studies/21_methods.ipynb #96cdcb78
 def _repairs(table) -> list[str]:
@@ -942,12 +981,15 @@ def _repairs(table) -> list[str]:
 # %% ../../nbs/studies/21_methods.ipynb #187006d8
 def scales(table: pd.DataFrame) -> pd.DataFrame:
     """GRASPrune with the scales that it learns and with sequential repair, nats above the default
-    with sequential repair: a row for each model and target, means over seeds"""
-    of = lambda **kw: table[np.logical_and.reduce([table[k] == v for k, v in kw.items()])].groupby(
-        ['model', 'sparsity']).nll.mean()
-    ours = of(method='default', calibration='sequential')
-    t = pd.DataFrame({c: of(method='GRASPrune', calibration=c) - ours
-                      for c in ('scales', 'sequential')}).dropna().reset_index()
+    with sequential repair: a row for each model and target, means over the seeds that both have"""
+    rows, columns = [], ['scales', 'sequential']
+    for (model, s), t in table.groupby(['model', 'sparsity']):
+        at = lambda m, c: t[(t.method == m) & (t.calibration == c)]
+        ours, theirs = at('default', 'sequential'), [at('GRASPrune', c) for c in columns]
+        far = [d.mean() for a in theirs if (d := nats_above(a, ours)) is not None]
+        if len(far) < 2: continue
+        rows.append([model, s, same_seeds(theirs[0], ours)[0].seed.nunique(), *far])
+    t = pd.DataFrame(rows, columns=['model', 'sparsity', 'seeds', *columns])
     return t.iloc[np.argsort(t.model.map([*MODELS].index), kind='stable')]
 
 
@@ -955,7 +997,7 @@ def scale_table(table: pd.DataFrame) -> pd.DataFrame:
     "`scales`, to be read"
     t = scales(table)
     return pd.DataFrame({'model': t.model.map(MODELS), 'σ': t.sparsity.map('{:g}'.format),
-                         'with its scales': t.scales.map('{:z.3f}'.format),
+                         'seeds': t.seeds, 'with its scales': t.scales.map('{:z.3f}'.format),
                          'with sequential repair': t.sequential.map('{:z.3f}'.format)})
 
 
@@ -1099,23 +1141,28 @@ def _attention(table) -> list[str]:
     "What is gained where attention is all or nothing, and a search may take it away?"
     lines = []
     for (model, s), t in _at(table, MODELS).groupby(['model', 'sparsity']):
-        free, own = (t[t.method == m] for m in (OURS[1], OURS[0]))
-        if free.empty or own.empty: continue
+        free, own = same_seeds(*(t[t.method == m] for m in (OURS[1], OURS[0])))
+        if free.empty: continue
         lines.append(f'- {MODELS[model]}, σ = {s:g}: a search that may remove attention whole '
                      f'takes {free.gone.mean():.1f} modules away and is '
                      f'{free.nll.mean() - own.nll.mean():+.3f} nats from one that keeps them '
-                     f'({len(free)} and {len(own)} seeds).')
+                     f'(seeds of both: {len(free)}).')
     return lines
 
 # %% ../../nbs/studies/21_methods.ipynb #726de22d
 def against_default(table: pd.DataFrame, calibration: str = 'sequential') -> pd.DataFrame:
-    """Nats of every method above the default, for methods of two models or more: means over seeds,
-    then over the targets that both have, an interval over models, and p-values adjusted for the
-    number of methods (Holm)"""
+    """Nats of every method above the default, for methods of two models or more: means over the
+    seeds and then over the targets that both have, an interval over models, and p-values adjusted
+    for the number of methods (Holm)"""
     t = table[(table.calibration == calibration) & table.method.isin(NAMED)
               & ~table.method.isin(OURS[1:])]
-    t = t.groupby(['model', 'sparsity', 'method'], as_index=False).nll.mean()
-    t = t[t.model.isin(t[t.method == 'default'].model)]
+    rows = []
+    for (model, s), d in t.groupby(['model', 'sparsity']):
+        own = d[d.method == 'default']
+        both = {m: same_seeds(x, own) for m, x in d.groupby('method')}  # the default's: 0
+        rows += [dict(model=model, sparsity=s, method=m, nll=a.nll.mean() - b.nll.mean())
+                 for m, (a, b) in both.items() if len(a) and len(b)]
+    t = pd.DataFrame(rows, columns=['model', 'sparsity', 'method', 'nll'])
     models = t.groupby('method').model.nunique()
     t = t[t.method.isin(models.index[models > 1])]
     if t.empty: return t
