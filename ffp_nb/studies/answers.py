@@ -318,7 +318,7 @@ def _ranking(table, truth):
     return ('The best predictors, with hindsight, rank policies with a correlation of '
             f'{" and ".join(parts)}; a line from slopes with {drawn.spearman:.2f} after '
             f'{drawn.tokens:,.0f}. Measuring the policies again, on another part of the text, '
-            f'ranks them with {again:.2f}, so none can be expected to do better.')
+            f'ranks them with {again:.2f}: text has a noise of its own.')
 
 
 @answers('protocol')

@@ -661,7 +661,8 @@ def costs(table: pd.DataFrame, trained: pd.DataFrame) -> str:
     gain = '; '.join(f'{MODELS[m]} {v}' for m in REAL if (v := _from_even(_at(table, m))))
     said = ('A backward pass counts as two forward passes. Seconds are of one CPU core of several '
             'machines, some beside other work: compare the tokens. On top come the statistics of '
-            "the calibration text, which every method here reads, and the default's greedy order.")
+            "the calibration text, which every method here reads, and the default's greedy order, "
+            'which reads no more of it (its seconds: `benchmarks/orders.py`).')
     if gain:
         said += (" Nats of the paper's recipe above an even cut of the FFNs in the same order "
                  f'(below 0: less loss): {gain}.')
@@ -1085,6 +1086,7 @@ def _elsewhere(table) -> list[str]:
         rank = stats.spearmanr([0, *own], [0, *other]).statistic
         best = t.loc[other.idxmin()]
         shown = lambda sign: t.method[(sign * other > 0) & (t.holm < LEVEL)].tolist()
+        single = [sum(sign * other > t.other.map(half_width)) for sign in (1, -1)]
         said = lambda names: f'{len(names)}' + (f' ({", ".join(names)})' if names else '')
         lost = _lost(table, model, s)
         lines += [
@@ -1092,7 +1094,8 @@ def _elsewhere(table) -> list[str]:
             f'WikiText-2), {MODELS[model]}, σ = {s:g}: {(other < 0).sum()} of {len(t)} other '
             f'methods have less loss than the default there by their means, {(own < 0).sum()} on '
             f'WikiText-2. With Holm over {len(t)} comparisons, it is shown to be ahead of '
-            f'{said(shown(1))} and behind {said(shown(-1))}.',
+            f'{said(shown(1))} and behind {said(shown(-1))}, by single intervals of {single[0]} '
+            f'and behind {single[1]}.',
             f'- There it loses {lost.other:.2f} nats, {lost.nll:.2f} on WikiText-2; the best other '
             f'is {best.method}, {plus_minus(np.mean(best.other), half_width(best.other))} nats '
             'from it (below 0: less loss; interval over seeds, chosen with hindsight). The orders '

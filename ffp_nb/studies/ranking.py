@@ -251,7 +251,7 @@ def _measured_lines(t) -> list[str]:
     return [f'- Learnt from what a line leaves over, the highest of any number is {top.how} with '
             f'{top.spearman:.3f} ({top.policies:.0f} policies, {top.tokens:,.0f} tokens).',
             '- Measuring the judged policies themselves on the text that was learnt from gives '
-            f'{again.spearman:.3f}, which a prediction can hardly be above.']
+            f'{again.spearman:.3f}: what has learnt those blocks exactly is no better.']
 
 
 STUDY = Study('ranking', 'ranking', plan, tidy, findings)
