@@ -165,6 +165,9 @@ def test_every_method_makes_a_folder(method, tmp_path):
     assert record['result']['tokens'] == 2048 and record['config']['text'] == {'pydoc': 1.0}
     card = (tmp_path / 'out/model/README.md').read_text()
     assert '2,048 tokens of pydoc (1)' in card and (tmp_path / 'out/model/recover.png').exists()
+    whole = sum(p.numel() for p in load_model(str(dense), 'float32')[0].parameters())
+    held = sum(p.numel() for p in model.parameters())  # with zeros and adapters
+    assert f'{whole:,} parameters before, {held:,} after' in card
     # removed modules stay zeros
     assert not model.model.layers[0].mlp.down_proj.weight.any()
     if method == 'adapter':
@@ -174,6 +177,18 @@ def test_every_method_makes_a_folder(method, tmp_path):
         assert not torch.equal(model(x).logits, before(x).logits)
     pytest.importorskip('gguf')
     assert export_gguf(tmp_path / 'out/model', tmp_path / 'm.gguf', 'f32').stat().st_size > 1000
+
+
+def test_a_configuration_need_not_say_the_size_of_its_ffns(tmp_path):
+    "GPT-2's, as on the hub"
+    dense, pruned = folders(tmp_path, 'gpt2', False, byte_tokenizer(), vocab=300, ffn=None)
+    assert load_model(str(dense), 'float32')[0].config.n_inner is None
+    code, err, _ = say('recover', pruned, '--method', 'lora', '--out', tmp_path / 'out', *QUICK)
+    assert code == 0, err
+    whole, held = (sum(p.numel() for p in m.parameters()) for m in (
+        load_model(str(dense), 'float32')[0], load_pruned(pruned)[0]))
+    assert f'{whole:,} parameters before, {held:,} after' in (
+        tmp_path / 'out/model/README.md').read_text()
 
 
 def test_what_the_first_token_has_lost_is_told_after_a_distillation(tmp_path, monkeypatch):

@@ -527,6 +527,11 @@ def test_the_step_is_the_finest_that_is_small_enough(bench):
             assert bench.cost.total(own) <= bench.cost.total(pick(policies, bench.cost, s)) + 1e-6
             assert bench.cost.sparsity(pick(policies, bench.cost, s)) >= s - 1e-9
     assert choose_step(bench, path, 0.1, 0.5, 0)[0][1] <= 64  # nothing fits: the coarsest
+    # FFNs that are narrower than the step
+    narrow = SimpleNamespace(config=SimpleNamespace(step=(1, 128), p_min=0.1), cost=bench.cost,
+                             elastic=bench.elastic)
+    step, policies = choose_step(narrow, path, 0.1, 0.3)
+    assert step == (1, 128) and all(bench.cost.sparsity(w) >= 0.1 - 1e-9 for w in policies)
 
 
 def test_what_is_no_save_is_never_replaced(tmp_path):

@@ -552,6 +552,28 @@ def test_a_cache_survives_a_lack_of_memory(tmp_path, monkeypatch):
     assert torch.equal(benches._kept(tmp_path, 'stats', b'key', make)['x'], torch.ones(3))
 
 
+@pytest.mark.parametrize('family', ['llama', 'qwen3', 'olmo2'])
+def test_the_card_counts_what_is_in_the_folder(family, tmp_path, monkeypatch):
+    "Removed modules are stored as zeros; some have norms of their own"
+    make_folder(tmp_path, family)
+    monkeypatch.chdir(tmp_path)
+    config = PruneConfig(str(tmp_path / 'dense'), 'text.txt', 0.3, 'uniform', criterion='wanda',
+                         calibration='none', profile=TINY, dtype='float32')
+    size = lambda m: sum(p.numel() for p in m.parameters())
+    dense = load_model(str(tmp_path / 'dense'), 'float32')[0]
+    full = Layout(dense).full
+    gone = full.copy()
+    gone[1, 0] = gone[2, 1] = 0
+    for widths, out in ((gone, 'gone'), (np.maximum(full // 2, 1), 'half')):
+        monkeypatch.setattr(prune, 'find_widths', lambda *a, **kw: (widths, None))
+        prune.prune(config, tmp_path / out, progress=False)
+        card = (tmp_path / out / 'model' / 'README.md').read_text()
+        held = size(load_pruned(tmp_path / out / 'model')[0])
+        assert f'{size(dense):,} parameters before, {held:,} after' in card
+        zeros = Layout(dense).unit_params[1, 0] + Layout(dense).unit_params[2, 1]
+        assert (f'zeros each: {zeros:,} parameters' in card) == (out == 'gone')
+
+
 def test_widths_by_the_clock_keep_what_the_search_kept(monkeypatch):
     "With --remove the search may find that no module should go; the clock does not undo that"
     cost = param_cost(Layout(tiny_model('llama')))

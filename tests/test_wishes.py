@@ -242,6 +242,21 @@ def test_a_resumed_search_keeps_its_latency(ffp, tiny_folder, clock, monkeypatch
     assert again['result']['updates'][-1]['guess'] == whole['result']['updates'][-1]['guess']
 
 
+def test_a_finished_search_keeps_what_the_clock_settled(ffp, tiny_folder, clock):
+    args = command(tiny_folder, '--speedup', 1.4, method='gradient')
+    args = [o for o in args if o not in ('--calibration', 'static')]  # a search has none
+    worked(ffp('search', *args[1:]))
+    found = json.loads((tiny_folder / 'out' / 'widths.json').read_text())['widths']
+    clock[1]['channel'] *= 2  # the machine is slower now
+    assert record(worked_out(ffp, args, tiny_folder / 'out'))['result']['widths'] == found
+    again = worked_out(ffp, (*args, '--overwrite'), tiny_folder / 'out')
+    assert record(again)['result']['widths'] == found
+    worked(ffp(*args, '--overwrite', '--no-resume'))  # asks the clock
+    assert (tiny_folder / 'out' / 'search' / 'old-1' / 'settled.json').exists()
+    assert json.loads((tiny_folder / 'out' / 'search' / 'settled.json').read_text())[
+        'widths'] != found
+
+
 def worked_out(ffp, args, out):
     worked(ffp(*args))
     return out

@@ -101,7 +101,7 @@ def mac_cost(
                 f'MACs a token at {seq_len} tokens')
 
 def memory_cost(
-    layout,  # has `unit_params` (L, 2), `full` (L, 2), `fixed_params`, `head_dim`, `unit_heads`
+    layout,  # has `unit_params` (L, 2), `full` (L, 2), `fixed_params`, `head_dim`, `cached_heads`
     context: int,  # tokens in the KV cache, of all sequences together
     element: int = 2,  # bytes of a number: 2 in bfloat16
 ) -> Cost:
@@ -109,7 +109,7 @@ def memory_cost(
     a value for each token (no sliding window is taken off)"""
     if int(context) != context or context < 0:
         raise ValueError(f"context is {context}; give a number of tokens >= 0")
-    cache = np.array([2 * layout.head_dim * layout.unit_heads[1] * int(context), 0])
+    cache = np.array([2 * layout.head_dim * layout.cached_heads * int(context), 0])
     return Cost((layout.unit_params + cache) * element, layout.full, layout.fixed_params * element,
                 f'bytes at {context} tokens')
 

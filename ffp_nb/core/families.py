@@ -187,6 +187,8 @@ class Layout:
         self.q_per_kv, self.sums = self.q_heads // self.kv_heads, names.sums
         # query heads of a unit, and those with a key and a value
         self.unit_heads = ((self.q_heads, self.kv_heads) if names.whole else (self.q_per_kv, 1))
+        # those of a unit in the cache: Falcon-40B repeats them for every query first
+        self.cached_heads = self.unit_heads[not getattr(cfg, 'new_decoder_architecture', False)]
         self.windows = _windows(cfg, len(self.layers))
         self.modules = {m.key: m for i, layer in enumerate(self.layers)
                         for m in (_attention(self, i, layer, names), _ffn(i, layer, names))}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GATED', 'OPT', 'UP', 'GLM', 'PHI', 'PHI3', 'NEOX', 'FALCON', 'GPT2', 'NORMED', 'OLMO2', 'GEMMA', 'GEMMA2', 'GLM4',
            'STARCODER', 'FAMILIES', 'SHIPPED', 'IN_4', 'PRUNED', 'BACKBONES', 'Family', 'family_of', 'kv_heads',
-           'head_dim', 'NoHeads', 'set_heads', 'shrink', 'Adapted', 'adapt', 'rope_of_4', 'Pruned']
+           'head_dim', 'ffn_size', 'NoHeads', 'set_heads', 'shrink', 'Adapted', 'adapt', 'rope_of_4', 'Pruned']
 
 # %% ../../nbs/core/00_modeling.ipynb #93edc59e
 from collections.abc import Iterator, Mapping
@@ -108,6 +108,11 @@ def kv_heads(config: PretrainedConfig) -> int:
 def head_dim(config: PretrainedConfig) -> int:
     "Size of a head"
     return getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
+
+
+def ffn_size(config: PretrainedConfig) -> int:
+    "Channels of an FFN; GPT-2's configuration need not say"
+    return getattr(config, family_of(config).ffn_size, None) or 4 * config.hidden_size
 
 # %% ../../nbs/core/00_modeling.ipynb #66f10dfc
 class NoHeads(nn.Module):

@@ -734,7 +734,7 @@ def load_checkpoint(self: RunDir, map_location='cpu'):
     return self.checkpoints.load(map_location)
 
 # %% ../../nbs/core/11_runs.ipynb #9dd3b5d2
-_RUN_FILES = *Checkpoints.files, 'policies.jsonl', 'config.json'
+_RUN_FILES = *Checkpoints.files, 'policies.jsonl', 'settled.json', 'config.json'
 
 def _put_away(folder: Path):
     "Move the files of an earlier run into a subfolder"

@@ -203,5 +203,6 @@ def folder_amount(folder: str | Path, price: Price,
                 n = int(np.prod(part.get_shape()))
                 count, size = count + n, size + n * _BYTES[part.get_dtype()]
     if b.kind == 'params': return count
-    cache = sum(2 * layout.head_dim * r['kv_heads'] for r in rows) * b.context * b.batch
+    heads = sum(r['kv_heads'] for r in rows) // layout.unit_heads[1] * layout.cached_heads
+    cache = 2 * layout.head_dim * heads * b.context * b.batch
     return size + cache * (size // count)

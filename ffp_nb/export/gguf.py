@@ -385,16 +385,16 @@ def _choose_arch(c: PretrainedConfig, layers: list[_Layer], factors: np.ndarray 
     first, qwen3 = layers[0], c.model_type == 'qwen3'
     # others want full biases
     equal = len({o.widths for o in layers}) == 1 and (first.heads == c.num_attention_heads or qwen3)
-    if equal and (factors is None or arch == MODEL_ARCH.LLAMA):
-        return arch  # others do not read the factors
+    if equal and (factors is None or arch == MODEL_ARCH.LLAMA) and not (qwen3 and biases):
+        return arch  # others do not read the factors, and llama.cpp's Qwen3 no biases
     if not qwen3: return MODEL_ARCH.DECI
     missing = {'a head of its own (tie_word_embeddings is false)': not c.tie_word_embeddings,
                'biases': biases, 'rope scaling': factors is not None}
     if bad := [what for what, is_bad in missing.items() if is_bad]:
-        raise UnsupportedModel('a Qwen3 model that is not equal in every layer, or whose positions '
-                               'are scaled, is written as openelm, which does not have '
-                               f'{"; ".join(bad)}. Prune to equal widths (uniform), or keep to '
-                               'the Hugging Face folder.')
+        remedy = 'Keep' if biases else 'Prune to equal widths (uniform), or keep'
+        raise UnsupportedModel('a Qwen3 model that is not equal in every layer, has biases, or '
+                               'scaled positions, is written as openelm, which does not have '
+                               f'{"; ".join(bad)}. {remedy} to the Hugging Face folder.')
     return MODEL_ARCH.OPENELM
 
 # %% ../../nbs/export/02_gguf.ipynb #f0e8fd5b

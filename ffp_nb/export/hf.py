@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ELASTIC', 'REPAIR', 'UNSERVED', 'CARD', 'SERVE', 'Sliceable', 'save_pruned', 'replace_folder', 'put_right',
-           'check_folder', 'write_dense', 'public_name', 'serving_config', 'load_pruned', 'open_model', 'find_license',
-           'model_card']
+           'check_folder', 'count_saved', 'write_dense', 'public_name', 'serving_config', 'load_pruned', 'open_model',
+           'find_license', 'model_card']
 
 # %% ../../nbs/export/00_hf.ipynb #b7c83828
 import json
@@ -17,11 +17,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -198,6 +199,25 @@ def _stored(units: int, channels: int, unit_heads: tuple[int, int]) -> dict:
             | (dict(zero=zero) if zero else {}))
 
 
+def _describe(config, layout, widths):
+    "Say in a configuration what is stored"
+    config.pruned_widths = [_stored(int(a), int(f), layout.unit_heads) for a, f in widths]
+    if config.model_type not in SHIPPED:  # a row of the user's
+        config.pruned_family = asdict(FAMILIES[config.model_type])
+
+
+def count_saved(elastic: Sliceable,
+                widths) -> int:  # (n_layers, 2)
+    "Parameters that `save_pruned` writes at these widths, the zeros of removed modules among them"
+    config: Any = deepcopy(elastic.model.config)
+    config.tie_word_embeddings = _is_tied(elastic.model)
+    _describe(config, elastic.layout, widths)
+    with torch.device('meta'):
+        model = PRUNED[config.model_type](config)
+    model.tie_weights()
+    return sum(p.numel() for p in model.parameters())
+
+
 def _with_zeros(own: PreTrainedModel) -> PreTrainedModel:
     "To be saved only: the model with the units of zeros that its configuration asks for"
     have = own.state_dict()
@@ -214,14 +234,14 @@ def _with_zeros(own: PreTrainedModel) -> PreTrainedModel:
 # %% ../../nbs/export/00_hf.ipynb #5ceee584
 def _write_model(elastic, tokenizer, folder, source):
     "Weights, configuration, code and tokenizer"
-    own, heads = _stock(elastic), elastic.layout.unit_heads
+    own = _stock(elastic)
     if name := public_name(source):
         own.config.pruned_from = name
-    own.config.pruned_widths = [_stored(int(a), int(f), heads) for a, f in elastic.widths]
-    if (kind := own.config.model_type) not in SHIPPED:  # a row of the user's
-        own.config.pruned_family = asdict(FAMILIES[kind])
+    _describe(own.config, elastic.layout, elastic.widths)
     # its save_pretrained writes the code next to the weights
     own.__class__ = PRUNED[own.config.model_type]
+    # how the source's names became the model's (GPT-NeoX): the code has the model's
+    own.__dict__.pop('_weight_conversions', None)
     if not elastic.widths.all():
         own = _with_zeros(own)
     own.save_pretrained(folder)

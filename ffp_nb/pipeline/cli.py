@@ -457,7 +457,7 @@ def search(model: Model = 'smollm2', text: Text = 'auto', sparsity: Sparsity = 0
             say_fit(bench)
             run = open_run(out / 'search', bench, resume=resume)
             widths, result = find_widths(bench, run=run, workers=workers)
-            widths, _ = settled(bench, widths, result)
+            widths, _ = settled(bench, widths, result, run)
             _write_search(out, bench, widths, result, run.id)
         _say_where(f'widths.json and pictures are in {out}')
 

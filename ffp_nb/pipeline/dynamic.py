@@ -120,7 +120,7 @@ def choose_step(bench: Bench, path: ScorePath, low: float, high: float,
     c, em, (groups, channels) = bench.config, bench.elastic, bench.config.step
     room = most * sum(p.numel() * p.element_size() for p in em.model.parameters())
     found: Any = None
-    while channels <= em.layout.full[:, 1].min():
+    while found is None or channels <= em.layout.full[:, 1].min():
         step = groups, channels
         try:
             policies = list_policies(path, bench.cost, low, high, step, c.p_min)

@@ -29,7 +29,8 @@ from ..core.runs import (
     write_json, writing)
 from ..core.wishes import COUNTED, Budget, folder_amount
 from ..export.hf import (
-    UNSERVED, check_folder, find_license, load_pruned, model_card, put_right, save_pruned)
+    UNSERVED, check_folder, count_saved, find_license, load_pruned,
+    model_card, put_right, save_pruned)
 from ..export.vllm import shared_by
 from .bench import Bench, find_widths, open_run, settled, with_fit
 from .config import PruneConfig, run_config
@@ -77,9 +78,9 @@ def prune(config: PruneConfig,
         config = with_fit(config, out / 'search', load.get('device'), resume)
         bench = Bench.load(config, progress=progress, **load)
         say_fit(bench, progress)
-        widths, result = find_widths(bench, run=open_run(out / 'search', bench, resume=resume),
-                                     progress=progress, workers=workers)
-        widths, tried = settled(bench, widths, result)
+        run = open_run(out / 'search', bench, resume=resume)
+        widths, result = find_widths(bench, run=run, progress=progress, workers=workers)
+        widths, tried = settled(bench, widths, result, run)
         final = dict(none=lambda: None, static=lambda: bench.static,
                      sequential=lambda: bench.sequential(widths, progress))
         weights = final[config.calibration]()
@@ -318,9 +319,10 @@ def card_files(bench, widths, table, out, record,
                wish: str = '') -> dict[str, str | bytes]:  # a line, of `say_wish`
     "Model card and heatmap for the folder of the model: `CARD_FILES`"
     c, params = bench.config, param_cost(bench.elastic.layout)
-    with bench.elastic.at(widths):
-        size = sum(p.numel() for p in bench.elastic.model.parameters())
-    cut = int(params.dense - params.total(widths))
+    with bench.elastic.at(params.full):
+        dense = sum(p.numel() for p in bench.elastic.model.parameters())
+    size = count_saved(bench.elastic, widths)
+    zeros = size - dense + int(params.dense - params.total(widths))
     tokens = f'the first {c.profile.test_blocks} blocks' if c.profile.test_blocks else 'all blocks'
     damped = '' if c.order_alpha is None else f' with the penalty {c.order_alpha:g}'
     how = (f'Widths by the method "{c.method}", order of the units by the criterion '
@@ -330,10 +332,13 @@ def card_files(bench, widths, table, out, record,
            f'folder has the calibration "{c.calibration}".')
     if c.budget != Budget():
         how += f' Budget: {c.goal}.' + f' Checked on this folder: {wish}.' * bool(wish)
+    if zeros:
+        how += (f' Removed modules are stored as a unit of zeros each: {zeros:,} parameters that '
+                'the share above does not count.')
     if said := _first(bench, read_json(record)['result'].get('first_token')):
         how += f' {said}'
     family = bench.elastic.layout.family
     parallel = [] if family in UNSERVED else shared_by(family, np.maximum(widths, 1))
-    card = model_card(c.model, params.sparsity(widths), (size + cut, size), table, how,
+    card = model_card(c.model, params.sparsity(widths), (dense, size), table, how,
                       record.stem, find_license(c.model), 'retention.png', parallel)
     return {'README.md': card, 'retention.png': (out / 'retention.png').read_bytes()}

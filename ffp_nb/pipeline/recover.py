@@ -21,7 +21,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core.families import Layout, find_family, fingerprint, load_model
-from ..core.modeling import FAMILIES, kv_heads
+from ..core.modeling import ffn_size, kv_heads
 from ..core.perplexity import perplexity
 from ..core.runs import (
     RunDir, atomic_write, check_output, check_outside, check_writable,
@@ -215,13 +215,12 @@ def _table(found) -> pd.DataFrame:
 
 
 def _sizes(model, layout: Layout, widths) -> tuple[float, int, int]:
-    "Sparsity of the decoder blocks, parameters of the dense and of this model"
-    config, names = model.config, FAMILIES[model.config.model_type]
-    full = [kv_heads(config) // layout.unit_heads[1], getattr(config, names.ffn_size)]
+    "Sparsity of the decoder blocks, parameters of the dense and of this model as it is stored"
+    full = [kv_heads(model.config) // layout.unit_heads[1], ffn_size(model.config)]
     size = sum(p.numel() for p in model.parameters())
     cut = int((layout.unit_params * (np.array(full) - widths)).sum())
     stored = int((layout.unit_params * (layout.full - widths)).sum())  # units of zeros
-    return cut / (layout.block_params - stored + cut), size - stored + cut, size - stored
+    return cut / (layout.block_params - stored + cut), size - stored + cut, size
 
 
 def plot_recovery(found: Recovered, title: str = ''):
@@ -260,8 +259,10 @@ def _card_files(config, out, table, record, sizes, found, said) -> dict[str, str
            f'{found.trained:,} trained parameters, the weights after step {best} of '
            f'{len(found.losses)}, by the selection text. Test splits, blocks of '
            f'{c.profile.block_len} tokens without overlap.' + f' {said}' * bool(said))
-    sparsity, *params = sizes
-    card = model_card(source, sparsity, tuple(params), table, how, record.stem,
+    sparsity, before, after = sizes
+    if c.recipe().method == 'adapter':
+        after += found.trained  # the others change weights that are there
+    card = model_card(source, sparsity, (before, after), table, how, record.stem,
                       find_license(source), 'recover.png',
                       [] if c.recipe().method == 'adapter' else parallel_sizes(c.model))
     return {'README.md': card, 'recover.png': (out / 'recover.png').read_bytes()}
