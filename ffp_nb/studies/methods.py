@@ -87,7 +87,7 @@ DONE: dict[str, list[tuple[tuple[str, ...], tuple[float, ...], int]]] = {
                      (tuple(m for m in METHODS if m in _DIRECT), (0.3, 0.5), 1)],
     'opt-deep': [(_SEARCHED, SIGMAS, 3), (tuple(m for m in METHODS if m in _DIRECT), SIGMAS, 1)]}
 # targets and seeds of GRASPrune
-LEARNED = {'smollm2': (SIGMAS, 3), GEMMA3: (SIGMAS, 1),
+LEARNED = {'smollm2': (SIGMAS, 3), GEMMA3: (SIGMAS, 3),
            'mistral-deep': ((0.3, 0.5), 1), 'opt-deep': (SIGMAS, 1)}
 
 # %% ../../nbs/studies/21_methods.ipynb #e39ea306
