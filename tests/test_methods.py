@@ -526,6 +526,33 @@ def test_tasks_are_asked_of_the_dense_model_and_of_policies(toy, tmp_path, monke
         (5, 'mistral-deep', 'even FFN cut', 0.3)}
 
 
+def test_tasks_of_grasprune_are_those_of_its_own_order(toy, tmp_path, monkeypatch):
+    "Which no record has: it is learned again, and then repaired gives the record's loss"
+    monkeypatch.setattr(methods, 'DONE', {'mistral-deep': []})
+    monkeypatch.setattr(methods, 'LEARNED', {'mistral-deep': ((0.3, 0.5), 1)})
+    monkeypatch.setattr(methods, 'TASKS_OF', {5: {'mistral-deep': {'GRASPrune': (0.3,)}}})
+    losses = []
+
+    def answer(bench, widths, key):
+        repair = bench.sequential(widths, progress=False)
+        losses.append(bench.perplexity(widths, bench.text.test, repair).nll.mean())
+        return _judged('', limit=key['limit'])['result'] | dict(forward_tokens=7)
+    monkeypatch.setattr(methods.allocation, 'judge_tasks', answer)
+    run_study(STUDY, Lab(tmp_path, 'smoke', runs=tmp_path, work=tmp_path))
+    table, (task,), _ = STUDY.read(tmp_path)
+    assert task['about'] == ('mistral-deep', 'GRASPrune', 0.3)
+    own = table[(table.method == 'GRASPrune') & (table.sparsity == 0.3)]
+    own = own.set_index('calibration').loc['sequential']
+    assert np.isclose(losses, own.nll, atol=1e-5).all() and len(losses) == 1
+    assert task['result']['alike'] == 1 and tuple(np.ravel(task['result']['widths'])) == own.widths
+    assert task['forward_tokens'] == 7 + own.forward_tokens
+    (line,) = methods._learned_again([task])
+    assert 'in 1 of 1 policies' in line
+    task['result']['alike'] = 0.25
+    (line,) = methods._learned_again([task])
+    assert 'in 0 of 1 policies' in line and 'at least 25% of the layers' in line
+
+
 def test_a_policy_is_repaired_behind_its_norms(toy, tmp_path, monkeypatch):
     "Mistral has none there, so that this is sequential repair to the last digit"
     monkeypatch.setattr(methods, 'DONE', {'mistral-deep': [(('even FFN cut',), (0.3, 0.5), 1)]})

@@ -2,6 +2,7 @@
 the same again"""
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -566,12 +567,18 @@ def test_the_card_counts_what_is_in_the_folder(family, tmp_path, monkeypatch):
     gone[1, 0] = gone[2, 1] = 0
     for widths, out in ((gone, 'gone'), (np.maximum(full // 2, 1), 'half')):
         monkeypatch.setattr(prune, 'find_widths', lambda *a, **kw: (widths, None))
-        prune.prune(config, tmp_path / out, progress=False)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            prune.prune(config, tmp_path / out, progress=False)
         card = (tmp_path / out / 'model' / 'README.md').read_text()
         held = size(load_pruned(tmp_path / out / 'model')[0])
         assert f'{size(dense):,} parameters before, {held:,} after' in card
         zeros = Layout(dense).unit_params[1, 0] + Layout(dense).unit_params[2, 1]
         assert (f'zeros each: {zeros:,} parameters' in card) == (out == 'gone')
+        said = [w for w in map(str, (w.message for w in said)) if 'zeros that stand for' in w]
+        assert [w.split(' param')[0] for w in said] == (
+            [f'{zeros:,} of the {held:,}'] if out == 'gone' and zeros > 0.01 * held else [])
+        assert out == 'half' or said or family != 'olmo2'
 
 
 def test_widths_by_the_clock_keep_what_the_search_kept(monkeypatch):

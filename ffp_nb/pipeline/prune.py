@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'CARD_FILES', 'MISS', 'MASSIVE', 'LOST', 'FIRST', 'RARE', 'check_place', 'prune', 'speed_up', 'check_wish',
            'say_wish', 'say_fit', 'removed', 'keep_check', 'FirstTokens', 'trace_first', 'begins_with_bos',
-           'check_first', 'try_first', 'say_first', 'warn_first', 'measure', 'write_outputs', 'card_files']
+           'check_first', 'try_first', 'say_first', 'warn_first', 'measure', 'write_outputs', 'sizes', 'warn_zeros',
+           'card_files']
 
 # %% ../../nbs/pipeline/02_prune.ipynb #548f4d64
 import time
@@ -64,8 +65,7 @@ def prune(config: PruneConfig,
           # Ray actors that measure the policies of a search; 0: this process does
           workers: int = 0,
           **load) -> pd.DataFrame:  # the table
-    """Prune a model and save it with its table, pictures and record. FolderInUse if another process
-    writes to `out`"""
+    "Prune a model, save it with table, pictures and record. FolderInUse if `out` is in use"
     out, start = Path(out).expanduser(), time.perf_counter()
     if workers:
         import_ray()  # before anything is loaded
@@ -92,6 +92,7 @@ def prune(config: PruneConfig,
             save_pruned(bench.elastic, bench.tokenizer, out / 'model', overwrite,
                         card_files(bench, widths, table, out, record), config.model)
         keep_check(bench, widths, table, out, record, progress)
+        warn_zeros(bench, widths)
         warn_first(_first(bench, first))
     return table
 
@@ -314,15 +315,32 @@ def write_outputs(bench, widths, result, table, out, wall_s,
                        forward_tokens=result.forward_tokens if result else 0,
                        wall_s=round(wall_s, 1))
 
+# %% ../../nbs/pipeline/02_prune.ipynb #2b34335a
+def sizes(bench: Bench, widths) -> tuple[int, int, int]:
+    """Parameters of the dense model, of the folder of a pruned one, and those among the latter that
+    stand for removed modules, as zeros"""
+    params = param_cost(bench.elastic.layout)
+    with bench.elastic.at(params.full):
+        dense = sum(p.numel() for p in bench.elastic.model.parameters())
+    size = count_saved(bench.elastic, widths)
+    return dense, size, size - dense + int(params.dense - params.total(widths))
+
+
+def warn_zeros(bench: Bench, widths) -> None:
+    "Warn where removed modules are much of what a folder holds: a unit of each is stored"
+    _, size, zeros = sizes(bench, widths)
+    if zeros > MISS['params'] * size:
+        warnings.warn(
+            f'{zeros:,} of the {size:,} parameters in the folder are zeros that stand for removed '
+            'modules: a unit of each is stored, and of an attention with one KV head that is all '
+            'of it. Without --remove, only what is not stored counts as removed.', stacklevel=2)
+
 # %% ../../nbs/pipeline/02_prune.ipynb #fec49687
 def card_files(bench, widths, table, out, record,
                wish: str = '') -> dict[str, str | bytes]:  # a line, of `say_wish`
     "Model card and heatmap for the folder of the model: `CARD_FILES`"
     c, params = bench.config, param_cost(bench.elastic.layout)
-    with bench.elastic.at(params.full):
-        dense = sum(p.numel() for p in bench.elastic.model.parameters())
-    size = count_saved(bench.elastic, widths)
-    zeros = size - dense + int(params.dense - params.total(widths))
+    dense, size, zeros = sizes(bench, widths)
     tokens = f'the first {c.profile.test_blocks} blocks' if c.profile.test_blocks else 'all blocks'
     damped = '' if c.order_alpha is None else f' with the penalty {c.order_alpha:g}'
     how = (f'Widths by the method "{c.method}", order of the units by the criterion '

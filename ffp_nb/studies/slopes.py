@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'SIGMAS', 'SEEDS', 'TWINS', 'GOALS', 'GRADIENT', 'EAS', 'AGENT', 'CMA', 'OTHERS', 'HALF', 'RIVALS',
            'GATES', 'EQUAL', 'AT_EQUAL_COST', 'CHOICES', 'AGENTS', 'STUDY', 'default_cells', 'choice_cells',
-           'equal_cells', 'gpu_cells', 'plan', 'plan_gpu', 'plan_grasprune', 'measure_grasprune', 'twin_cells',
-           'measure_path', 'tidy', 'read_selection', 'read_path_costs', 'read_spine', 'of_default', 'final_table',
-           'even_table', 'choice_table', 'twin_table', 'path_table', 'cost_to_reach', 'rivals_above', 'findings']
+           'equal_cells', 'gpu_cells', 'plan', 'plan_gpu', 'plan_grasprune', 'learn_gates', 'measure_grasprune',
+           'twin_cells', 'measure_path', 'tidy', 'read_selection', 'read_path_costs', 'read_spine', 'of_default',
+           'final_table', 'even_table', 'choice_table', 'twin_table', 'path_table', 'cost_to_reach', 'rivals_above',
+           'findings']
 
 # %% ../../nbs/studies/16_slopes.ipynb #2f0adaf0
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import pandas as pd
 
 from ..pipeline.bench import Bench
 from ..pipeline.config import run_config
-from ..search.gates import ScaledWeights, grasprune
+from ..search.gates import LearnedUnits, ScaledWeights, grasprune
 from ..search.loop import Search
 from . import dynamic, spine
 from .cells import (
@@ -114,22 +115,30 @@ def plan_gpu(lab: Lab, criteria: tuple[str, ...] = tuple(RIVALS), gates: bool = 
 
 
 def plan_grasprune(lab: Lab, study: str, model: str,
-                   at: Iterable[tuple[float, int]]) -> Plan:  # targets and seeds
-    "GRASPrune, with its own number of steps"
+                   at: Iterable[tuple[float, int]]  # targets and seeds
+                   ) -> Generator[Measurement, dict | None, list[dict | None]]:
+    "GRASPrune, with its own number of steps; a plan that returns the records of its policies"
+    found: list[dict | None] = []
     for cell in [Cell(model, s, 'uniform-ffn', seed) for s, seed in at]:
         facts = lab.facts(model)
         key = (run_config(cell_settings(cell, facts), facts.text_sha256, facts.bos)
                | dict(name=f'{model}-grasprune-{cell.sparsity:g}-{cell.seed}', study=study,
                       method='grasprune', search={}))
-        yield Measurement(key, lambda _: measure_grasprune(lab, cell))
+        found.append((yield Measurement(key, lambda _: measure_grasprune(lab, cell))))
+    return found
 
 # %% ../../nbs/studies/16_slopes.ipynb #a961dda5
-def measure_grasprune(lab: Lab, cell: Cell) -> dict:
-    "Learn gates, sort another bench by them, measure it with GRASPrune's scales and each repair"
+def learn_gates(lab: Lab, cell: Cell) -> tuple[LearnedUnits, Bench]:
+    "Learned gates, and another bench whose units are in their order, which no record keeps"
     bench = lab.bench(cell.model)
     found = grasprune(bench.problem(cell_settings(cell, lab.facts(cell.model))))
-    other = (lab.twin(cell.model).bench(order=found.order) if cell.model in TRAINED else
-             Bench.load(bench.config, progress=False, order=found.order))
+    return found, (lab.twin(cell.model).bench(order=found.order) if cell.model in TRAINED else
+                   Bench.load(bench.config, progress=False, order=found.order))
+
+
+def measure_grasprune(lab: Lab, cell: Cell) -> dict:
+    "Learn gates and measure them with GRASPrune's scales and each repair"
+    found, other = learn_gates(lab, cell)
     nll = test_nll(other, found.widths, MODES)
     own = ScaledWeights(other.elastic, found)
     nll['scales'] = other.perplexity(found.widths, other.text.test, own).nll.round(5)
