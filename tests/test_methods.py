@@ -10,6 +10,7 @@ import pytest
 
 from ffp_nb.core.perplexity import perplexity
 from ffp_nb.pipeline.config import Profile
+from ffp_nb.pipeline.tasks import SEVEN, TASKS
 from ffp_nb.search.gates import grasprune
 from ffp_nb.studies import distillation, methods, twins
 from ffp_nb.studies.cells import Lab, base_config, known_models, planned_tokens
@@ -418,6 +419,9 @@ def test_only_the_seeds_that_both_have_are_compared(made):
     made.add('even FFN cut', [0.0])
     line = next(x for x in methods._held(made.table()) if '*agent, 80' in x)
     assert 'by -0.700 (σ = 0.5)' in line
+    for row in made.rows:
+        row['seed'] += 7 * row['method'].startswith('agent')  # no seed is the default's
+    assert not any('*agent, 80' in x for x in methods._held(made.table()))
 
 
 def test_a_lead_is_told_without_pairs_of_seeds_too(made):
@@ -434,7 +438,6 @@ def test_a_lead_is_told_without_pairs_of_seeds_too(made):
 
 def _judged(name, shift=0.0, limit=400, model='smollm2', sparsity=0.3, nats=0.0, seed=0):
     "A made-up record of tasks: `shift` of the documents more are right than are for the default"
-    from ffp_nb.pipeline.tasks import TASKS
     rng, scores = np.random.default_rng(7), {}
     for task in TASKS:
         luck = rng.random(limit)
@@ -487,11 +490,38 @@ def test_tasks_are_compared_with_the_same_documents_of_the_same_model():
     tasks = [_judged('default'), _judged('EAS', limit=50, seed=1),
              _judged('EAS', model='gemma3-270m')]
     assert methods.task_gaps(tasks).empty and not methods._accuracy(tasks[1:])
-    assert (methods.zero_shot_table(tasks)['to the default'] == '').all()
+    assert not methods.zero_shot_table(tasks)['σ = 0.3'].str.contains('±').any()
     tasks.append(_judged('default', shift=0.2, limit=50))
     own = methods.task_gaps(tasks)
     assert [*own.documents] == [50, 50] and own.difference.iloc[0] < -0.1
     assert [*methods.zero_shot_table(tasks).documents] == [400, 400, 50, 50]
+
+
+def test_accuracy_over_targets_is_that_of_the_same_documents():
+    "Where a method has all the targets of the default: the mean of each document's scores"
+    at = lambda s, **kw: _judged('EAS', sparsity=s, seed=1, **kw)
+    tasks = [_judged('default'), _judged('default', sparsity=0.5), _judged('dense', sparsity=0.0),
+             at(0.3, shift=0.1), at(0.5, shift=0.04, nats=-1.0), _judged('FLAP', seed=2)]
+    gaps = methods.task_gaps(tasks).set_index(['method', 'sparsity', 'measure'])
+    both = methods.task_gaps(tasks, over_targets=True).set_index(['method', 'measure'])
+    assert [*both.index] == [('EAS', 'accuracy'), ('EAS', 'LAMBADA')]  # FLAP has one target
+    for measure in 'accuracy', 'LAMBADA':
+        own = gaps.loc['EAS'].xs(measure, level='measure')
+        assert np.isclose(both.difference['EAS', measure], own.difference.mean())
+    # tasks have documents of their own: their errors add up
+    by = [[r['result']['scores'][k]['acc_norm'] for r in tasks] for k in SEVEN]
+    d = [np.add(a, b) / 2 - np.add(x, y) / 2 for x, y, _, a, b, _ in by]
+    error = np.sqrt(sum(v.var(ddof=1) / len(v) for v in d)) / 7
+    assert np.isclose(both.interval['EAS', 'accuracy'], 1.96 * error)
+    t = methods.zero_shot_table(tasks).set_index('method')
+    assert [*t.columns] == ['documents', 'model', 'σ = 0.3', 'σ = 0.5', 'mean']
+    assert t.loc['dense'].iloc[2:].nunique() == 1 and t['mean']['FLAP'] == '' == t['σ = 0.5']['FLAP']
+    assert t['mean']['EAS'].endswith('**') and ', **+0.0' in t['mean']['EAS']
+    t = methods.zero_shot_table(tasks, 'LAMBADA').set_index('method')
+    assert t['σ = 0.5']['EAS'].startswith('**-1.0') and '±' not in t['mean']['default']
+    line = methods._accuracy(tasks)[1]
+    assert line.startswith('- Over their targets together, SmolLM2-135M, 400 documents (Holm over')
+    assert 'tells 1 (EAS) of 1 methods as better than the default and 0 as worse; LAMB' in line
 
 
 def test_holm_counts_the_policies_of_a_model():

@@ -563,13 +563,32 @@ def _scores(tasks) -> dict:  # by documents of each task, model, method, target;
             for r in sorted(tasks, key=rank)}
 
 
-def task_gaps(tasks: list[dict]) -> pd.DataFrame:
+def _over_targets(found) -> dict:
+    """Scores of each document as the mean over the targets of the default, where it has several, of
+    the policies that have them all"""
+    from ffp_nb.pipeline.tasks import score_table
+    targets, means = {}, {}
+    for n, model, name, s in found:
+        targets.setdefault((n, model, name), []).append(s)
+    for (n, model, name), own in targets.items():
+        if len(own) < 2 or own != targets.get((n, model, 'default')): continue
+        tables = [found[n, model, name, s].attrs for s in own]
+        mean = {task: {m: np.mean([t['scores'][task][m] for t in tables], 0) for m in scores}
+                for task, scores in tables[0]['scores'].items()}
+        means[n, model, name, 'mean'] = score_table(mean, tables[0]['about'])
+    return means
+
+# %% ../../nbs/studies/21_methods.ipynb #d710d245
+def task_gaps(tasks: list[dict], over_targets: bool = False) -> pd.DataFrame:
     """A row for each policy but the default and each `measure` (`accuracy`: average of the seven
     tasks, `LAMBADA`: nats a document): difference to the default of the same model at the same
     target, document by document, its 95 % interval, and p, adjusted for the number of policies of
-    that model that are judged on as many `documents` of each task (Holm)"""
+    that model that are judged on as many `documents` of each task (Holm). Or a row for each method
+    with the mean over the targets, as `sparsity` has it then"""
     from ffp_nb.pipeline.tasks import paired
     rows, found = [], _scores(tasks)
+    if over_targets:
+        found = _over_targets(found)
     for (n, model, name, s), t in found.items():
         base = found.get((n, model, 'default', s))
         if base is None or name == 'default': continue
@@ -584,20 +603,39 @@ def task_gaps(tasks: list[dict]) -> pd.DataFrame:
     family = ['documents', 'model', 'measure']
     return out.assign(holm=out.groupby(family).holm.transform(holm)) if rows else out
 
-
 # %% ../../nbs/studies/21_methods.ipynb #1eaf9fa4
-def zero_shot_table(tasks: list[dict]) -> pd.DataFrame:
-    "Average accuracy of the seven tasks, and `task_gaps` to be read, most documents first"
-    gaps, rows = task_gaps(tasks), []
-    for (n, model, name, s), t in _scores(tasks).items():
-        own = gaps[(gaps.documents == n) & (gaps.model == model) & (gaps.method == name)
-                   & (gaps.sparsity == s)].set_index('measure')
-        said = lambda m: (f'{plus_minus(own.difference[m], own.interval[m])}'
-                          if m in own.index else '')
-        rows.append({'documents': n, 'model': MODELS[model], 'σ': f'{s:g}', 'method': name,
-                     'accuracy': f'{t.value.iloc[-1]:.3f}', 'to the default': said('accuracy'),
-                     'LAMBADA, nats a document': said('LAMBADA')})
-    return pd.DataFrame(rows)
+def zero_shot_table(tasks: list[dict], measure: str = 'accuracy') -> pd.DataFrame:
+    """A row for each method, a column for each target and one for the mean over them, most
+    documents first: the difference to the default with its interval, bold where it is shown with
+    Holm over the policies of that model (over the methods, for the mean), behind the average
+    accuracy of the seven tasks; of LAMBADA behind nothing, and of the default and the dense model
+    its nats a document"""
+    found, rows = _scores(tasks), {}
+    gaps = pd.concat([task_gaps(tasks), task_gaps(tasks, True)])
+    gaps = gaps[gaps.measure == measure].set_index(['documents', 'model', 'method', 'sparsity'])
+    for (n, model, name, s), t in (found | _over_targets(found)).items():
+        value, said = _value(t, measure), ''
+        if (at := (n, model, name, s)) in gaps.index:
+            r = gaps.loc[at]
+            said = f'{plus_minus(r.difference, r.interval)}'
+            said = f'**{said}**' if r.holm < LEVEL else said
+        said = ', '.join(v for v in ('' if said and measure == 'LAMBADA' else value, said) if v)
+        rows.setdefault((n, model, name), {})['mean' if s == 'mean' else f'σ = {s:g}'] = said
+    for (n, model, name), row in rows.items():
+        if name == 'dense':  # has no target: beside all
+            others = [k for at, r in rows.items() if at[:2] == (n, model) for k in r]
+            rows[n, model, name] = dict.fromkeys(others, row['σ = 0'])
+    t = pd.DataFrame([{'documents': n, 'model': MODELS[model], 'method': name} | row
+                      for (n, model, name), row in rows.items()]).fillna('')
+    first = 'documents', 'model', 'method'  # then targets, and the mean
+    return t[[*(c for c in first if len(t)), *sorted({*t} - {*first, 'σ = 0', 'mean'}),
+              *(c for c in t if c == 'mean')]]
+
+
+def _value(t, measure) -> str:
+    "Average accuracy, or nats a document of LAMBADA, in a table of scores"
+    if measure == 'accuracy': return f'{t.value.iloc[-1]:.3f}'
+    return f'{np.mean(t.attrs["scores"]["lambada_openai"]["loglikelihood"]):.2f}'
 
 # %% ../../nbs/studies/21_methods.ipynb #2112c18c
 def _most(found: dict) -> dict:
@@ -625,10 +663,15 @@ def by_task_table(tasks: list[dict]) -> pd.DataFrame:
 def cost_of(records: list[dict]) -> str:
     "What judging a policy read, and how long that took"
     if not records: return ''
-    tokens = sorted({r['forward_tokens'] for r in records})
-    seconds = [r['wall_s'] for r in records]
-    return (f'Each policy was judged on {" or ".join(f"{t:,}" for t in tokens)} tokens, in '
-            f'{min(seconds):.0f} to {max(seconds):.0f} s with its repair.')
+    again = ['search_s' in r['result'] for r in records]  # GRASPrune's
+    spent = lambda told: (
+        ' or '.join(f'{t:,}' for t in sorted({r['forward_tokens'] for r in told}))
+        + f' tokens, in {min(r["wall_s"] for r in told):.0f} to '
+        f'{max(r["wall_s"] for r in told):.0f} s')
+    parts = [[r for r, a in zip(records, again) if a == k] for k in (False, True)]
+    return ' '.join(f'{what} {spent(told)} {how}.' for told, what, how in zip(parts, (
+        'Each policy was judged on', 'GRASPrune read'), (
+        'with its repair', 'with learning its gates again')) if told)
 
 # %% ../../nbs/studies/21_methods.ipynb #27216dfb
 def distilled_table(trained: pd.DataFrame) -> pd.DataFrame:
@@ -920,8 +963,10 @@ def _held(table) -> list[str]:
             for s in per[name].sparsity.unique():
                 d = _by_seed(t[t.sparsity == s], name, 'default')
                 alone = nats_above(*(per[m][per[m].sparsity == s] for m in (name, 'default')))
+                if alone is None: continue  # no seed in common
                 far = mean_interval([alone.mean()] if d is None else d, 3)
                 gaps.append(f'{far} (σ = {s:g})')
+            if not gaps: continue
             lines.append(
                 f'- *{name}*, {per[name].forward_tokens.mean():,.0f} forward tokens, is above the '
                 f'default by {", ".join(gaps)} nats (intervals over seeds; one seed has none).')
@@ -1211,21 +1256,32 @@ def _pooled(table) -> list[str]:
             f'over {t.over.iloc[0]}).']
 
 # %% ../../nbs/studies/21_methods.ipynb #83bbd2a7
+def _told_apart(gaps) -> str:
+    "Which policies, or methods over targets, does each measure tell from the default?"
+    what = {'accuracy': 'accuracy on the seven tasks', 'LAMBADA': "LAMBADA's log-likelihood"}
+    parts = []
+    for measure, t in gaps.groupby('measure', sort=False):
+        shown = lambda sign: [r.method + ('' if r.sparsity == 'mean' else f' at {r.sparsity:g}')
+                              for r in t.itertuples()
+                              if sign * r.difference > 0 and r.holm < LEVEL]
+        said = lambda names: f'{len(names)}' + (f' ({", ".join(names)})' if names else '')
+        others = 'methods' if (t.sparsity == 'mean').all() else 'other policies'
+        parts.append(f'{what[measure]} tells {said(shown(1))} of {len(t)} {others} as '
+                     f'better than the default and {said(shown(-1))} as worse')
+    return '; '.join(parts)
+
+
 def _accuracy(tasks: list[dict]) -> list[str]:
     "In how many comparisons do the tasks tell a method from the default, and which?"
-    lines, what = [], {'accuracy': 'accuracy on the seven tasks',
-                       'LAMBADA': "LAMBADA's log-likelihood"}
+    lines, means = [], task_gaps(tasks, over_targets=True)
     for (n, model), d in task_gaps(tasks).groupby(['documents', 'model'], sort=False):
-        parts = []
-        for measure, t in d.groupby('measure', sort=False):
-            shown = lambda sign: [f'{r.method} at {r.sparsity:g}' for r in t.itertuples()
-                                  if sign * r.difference > 0 and r.holm < LEVEL]
-            said = lambda names: f'{len(names)}' + (f' ({", ".join(names)})' if names else '')
-            parts.append(f'{what[measure]} tells {said(shown(1))} of {len(t)} other policies as '
-                         f'better than the default and {said(shown(-1))} as worse')
         lines.append(f'- Zero-shot, {MODELS[model]}, policies of seed 0, {n} documents of each '
                      f'task (Holm over the {len(d) // 2} differences of each measure): '
-                     f'{"; ".join(parts)}.')
+                     f'{_told_apart(d)}.')
+        t = means[(means.documents == n) & (means.model == model)]
+        if len(t):
+            lines.append(f'- Over their targets together, {MODELS[model]}, {n} documents (Holm '
+                         f'over {len(t) // 2} methods): {_told_apart(t)}.')
     return lines + _by_task(tasks) + _ranked(tasks) + _learned_again(tasks)
 
 # %% ../../nbs/studies/21_methods.ipynb #243fdb86
