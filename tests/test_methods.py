@@ -513,9 +513,15 @@ def test_accuracy_over_targets_is_that_of_the_same_documents():
     d = [np.add(a, b) / 2 - np.add(x, y) / 2 for x, y, _, a, b, _ in by]
     error = np.sqrt(sum(v.var(ddof=1) / len(v) for v in d)) / 7
     assert np.isclose(both.interval['EAS', 'accuracy'], 1.96 * error)
+    above, below = methods.draw_tasks(tasks).axes
+    for ax, measure in (above, 'accuracy'), (below, 'LAMBADA'):
+        (point,) = [line for line in ax.lines if line.get_marker() == 'o']
+        assert np.isclose(point.get_xdata(), both.difference['EAS', measure])
+        assert [t.get_text() for t in ax.get_yticklabels()] == ['EAS']
     t = methods.zero_shot_table(tasks).set_index('method')
     assert [*t.columns] == ['documents', 'model', 'σ = 0.3', 'σ = 0.5', 'mean']
-    assert t.loc['dense'].iloc[2:].nunique() == 1 and t['mean']['FLAP'] == '' == t['σ = 0.5']['FLAP']
+    assert t.loc['dense'].iloc[2:].nunique() == 1
+    assert t['mean']['FLAP'] == '' == t['σ = 0.5']['FLAP']
     assert t['mean']['EAS'].endswith('**') and ', **+0.0' in t['mean']['EAS']
     t = methods.zero_shot_table(tasks, 'LAMBADA').set_index('method')
     assert t['σ = 0.5']['EAS'].startswith('**-1.0') and '±' not in t['mean']['default']

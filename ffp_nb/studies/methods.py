@@ -6,10 +6,10 @@
 __all__ = ['REAL', 'MODELS', 'SIGMAS', 'LIMIT', 'AGENT', 'METHODS', 'NAMED', 'EVEN', 'OURS', 'PAPER', 'LONG', 'DONE', 'LEARNED',
            'DISTILLED', 'TAUGHT', 'ELSEWHERE', 'BEHIND', 'TASKS_OF', 'STUDY', 'wanted', 'method_cell', 'policies',
            'find_policies', 'plan', 'twin_table', 'on_second_text', 'behind_norms', 'tidy', 'same_seeds', 'nats_above',
-           'best_rival', 'headline', 'perplexity_table', 'draw', 'task_gaps', 'zero_shot_table', 'by_task_table',
-           'cost_of', 'distilled_table', 'cost_table', 'costs', 'leads', 'ahead', 'lead_table', 'part_table',
-           'grouped_findings', 'findings', 'taught_alike', 'taught_table', 'scales', 'scale_table', 'on_other_text',
-           'other_table', 'draw_other', 'against_default', 'task_by_task']
+           'best_rival', 'headline', 'perplexity_table', 'draw', 'task_gaps', 'zero_shot_table', 'draw_tasks',
+           'by_task_table', 'cost_of', 'distilled_table', 'cost_table', 'costs', 'leads', 'ahead', 'lead_table',
+           'part_table', 'grouped_findings', 'findings', 'taught_alike', 'taught_table', 'scales', 'scale_table',
+           'on_other_text', 'other_table', 'draw_other', 'against_default', 'task_by_task']
 
 # %% ../../nbs/studies/21_methods.ipynb #805ce91f
 import warnings
@@ -636,6 +636,34 @@ def _value(t, measure) -> str:
     "Average accuracy, or nats a document of LAMBADA, in a table of scores"
     if measure == 'accuracy': return f'{t.value.iloc[-1]:.3f}'
     return f'{np.mean(t.attrs["scores"]["lambada_openai"]["loglikelihood"]):.2f}'
+
+# %% ../../nbs/studies/21_methods.ipynb #c91e79a1
+def draw_tasks(tasks: list[dict]):  # a matplotlib figure
+    """Differences to the default on tasks, means over the targets, with 95 % intervals; of each
+    model those on the number of documents on which most methods are judged"""
+    gaps = task_gaps(tasks, over_targets=True)
+    models = [m for m in MODELS if (gaps.model == m).any()]
+    most = {m: gaps[gaps.model == m].documents.value_counts().idxmax() for m in models}
+    gaps = gaps[gaps.documents == gaps.model.map(most)]
+    names = [m for m in NAMED if m in set(gaps.method)]
+    fig, axes = plt.subplots(2, len(models), squeeze=False, layout='constrained', sharey=True,
+                             figsize=(3.2 * len(models), 0.22 * len(names) * 2 + 1.6))
+    axis = dict(accuracy='average accuracy', LAMBADA='LAMBADA, nats a document')
+    for row, (measure, label) in zip(axes, axis.items()):
+        for ax, model in zip(row, models):
+            d = gaps[(gaps.model == model) & (gaps.measure == measure)]
+            for r in d.itertuples():
+                sure = r.holm < LEVEL
+                ax.errorbar(r.difference, names.index(r.method), xerr=r.interval, fmt='o', ms=5,
+                            color=colours([r.method])[r.method], capsize=2,
+                            mfc=None if sure else 'white')
+            ax.axvline(0, color=colours(['default'])['default'], lw=1.5, zorder=0)
+            ax.set(xlabel=label, title=f'{MODELS[model]}, {most[model]} documents')
+            ax.title.set_size(9)
+            ax.locator_params(axis='x', nbins=5)
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].invert_yaxis()
+    return fig
 
 # %% ../../nbs/studies/21_methods.ipynb #2112c18c
 def _most(found: dict) -> dict:
