@@ -583,10 +583,11 @@ def test_tasks_of_grasprune_are_those_of_its_own_order(toy, tmp_path, monkeypatc
     assert task['result']['alike'] == 1 and tuple(np.ravel(task['result']['widths'])) == own.widths
     assert task['forward_tokens'] == 7 + own.forward_tokens
     (line,) = methods._learned_again([task])
-    assert 'in 1 of 1 policies' in line
+    assert line.endswith('in 1 of 1 policies they ended at the widths of the record.')
+    assert methods.cost_of([task]).startswith(f'GRASPrune read {task["forward_tokens"]:,} tokens')
     task['result']['alike'] = 0.25
     (line,) = methods._learned_again([task])
-    assert 'in 0 of 1 policies' in line and 'at least 25% of the layers' in line
+    assert 'in 0 of 1 policies' in line and 'at least 25% of the modules' in line
 
 
 def test_a_policy_is_repaired_behind_its_norms(toy, tmp_path, monkeypatch):

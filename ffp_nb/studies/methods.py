@@ -625,11 +625,11 @@ def zero_shot_table(tasks: list[dict], measure: str = 'accuracy') -> pd.DataFram
         if name == 'dense':  # has no target: beside all
             others = [k for at, r in rows.items() if at[:2] == (n, model) for k in r]
             rows[n, model, name] = dict.fromkeys(others, row['σ = 0'])
-    t = pd.DataFrame([{'documents': n, 'model': MODELS[model], 'method': name} | row
-                      for (n, model, name), row in rows.items()]).fillna('')
-    first = 'documents', 'model', 'method'  # then targets, and the mean
-    return t[[*(c for c in first if len(t)), *sorted({*t} - {*first, 'σ = 0', 'mean'}),
-              *(c for c in t if c == 'mean')]]
+    columns = sorted({k for r in rows.values() for k in r} - {'σ = 0'},
+                     key=lambda c: (c == 'mean', c))
+    return pd.DataFrame([{'documents': n, 'model': MODELS[model], 'method': name} | row
+                         for (n, model, name), row in rows.items()],
+                        columns=['documents', 'model', 'method', *columns]).fillna('')
 
 
 def _value(t, measure) -> str:
@@ -691,15 +691,16 @@ def by_task_table(tasks: list[dict]) -> pd.DataFrame:
 def cost_of(records: list[dict]) -> str:
     "What judging a policy read, and how long that took"
     if not records: return ''
-    again = ['search_s' in r['result'] for r in records]  # GRASPrune's
-    spent = lambda told: (
-        ' or '.join(f'{t:,}' for t in sorted({r['forward_tokens'] for r in told}))
-        + f' tokens, in {min(r["wall_s"] for r in told):.0f} to '
-        f'{max(r["wall_s"] for r in told):.0f} s')
-    parts = [[r for r, a in zip(records, again) if a == k] for k in (False, True)]
-    return ' '.join(f'{what} {spent(told)} {how}.' for told, what, how in zip(parts, (
-        'Each policy was judged on', 'GRASPrune read'), (
-        'with its repair', 'with learning its gates again')) if told)
+    parts = []
+    for again, what, how in ((False, 'Each policy was judged on', 'its repair'),
+                             (True, 'GRASPrune read', 'gates that are learned again')):
+        told = [r for r in records if ('alike' in r['result']) == again]
+        if not told: continue
+        tokens = ' or '.join(f'{n:,}' for n in sorted({r['forward_tokens'] for r in told}))
+        seconds = [r['wall_s'] for r in told]
+        parts.append(f'{what} {tokens} tokens, in {min(seconds):.0f} to {max(seconds):.0f} s '
+                     f'with {how}.')
+    return ' '.join(parts)
 
 # %% ../../nbs/studies/21_methods.ipynb #27216dfb
 def distilled_table(trained: pd.DataFrame) -> pd.DataFrame:
@@ -1363,10 +1364,12 @@ def _ranked(tasks) -> list[str]:
 def _learned_again(tasks) -> list[str]:
     "Was GRASPrune's policy on tasks that of its record, whose order is not kept?"
     alike = [r['result']['alike'] for r in tasks if 'alike' in r['result']]
+    if not alike: return []
+    same = sum(a == 1 for a in alike)
     return [f"- GRASPrune's order is in no record. For tasks its gates were learned again: in "
-            f'{sum(a == 1 for a in alike)} of {len(alike)} policies they ended at the widths of '
-            f'the record, in the others at those of at least {min(alike):.0%} of the layers.'
-            ] if alike else []
+            f'{same} of {len(alike)} policies they ended at the widths of the record'
+            + (f', in the others in at least {min(alike):.0%} of the modules' if min(alike) < 1
+               else '') + '.']
 
 
 STUDY = Study('methods', 'methods', plan, tidy, findings)
