@@ -376,6 +376,35 @@ def test_readme_says_how_the_default_stands_on_another_text():
             ) in (ROOT / 'README.md').read_text()
 
 
+def test_readme_says_what_tasks_tell():
+    tasks = STUDY.read(ROOT / 'nbs' / 'runs')[1]
+    gaps, text = methods.task_gaps(tasks), (ROOT / 'README.md').read_text()
+    text = text[text.index('**The lead is one in perplexity; '):]
+    all_, most = gaps[gaps.documents < 400], gaps[gaps.documents == 400]
+    assert {*zip(all_.documents, all_.model)} == {(50, 'smollm2'), (100, 'gemma3-270m')}
+    t = all_[all_.measure == 'accuracy']
+    assert (t.holm > 0.05).all() and f'tells none of {len(t)} from the default' in text
+    t = all_[all_.measure == 'LAMBADA']
+    worse = t[(t.holm < 0.05) & (t.difference < 0)]
+    assert not ((t.holm < 0.05) & (t.difference > 0)).any()
+    assert f'tells none as better and {len(worse)} as worse' in text
+    assert {*worse.method[worse.model == 'smollm2']} == {'FLAP', 'OWL', 'AlphaPruning', 'even cut',
+                                                         'GRASPrune'}
+    assert {"paper's recipe", 'CMA-ES', 'EAS', 'EvoPress'} <= {
+        *worse.method[(worse.model != 'smollm2') & (worse.sparsity == 0.5)]}
+    single = t[t.difference > t.interval]
+    assert f'it has {len(single)} as better' in text
+    assert [*single.method[single.sparsity == 0.5]] == ['CMA-ES']
+    assert {*single.model[single.sparsity == 0.5]} == {'smollm2'}
+    assert {*most.method} == {"paper's recipe"} and len(most) == 4
+    assert (most.difference[most.measure == 'accuracy'] > 0).all()
+    by = methods.task_by_task(tasks)
+    by = by[by.documents == 400]['shown on']
+    assert len(by) == 2 and all(v.startswith('boolq +') and ', ' not in v for v in by)
+    sign = most[most.measure == 'LAMBADA'].set_index('sparsity').difference
+    assert sign[0.3] > 0 > sign[0.5]
+
+
 def test_blocks_that_follow_each_other_count_for_less(made):
     assert methods._neighbours(methods.leads(made.table())) == []  # no rival yet
     made.add('EAS', [0.01, 0.31, -0.29])  # apart by a constant: nothing to correlate
