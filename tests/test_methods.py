@@ -394,6 +394,13 @@ def test_readme_says_what_tasks_tell():
         *worse.method[(worse.model != 'smollm2') & (worse.sparsity == 0.5)]}
     single = t[t.difference > t.interval]
     assert f'it has {len(single)} as better' in text
+    t = all_[all_.measure == 'accuracy']
+    t = t[t.difference.abs() > t.interval]
+    better, rest = t[t.difference > 0], t[t.difference < 0]
+    assert {*better.sparsity} == {0.2} and {*rest.sparsity} == {0.5}
+    assert {*t.model} == {'gemma3-270m'}
+    assert (f'accuracy {len(better)} at σ = 0.2 on Gemma, and {len(rest)} as worse at 0.5'
+            ) in text
     assert [*single.method[single.sparsity == 0.5]] == ['CMA-ES']
     assert {*single.model[single.sparsity == 0.5]} == {'smollm2'}
     assert {*most.method} == {"paper's recipe"} and len(most) == 4
