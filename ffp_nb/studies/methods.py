@@ -104,10 +104,10 @@ ELSEWHERE = {'smollm2': (0.5,)}
 BEHIND: dict[str, dict[str, tuple[float, ...]]] = {GEMMA3: dict.fromkeys(('default', EVEN), SIGMAS)}
 # documents of each task → model → method → targets, of seed 0; the study of allocation has the
 # tasks of SmolLM2's other rivals
-_JUDGED = ('default', PAPER, 'CMA-ES', 'EAS', 'EvoPress', 'OWL', 'AlphaPruning', EVEN)
+_JUDGED = ('default', PAPER, 'CMA-ES', 'EAS', 'EvoPress', 'OWL', 'AlphaPruning', EVEN, 'GRASPrune')
 TASKS_OF: dict[int, dict[str, dict[str, tuple[float, ...]]]] = {
-    50: {'smollm2': dict.fromkeys((*_JUDGED, 'GRASPrune'), SIGMAS)},
-    100: {GEMMA3: {'dense': (0.0,), 'GRASPrune': (0.5,)} | dict.fromkeys(
+    50: {'smollm2': dict.fromkeys(_JUDGED, SIGMAS)},
+    100: {GEMMA3: {'dense': (0.0,)} | dict.fromkeys(
         (*_JUDGED, 'sensitivity', 'FLAP', 'even FFN cut', 'even cut'), SIGMAS)},
     400: {'smollm2': {'dense': (0.0,)} | dict.fromkeys(('default', PAPER), (0.3, 0.5))}}
 
