@@ -617,7 +617,7 @@ def zero_shot_table(tasks: list[dict], measure: str = 'accuracy') -> pd.DataFram
         value, said = _value(t, measure), ''
         if (at := (n, model, name, s)) in gaps.index:
             r = gaps.loc[at]
-            said = f'{plus_minus(r.difference, r.interval)}'
+            said = plus_minus(r.difference, r.interval)
             said = f'**{said}**' if r.holm < LEVEL else said
         said = ', '.join(v for v in ('' if said and measure == 'LAMBADA' else value, said) if v)
         rows.setdefault((n, model, name), {})['mean' if s == 'mean' else f'σ = {s:g}'] = said
